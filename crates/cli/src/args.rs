@@ -1,0 +1,295 @@
+//! Flags shared by several subcommands. Each group of flags is one list (`flags`), from which both the configuration
+//! layer of this process and the command line of its children are made, so the two cannot differ.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use settings::{Flag, HttpListen, Settings, Sources};
+use worker::Device;
+
+/// Where logs go: always to stderr.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub struct LogFlags {
+    /// What is logged: error, warn, info, debug, trace, or a filter such as `router=debug,info` [default: RUST_LOG]
+    #[arg(long, global = true, value_name = "FILTER", help_heading = "Logging")]
+    pub log_level: Option<String>,
+    /// How log lines are written: human or json [default: human]
+    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Logging", value_name = "FORMAT")]
+    #[arg(hide_possible_values = true, hide_default_value = true)]
+    pub log_format: LogFormat,
+}
+
+/// Form of a log line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people; coloured on a terminal.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+impl LogFlags {
+    /// These flags as a child's arguments.
+    #[must_use]
+    pub fn to_argv(&self) -> Vec<String> {
+        let mut argv = Vec::new();
+        if let Some(level) = &self.log_level {
+            argv.push(format!("--log-level={level}"));
+        }
+        match self.log_format {
+            LogFormat::Human => {}
+            LogFormat::Json => argv.push("--log-format=json".into()),
+        }
+        argv
+    }
+}
+
+/// The cluster file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub struct FileFlag {
+    /// Cluster file (TOML or YAML); flags and COHORT__SECTION__KEY variables win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// What is served.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelFlags {
+    /// Directory of the checkpoint [default: the embedded demo model]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<String>,
+    /// Name the model is served under [default: the directory's name, or cohort-demo]
+    #[arg(long, value_name = "NAME")]
+    pub model_name: Option<String>,
+}
+
+/// How it is computed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ComputeFlags {
+    /// Compute dtype [default: f32]
+    #[arg(long, value_parser = ["f32", "bf16"])]
+    pub dtype: Option<String>,
+    /// Where the model runs [default: auto, a GPU when one is found]
+    #[arg(long, value_parser = ["auto", "cpu", "cuda"])]
+    pub device: Option<String>,
+    /// Keys a sliding layer sees [default: the checkpoint's sliding_window]
+    #[arg(long, value_name = "N")]
+    pub window_keys: Option<u32>,
+}
+
+/// Each worker group.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+#[command(next_help_heading = "Worker group")]
+pub struct GroupFlags {
+    /// Ranks that share the model [default: 1]
+    #[arg(long, value_name = "N")]
+    pub tensor_parallel: Option<u32>,
+    /// CPU threads of each rank [default: the machine's cores shared among the ranks]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Tokens of context the KV cache holds over all sequences [default: 32768]
+    #[arg(long, value_name = "N")]
+    pub kv_tokens: Option<u32>,
+    /// Tokens per KV block [default: 16]
+    #[arg(long, value_name = "N")]
+    pub block_size: Option<u32>,
+    /// Most tokens computed in one step [default: 512]
+    #[arg(long, value_name = "N")]
+    pub step_tokens_max: Option<u32>,
+    /// Most sequences in the running batch [default: 64]
+    #[arg(long, value_name = "N")]
+    pub running_max: Option<u32>,
+    /// Most requests waiting for a place in the batch [default: 256]
+    #[arg(long, value_name = "N")]
+    pub waiting_requests_max: Option<u32>,
+    /// Most prompt tokens of all waiting requests together [default: 262144]
+    #[arg(long, value_name = "N")]
+    pub waiting_tokens_max: Option<u32>,
+    /// Longest wait for all ranks to come together, in seconds [default: 60]
+    #[arg(long = "boot-timeout", value_name = "SECONDS")]
+    pub boot_timeout_s: Option<f64>,
+    /// Longest a step may wait for a rank before the group ends, in seconds [default: 10]
+    #[arg(long = "step-timeout", value_name = "SECONDS")]
+    pub step_timeout_s: Option<f64>,
+    /// Longest open requests may go on after the order to stop, in seconds [default: 10]
+    #[arg(long = "drain-grace", value_name = "SECONDS")]
+    pub drain_grace_s: Option<f64>,
+}
+
+/// The front door.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+#[command(next_help_heading = "Router")]
+pub struct RouterFlags {
+    /// Address of the gRPC API; port 0 takes any free one [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "ADDR")]
+    pub grpc_listen: Option<SocketAddr>,
+    /// Address of the HTTP endpoints, or off [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDR")]
+    pub http_listen: Option<HttpListen>,
+    /// Requests admitted at once [default: 512]
+    #[arg(long, value_name = "N")]
+    pub requests_max: Option<u32>,
+    /// Bytes of one prompt's text [default: 4194304]
+    #[arg(long, value_name = "N")]
+    pub prompt_bytes_max: Option<usize>,
+    /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds [default: 0]
+    #[arg(long = "withdraw-grace", value_name = "SECONDS")]
+    pub withdraw_grace_s: Option<f64>,
+    /// After that, how long the router lets open requests go on, in seconds [default: 10]
+    #[arg(long = "router-drain-grace", value_name = "SECONDS")]
+    pub router_drain_grace_s: Option<f64>,
+}
+
+/// A group of flags that sets keys of the configuration.
+pub trait ConfigFlags {
+    /// The flags that were given, with their keys.
+    fn flags(&self) -> Vec<Flag>;
+
+    /// These flags as a child's arguments.
+    fn to_argv(&self) -> Vec<String> {
+        self.flags().into_iter().map(|given| format!("{}={}", given.flag, given.value)).collect()
+    }
+}
+
+fn given<T: Display>(flag: &'static str, key: &'static str, value: Option<&T>) -> Option<Flag> {
+    value.map(|value| Flag { flag, key, value: value.to_string() })
+}
+
+impl ConfigFlags for ModelFlags {
+    fn flags(&self) -> Vec<Flag> {
+        [
+            given("--model", "model.path", self.model.as_ref()),
+            given("--model-name", "model.name", self.model_name.as_ref()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+impl ConfigFlags for ComputeFlags {
+    fn flags(&self) -> Vec<Flag> {
+        [
+            given("--dtype", "model.dtype", self.dtype.as_ref()),
+            given("--device", "model.device", self.device.as_ref()),
+            given("--window-keys", "model.window_keys", self.window_keys.as_ref()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+impl ConfigFlags for GroupFlags {
+    fn flags(&self) -> Vec<Flag> {
+        [
+            given("--tensor-parallel", "group.tensor_parallel", self.tensor_parallel.as_ref()),
+            given("--threads", "group.threads", self.threads.as_ref()),
+            given("--kv-tokens", "group.kv_tokens", self.kv_tokens.as_ref()),
+            given("--block-size", "group.block_size", self.block_size.as_ref()),
+            given("--step-tokens-max", "group.step_tokens_max", self.step_tokens_max.as_ref()),
+            given("--running-max", "group.running_max", self.running_max.as_ref()),
+            given("--waiting-requests-max", "group.waiting_requests_max", self.waiting_requests_max.as_ref()),
+            given("--waiting-tokens-max", "group.waiting_tokens_max", self.waiting_tokens_max.as_ref()),
+            given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
+            given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
+            given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+impl ConfigFlags for RouterFlags {
+    fn flags(&self) -> Vec<Flag> {
+        [
+            given("--grpc-listen", "router.grpc_listen", self.grpc_listen.as_ref()),
+            given("--http-listen", "router.http_listen", self.http_listen.as_ref()),
+            given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
+            given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
+            given("--withdraw-grace", "router.withdraw_grace_s", self.withdraw_grace_s.as_ref()),
+            given("--router-drain-grace", "router.drain_grace_s", self.router_drain_grace_s.as_ref()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+impl From<&Settings> for ModelFlags {
+    fn from(settings: &Settings) -> Self {
+        let model = &settings.model;
+        Self {
+            model: model.path.as_ref().map(|path| path.display().to_string()),
+            model_name: model.name.clone(),
+        }
+    }
+}
+
+impl From<&Settings> for ComputeFlags {
+    fn from(settings: &Settings) -> Self {
+        let model = &settings.model;
+        let device = match model.device {
+            Device::Auto => "auto",
+            Device::Cpu => "cpu",
+            Device::Cuda => "cuda",
+        };
+        Self {
+            dtype: Some(model.dtype.to_string()),
+            device: Some(device.into()),
+            window_keys: model.window_keys,
+        }
+    }
+}
+
+impl From<&Settings> for GroupFlags {
+    fn from(settings: &Settings) -> Self {
+        let group = &settings.group;
+        Self {
+            tensor_parallel: Some(group.tensor_parallel.get()),
+            threads: group.threads,
+            kv_tokens: Some(group.kv_tokens),
+            block_size: Some(group.block_size.tokens()),
+            step_tokens_max: Some(group.step_tokens_max),
+            running_max: Some(group.running_max),
+            waiting_requests_max: Some(group.waiting_requests_max),
+            waiting_tokens_max: Some(group.waiting_tokens_max),
+            boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
+            step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
+            drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),
+        }
+    }
+}
+
+impl From<&Settings> for RouterFlags {
+    fn from(settings: &Settings) -> Self {
+        let router = &settings.router;
+        Self {
+            grpc_listen: Some(router.grpc_listen),
+            http_listen: Some(router.http_listen),
+            requests_max: Some(router.limits.requests_max),
+            prompt_bytes_max: Some(router.limits.prompt_bytes_max),
+            withdraw_grace_s: Some(router.withdraw_grace_s.as_secs_f64()),
+            router_drain_grace_s: Some(router.drain_grace_s.as_secs_f64()),
+        }
+    }
+}
+
+/// All layers of a subcommand's configuration: its file, this process's variables, its flags.
+///
+/// # Errors
+/// Everything that is wrong with them, at once.
+pub fn load(file: &FileFlag, flags: &[&dyn ConfigFlags]) -> Result<Settings, settings::Error> {
+    let mut sources = Sources { file: file.config.clone(), ..Sources::default() };
+    sources.environment = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    sources.flags = flags.iter().flat_map(|group| group.flags()).collect();
+    Settings::load(&sources)
+}

@@ -1,0 +1,111 @@
+//! Talking to a router.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use proto::v1::cohort_client::CohortClient;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_types::StatusExt;
+use types::limits::MESSAGE_BYTES_MAX;
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where `cohort up` serves unless told otherwise.
+pub(crate) const SERVER_DEFAULT: &str = "http://127.0.0.1:50051";
+
+/// A client of the public API.
+pub(crate) type Client = CohortClient<Channel>;
+
+/// The address under which a server bound to `bound` is reached from this machine.
+pub(crate) fn reachable(bound: SocketAddr) -> SocketAddr {
+    let ip = match bound.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, bound.port())
+}
+
+/// A channel to `server`, given as `http://host:port` or `host:port`.
+pub(crate) async fn channel(server: &str) -> anyhow::Result<Channel> {
+    let address = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
+    if !address.starts_with("http://") {
+        bail!("--server {server}: only http:// is spoken");
+    }
+    let endpoint = Endpoint::from_shared(address.clone())
+        .map_err(|error| anyhow!("--server {server}: {error}; use an address such as {SERVER_DEFAULT}"))?;
+    let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+    endpoint
+        .connect()
+        .await
+        .with_context(|| format!("nothing answers at {address}; is a cluster up? (cohort up)"))
+}
+
+/// A client on a channel, with room for the largest message.
+pub(crate) fn client(channel: Channel) -> Client {
+    CohortClient::new(channel)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+/// Returns once the router says it serves.
+pub(crate) async fn wait_until_serving(channel: Channel) -> anyhow::Result<()> {
+    let request = HealthCheckRequest { service: String::new() };
+    let mut health = HealthClient::new(channel);
+    let mut states = health.watch(request).await.map_err(|status| explain(&status))?.into_inner();
+    while let Some(state) = states.message().await.map_err(|status| explain(&status))? {
+        if state.status() == ServingStatus::Serving {
+            return Ok(());
+        }
+    }
+    bail!("the router stopped before it served")
+}
+
+/// Returns once the router answers at all, whether or not it serves yet.
+pub(crate) async fn wait_until_answering(channel: Channel) -> anyhow::Result<()> {
+    let request = HealthCheckRequest { service: String::new() };
+    HealthClient::new(channel).check(request).await.map_err(|status| explain(&status))?;
+    Ok(())
+}
+
+/// A status as a person reads it: the code, the message, and each refused field on its own line.
+pub(crate) fn explain(status: &Status) -> anyhow::Error {
+    let mut text = format!("{}: {}", code_name(status.code()), status.message());
+    let details = status.get_error_details();
+    for violation in details.bad_request().iter().flat_map(|bad| &bad.field_violations) {
+        text.push_str(&format!("\n  {}: {}", violation.field, violation.description));
+    }
+    if let Some(delay) = details.retry_info().and_then(|retry| retry.retry_delay) {
+        text.push_str(&format!("\n  retry after {} ms", delay.as_millis()));
+    }
+    anyhow!(text)
+}
+
+/// The code as gRPC's documents write it.
+pub(crate) const fn code_name(code: tonic::Code) -> &'static str {
+    use tonic::Code;
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}

@@ -1,0 +1,179 @@
+//! `cohort bench`: measures a running cluster.
+
+mod load;
+mod stats;
+
+use std::time::Duration;
+
+use anyhow::bail;
+use proto::v1::GetModelInfoRequest;
+
+use crate::client;
+use crate::table::{Align, Table};
+
+pub use load::Random;
+pub use stats::{Measured, Percentiles, Summary};
+
+const MORE: &str = "\
+Without a subcommand this is `bench serve`.
+
+Prompts are random tokens and the end of sequence is ignored, so every request costs the same. By default --clients
+clients each send their next request when their last one is answered; with --rate, requests arrive at random times
+at that mean rate whether or not earlier ones are answered.";
+
+/// Flags of `cohort bench`.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, after_help = MORE)]
+pub struct Args {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: Option<What>,
+    /// Of `bench serve`.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// What can be measured.
+#[derive(Debug, Clone, PartialEq, clap::Subcommand)]
+pub enum What {
+    /// Latency and throughput of a cluster under load
+    Serve(ServeArgs),
+}
+
+/// Flags of `cohort bench serve`.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct ServeArgs {
+    /// The router's gRPC address
+    #[arg(long, value_name = "URL", default_value = client::SERVER_DEFAULT)]
+    pub server: String,
+    /// Requests in flight at once (closed loop)
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "rate", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub clients: u32,
+    /// Requests a second, Poisson arrivals (open loop)
+    #[arg(long, value_name = "R")]
+    pub rate: Option<f64>,
+    /// Requests that are measured
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub requests: u32,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub prompt_tokens: u32,
+    /// Tokens each request generates
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub output_tokens: u32,
+    /// Requests sent before the measurement starts
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub warm_up: u32,
+    /// Seed of prompts and arrival times
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Give up on a request after this long
+    #[arg(long, value_name = "SECONDS", default_value_t = 120.0)]
+    pub timeout: f64,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Measures and prints.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let args = match &args.what {
+        Some(What::Serve(serve)) => serve,
+        None => &args.serve,
+    };
+    let plan = load::Plan::try_from(args)?;
+    let summary = super::runtime()?.block_on(measure(args, plan))?;
+    if args.json {
+        println!("{}", serde_json::to_string(&summary)?);
+    } else {
+        print(args, &summary);
+    }
+    if summary.requests_ok == 0 {
+        bail!("no request was answered");
+    }
+    Ok(())
+}
+
+async fn measure(args: &ServeArgs, plan: load::Plan) -> anyhow::Result<Summary> {
+    let mut client = client::client(client::channel(&args.server).await?);
+    let info =
+        client.get_model_info(GetModelInfoRequest {}).await.map_err(|status| client::explain(&status))?;
+    let info = info.into_inner();
+    let tokens = u64::from(args.prompt_tokens) + u64::from(args.output_tokens);
+    if args.prompt_tokens == 0 || args.output_tokens == 0 || tokens > info.context_tokens_max.into() {
+        bail!(
+            "--prompt-tokens {} and --output-tokens {} must each be at least 1 and together at most the context of {}, {}",
+            args.prompt_tokens,
+            args.output_tokens,
+            info.model,
+            info.context_tokens_max,
+        );
+    }
+    if !args.json {
+        eprintln!("{}: {} × {} ranks, {}", info.model, info.groups_ready, info.tensor_parallel, info.dtype);
+    }
+    Ok(load::run(client, &plan, info.vocab_size).await)
+}
+
+impl TryFrom<&ServeArgs> for load::Plan {
+    type Error = anyhow::Error;
+
+    fn try_from(args: &ServeArgs) -> anyhow::Result<Self> {
+        let arrivals = match args.rate {
+            None => load::Arrivals::Closed { clients: args.clients },
+            Some(rate) if rate.is_finite() && rate > 0.0 => load::Arrivals::Poisson { per_second: rate },
+            Some(rate) => bail!("--rate {rate}: must be above 0"),
+        };
+        let Ok(timeout) = Duration::try_from_secs_f64(args.timeout) else {
+            bail!("--timeout {}: must be a number of seconds of at least 0", args.timeout);
+        };
+        Ok(Self {
+            arrivals,
+            requests: args.requests,
+            warm_up: args.warm_up,
+            prompt_tokens: args.prompt_tokens,
+            output_tokens: args.output_tokens,
+            seed: args.seed,
+            timeout,
+        })
+    }
+}
+
+fn print(args: &ServeArgs, summary: &Summary) {
+    let arrivals = match args.rate {
+        None => format!("{} client(s)", args.clients),
+        Some(rate) => format!("{rate} requests/s"),
+    };
+    println!(
+        "{arrivals}, {} requests of {} prompt and {} output tokens, {:.2} s",
+        args.requests, args.prompt_tokens, args.output_tokens, summary.duration_s
+    );
+    let mut latency = Table::new([Align::Left, Align::Right, Align::Right, Align::Right, Align::Right]);
+    latency.row(["ms".into(), "mean".into(), "p50".into(), "p90".into(), "p99".into()]);
+    let rows = [
+        ("time to first token", &summary.ttft_ms),
+        ("inter-token latency", &summary.itl_ms),
+        ("time per output token", &summary.tpot_ms),
+        ("end to end", &summary.e2e_ms),
+    ];
+    for (name, percentiles) in rows {
+        if let Some(p) = percentiles {
+            let cell = |value: f64| format!("{value:.2}");
+            latency.row([name.into(), cell(p.mean), cell(p.p50), cell(p.p90), cell(p.p99)]);
+        }
+    }
+    let mut totals = Table::new([Align::Left, Align::Right]);
+    totals.row(["output tokens/s".into(), format!("{:.1}", summary.output_tokens_per_s)]);
+    totals.row(["requests/s".into(), format!("{:.2}", summary.requests_per_s)]);
+    totals.row(["answered".into(), summary.requests_ok.to_string()]);
+    for (code, count) in &summary.errors {
+        totals.row([format!("failed with {code}"), count.to_string()]);
+    }
+    for line in latency.lines() {
+        println!("{line}");
+    }
+    println!();
+    for line in totals.lines() {
+        println!("{line}");
+    }
+}

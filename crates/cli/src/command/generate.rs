@@ -1,0 +1,286 @@
+//! `cohort generate`: one prompt to a running cluster.
+
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::bail;
+use proto::v1::{
+    ChatMessage, ChatPrompt, Finish, FinishReason, GenerateRequest, GenerateResponse, PromptInfo, Response,
+    Sampling, Stopping, TokenIds, TokenLogprob, Usage, generate_request,
+};
+use serde_json::{Value, json};
+use tonic::{Request, Streaming};
+
+use crate::client;
+
+const MORE: &str = "\
+Examples:
+  cohort generate --chat \"What does Vec::push do?\" --reasoning false --temperature 0
+  cohort generate --token-ids 5,8,10 --max-tokens 4 --logprobs 2 --json";
+
+/// Flags of `cohort generate`.
+#[derive(Debug, Clone, Default, PartialEq, clap::Args)]
+#[command(after_help = MORE)]
+pub struct Args {
+    /// The router's gRPC address
+    #[arg(long, value_name = "URL", default_value = client::SERVER_DEFAULT)]
+    pub server: String,
+    /// Name of the model [default: whatever is served]
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pub model: String,
+    /// Give up after this long
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<f64>,
+    /// What to answer.
+    #[command(flatten)]
+    pub prompt: PromptFlags,
+    /// How tokens are drawn.
+    #[command(flatten)]
+    pub sampling: SamplingFlags,
+    /// When to stop.
+    #[command(flatten)]
+    pub stopping: StoppingFlags,
+    /// Log-probability of each generated token, with K alternatives
+    #[arg(long, value_name = "K", help_heading = "Output")]
+    pub logprobs: Option<u32>,
+    /// Log-probability of each prompt token, with K alternatives
+    #[arg(long, value_name = "K", help_heading = "Output")]
+    pub prompt_logprobs: Option<u32>,
+    /// Keep marker tokens such as <|END_TEXT|> in the text
+    #[arg(long, help_heading = "Output")]
+    pub keep_special_tokens: bool,
+    /// Print one JSON object: token_ids, text, finish_reason, logprobs, prompt_logprobs, usage
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// What to answer: exactly one of text, chat and token ids.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+#[command(next_help_heading = "Prompt (one of --prompt, --chat, --token-ids)")]
+pub struct PromptFlags {
+    /// Plain text to continue
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["chat", "token_ids"])]
+    pub prompt: Option<String>,
+    /// A user's message; given again, turns alternate between assistant and user
+    #[arg(long, value_name = "TEXT", conflicts_with = "token_ids")]
+    pub chat: Vec<String>,
+    /// A system message before the chat; may be given again
+    #[arg(long, value_name = "TEXT", requires = "chat", conflicts_with_all = ["prompt", "token_ids"])]
+    pub system: Vec<String>,
+    /// Whether the model may think before it answers a chat [default: the template's choice]
+    #[arg(long, value_name = "BOOL", requires = "chat", conflicts_with_all = ["prompt", "token_ids"])]
+    pub reasoning: Option<bool>,
+    /// Token ids, separated by commas, used as they are
+    #[arg(long, value_name = "ID,…", value_delimiter = ',')]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// How tokens are drawn.
+#[derive(Debug, Clone, Default, PartialEq, clap::Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingFlags {
+    /// Divides the logits; 0 always takes the most likely token [default: 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Only the K most likely tokens; 0 means all [default: 0]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Only the most likely tokens that together reach this probability [default: 1]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Only tokens at least this fraction as likely as the most likely one [default: 0]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Same request, same seed: same tokens [default: drawn at random]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+/// When to stop.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+#[command(next_help_heading = "Stopping")]
+pub struct StoppingFlags {
+    /// Most tokens to generate [default: what the context allows, at most 1024]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<u32>,
+    /// Do not stop before this many tokens
+    #[arg(long, value_name = "N")]
+    pub min_tokens: Option<u32>,
+    /// Text that ends the answer and is not part of it; may be given again
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Tokens that end the answer, separated by commas
+    #[arg(long, value_name = "ID,…", value_delimiter = ',')]
+    pub stop_token_ids: Vec<u32>,
+    /// Go on past the model's own end-of-sequence tokens
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+impl Args {
+    /// The request these flags describe.
+    ///
+    /// # Errors
+    /// When no prompt is given.
+    pub fn to_request(&self) -> anyhow::Result<GenerateRequest> {
+        let (sampling, stopping) = (&self.sampling, &self.stopping);
+        Ok(GenerateRequest {
+            request_id: String::new(),
+            model: self.model.clone(),
+            prompt: Some(self.prompt.to_prompt()?),
+            sampling: Some(Sampling {
+                temperature: sampling.temperature,
+                top_k: sampling.top_k,
+                top_p: sampling.top_p,
+                min_p: sampling.min_p,
+                seed: sampling.seed,
+            }),
+            stopping: Some(Stopping {
+                max_tokens: stopping.max_tokens,
+                min_tokens: stopping.min_tokens,
+                stop: stopping.stop.clone(),
+                stop_token_ids: stopping.stop_token_ids.clone(),
+                ignore_eos: stopping.ignore_eos,
+            }),
+            response: Some(Response {
+                logprobs: self.logprobs,
+                prompt_logprobs: self.prompt_logprobs,
+                keep_special_tokens: self.keep_special_tokens,
+            }),
+        })
+    }
+}
+
+impl PromptFlags {
+    fn to_prompt(&self) -> anyhow::Result<generate_request::Prompt> {
+        if let Some(text) = &self.prompt {
+            return Ok(generate_request::Prompt::Text(text.clone()));
+        }
+        if let Some(ids) = &self.token_ids {
+            return Ok(generate_request::Prompt::TokenIds(TokenIds { ids: ids.clone() }));
+        }
+        if self.chat.is_empty() {
+            bail!("give one of --prompt TEXT, --chat TEXT and --token-ids 1,2,3");
+        }
+        let message =
+            |role: &str, content: &String| ChatMessage { role: role.into(), content: content.clone() };
+        let system = self.system.iter().map(|content| message("system", content));
+        let turns = ["user", "assistant"].into_iter().cycle();
+        let turns = turns.zip(&self.chat).map(|(role, content)| message(role, content));
+        let messages = system.chain(turns).collect();
+        Ok(generate_request::Prompt::Chat(ChatPrompt { messages, reasoning: self.reasoning }))
+    }
+}
+
+/// A whole answer, put together from its stream.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Answer {
+    /// The generated tokens.
+    pub token_ids: Vec<u32>,
+    /// Their text.
+    pub text: String,
+    /// One for each token, when asked for.
+    pub logprobs: Vec<TokenLogprob>,
+    /// Facts of the prompt.
+    pub prompt: Option<PromptInfo>,
+    /// How it ended.
+    pub finish: Option<Finish>,
+    /// What was counted.
+    pub usage: Option<Usage>,
+}
+
+impl Answer {
+    /// Adds the next message of the stream.
+    pub fn add(&mut self, message: GenerateResponse) {
+        self.token_ids.extend(message.token_ids);
+        self.text.push_str(&message.text);
+        self.logprobs.extend(message.logprobs);
+        self.prompt = self.prompt.take().or(message.prompt);
+        self.finish = self.finish.take().or(message.finish);
+        self.usage = self.usage.or(message.usage);
+    }
+
+    /// The answer as `--json` prints it; log-probabilities are null where the request did not ask for them.
+    #[must_use]
+    pub fn to_json(&self, request: &GenerateRequest) -> Value {
+        let asked = request.response.unwrap_or_default();
+        let logprobs = asked.logprobs.map(|_| self.logprobs.iter().map(logprob_json).collect::<Vec<_>>());
+        let prompt = self.prompt.clone().unwrap_or_default().logprobs;
+        let position = |logprob: &proto::v1::PromptLogprob| logprob.value.as_ref().map(logprob_json);
+        let prompt_logprobs = asked.prompt_logprobs.map(|_| prompt.iter().map(position).collect::<Vec<_>>());
+        json!({
+            "token_ids": self.token_ids,
+            "text": self.text,
+            "finish_reason": self.finish.as_ref().map(finish_name),
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
+            "usage": self.usage.map(|usage| json!({
+                "prompt_tokens": usage.prompt_tokens,
+                "output_tokens": usage.output_tokens,
+            })),
+        })
+    }
+}
+
+fn logprob_json(logprob: &TokenLogprob) -> Value {
+    let top: Vec<Value> = logprob.top.iter().map(|other| json!([other.token_id, other.logprob])).collect();
+    json!({ "token_id": logprob.token_id, "logprob": logprob.logprob, "top": top })
+}
+
+fn finish_name(finish: &Finish) -> &'static str {
+    match finish.reason() {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Unspecified => "unspecified",
+    }
+}
+
+/// Sends the prompt and prints the answer.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let request = args.to_request()?;
+    let mut call = Request::new(request.clone());
+    if let Some(seconds) = args.timeout {
+        let Ok(timeout) = Duration::try_from_secs_f64(seconds) else {
+            bail!("--timeout {seconds}: must be a number of seconds of at least 0");
+        };
+        call.set_timeout(timeout);
+    }
+    super::runtime()?.block_on(async {
+        let mut client = client::client(client::channel(&args.server).await?);
+        let stream = client.generate(call).await.map_err(|status| client::explain(&status))?.into_inner();
+        let answer = receive(stream, !args.json).await?;
+        if args.json {
+            println!("{}", answer.to_json(&request));
+        } else {
+            println!();
+        }
+        Ok(())
+    })
+}
+
+/// Reads the stream to its end; with `print`, text goes to stdout as it comes.
+async fn receive(mut stream: Streaming<GenerateResponse>, print: bool) -> anyhow::Result<Answer> {
+    let mut answer = Answer::default();
+    let mut stdout = std::io::stdout();
+    loop {
+        let message = match stream.message().await {
+            Ok(Some(message)) => message,
+            Ok(None) => break,
+            Err(status) => {
+                if print && !answer.text.is_empty() {
+                    println!();
+                }
+                return Err(client::explain(&status));
+            }
+        };
+        if print {
+            stdout.write_all(message.text.as_bytes())?;
+            stdout.flush()?;
+        }
+        answer.add(message);
+    }
+    if answer.finish.is_none() {
+        bail!("the stream ended without saying why; the answer above is not complete");
+    }
+    Ok(answer)
+}

@@ -1,0 +1,144 @@
+//! `cohort group`: the ranks of one worker group on this machine.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use settings::Settings;
+
+use super::worker;
+use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags};
+use crate::progress::Progress;
+use crate::report::{self, Event, Line};
+use crate::supervisor::group::{self, Group};
+use crate::supervisor::{Spec, lifeline, signals};
+
+/// Any free port of this machine only.
+const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+/// What the leader may need beyond its own grace to close its streams and end.
+const LEADER_SLACK: Duration = Duration::from_secs(2);
+
+const MORE: &str = "\
+One process is started for each rank. When one dies, all end, and the error names it.";
+
+/// Flags of `cohort group`.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+#[command(after_help = MORE)]
+pub struct Args {
+    /// Where the configuration comes from.
+    #[command(flatten)]
+    pub file: FileFlag,
+    /// Where rank 0 listens for the other ranks; port 0 takes any free one
+    #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
+    pub rendezvous: SocketAddr,
+    /// Where rank 0 listens for routers; port 0 takes any free one
+    #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
+    pub listen: SocketAddr,
+    /// What is served.
+    #[command(flatten)]
+    pub model: ModelFlags,
+    /// How it is computed.
+    #[command(flatten)]
+    pub compute: ComputeFlags,
+    /// Bounds of the group.
+    #[command(flatten)]
+    pub group: GroupFlags,
+    /// Started by a supervisor: reports go to stdout as JSON lines, and the end of stdin ends this process
+    #[arg(long, hide = true)]
+    pub supervised: bool,
+}
+
+impl Args {
+    /// These arguments as a child's command line, after the program's name.
+    #[must_use]
+    pub fn to_argv(&self) -> Vec<String> {
+        let mut argv = vec!["group".to_owned()];
+        argv.extend(self.file.config.iter().map(|path| format!("--config={}", path.display())));
+        argv.push(format!("--rendezvous={}", self.rendezvous));
+        argv.push(format!("--listen={}", self.listen));
+        argv.extend(self.model.to_argv());
+        argv.extend(self.compute.to_argv());
+        argv.extend(self.group.to_argv());
+        argv.extend(self.supervised.then(|| "--supervised".to_owned()));
+        argv
+    }
+
+    /// What a supervised group of these settings is started with.
+    pub(crate) fn supervised(settings: &Settings, listen: Option<SocketAddr>) -> Self {
+        Self {
+            file: FileFlag::default(),
+            rendezvous: ANYWHERE,
+            listen: listen.unwrap_or(ANYWHERE),
+            model: ModelFlags::from(settings),
+            compute: ComputeFlags::from(settings),
+            group: GroupFlags::from(settings),
+            supervised: true,
+        }
+    }
+
+    /// What one of its ranks is started with.
+    fn rank(&self, settings: &Settings, rank: u32, rendezvous: Option<SocketAddr>) -> worker::Args {
+        worker::Args {
+            file: FileFlag::default(),
+            rank,
+            rendezvous: rendezvous.unwrap_or(self.rendezvous),
+            listen: self.listen,
+            model: ModelFlags::from(settings),
+            compute: ComputeFlags::from(settings),
+            group: GroupFlags::from(settings),
+            supervised: true,
+        }
+    }
+}
+
+/// Longest a whole group may take to stop.
+pub(crate) fn stop_grace(settings: &Settings) -> Duration {
+    settings.group.drain_grace_s + LEADER_SLACK + group::FOLLOWER_GRACE
+}
+
+/// Runs the group until it is told to stop or a rank ends.
+pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
+    if args.supervised {
+        lifeline::hold()?;
+    }
+    let stop = signals::stop_token(args.supervised)?;
+    let settings = args::load(&args.file, &[&args.model, &args.compute, &args.group])?;
+    let log = log.to_argv();
+    let group = Group {
+        size: settings.group.tensor_parallel,
+        leader_grace: settings.group.drain_grace_s + LEADER_SLACK,
+        spec: |rank, rendezvous| {
+            let mut argv = args.rank(&settings, rank, rendezvous).to_argv();
+            argv.extend_from_slice(&log);
+            Spec::own(argv)
+        },
+    };
+    super::runtime()?.block_on(async {
+        if args.supervised {
+            return group::run(&group, &stop, |line| report::say(&line)).await;
+        }
+        let mut progress = Progress::new(1);
+        group::run(&group, &stop, |line| {
+            progress.report(0, &line);
+            tell(&progress, &line);
+        })
+        .await
+    })
+}
+
+/// What somebody who started the group by hand wants to know.
+fn tell(progress: &Progress, line: &Line) {
+    match &line.event {
+        Event::Listening { address } => {
+            progress.print(&format!("listening for routers: cohort router --workers http://{address}"));
+        }
+        Event::Ready { elapsed_ms } if line.rank == Some(0) => {
+            progress.print(&format!("group ready after {elapsed_ms} ms"));
+        }
+        Event::Rendezvous { .. }
+        | Event::Phase { .. }
+        | Event::Loaded(_)
+        | Event::Ready { .. }
+        | Event::Serving(_)
+        | Event::Failed { .. } => {}
+    }
+}

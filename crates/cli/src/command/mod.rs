@@ -1,0 +1,110 @@
+//! The subcommands, one file each.
+
+pub mod bench;
+pub mod config;
+pub mod demo;
+pub mod generate;
+pub mod group;
+pub mod router;
+pub mod up;
+pub mod worker;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use tokio::runtime::Runtime;
+
+use crate::args::LogFlags;
+
+const MORE: &str = "\
+Start with:
+  cohort demo
+  cohort up --tensor-parallel 2
+  cohort generate --chat \"What does Vec::push do?\"";
+
+/// A serving cluster for Cohere MoE models: a gRPC router and tensor-parallel workers.
+#[derive(Debug, Parser)]
+#[command(name = "cohort", version, after_help = MORE)]
+pub struct Cli {
+    /// Where logs go.
+    #[command(flatten)]
+    pub log: LogFlags,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a router and two workers on the embedded model, ask one question, and stop
+    Demo(demo::Args),
+    /// Run a cluster on this machine: a router and its worker groups
+    Up(Box<up::Args>),
+    /// Send one prompt to a running cluster
+    Generate(Box<generate::Args>),
+    /// Measure a running cluster
+    Bench(bench::Args),
+    /// Check or show a configuration
+    Config(config::Args),
+    /// Run a router for worker groups that run elsewhere
+    Router(Box<router::Args>),
+    /// Run the ranks of one worker group on this machine
+    Group(Box<group::Args>),
+    /// Run one rank of a worker group
+    Worker(Box<worker::Args>),
+}
+
+impl Command {
+    /// Runs the subcommand to its end.
+    ///
+    /// # Errors
+    /// Whatever ended it other than success or an order to stop.
+    pub fn run(self, log: &LogFlags) -> anyhow::Result<()> {
+        match self {
+            Self::Demo(args) => demo::run(&args, log),
+            Self::Up(args) => up::run(&args, log),
+            Self::Generate(args) => generate::run(&args),
+            Self::Bench(args) => bench::run(&args),
+            Self::Config(args) => config::run(&args),
+            Self::Router(args) => router::run(&args),
+            Self::Group(args) => group::run(&args, log),
+            Self::Worker(args) => worker::run(&args),
+        }
+    }
+
+    /// Whether a supervisor started this process and reads its reports.
+    #[must_use]
+    pub fn supervised(&self) -> bool {
+        match self {
+            Self::Router(args) => args.supervised,
+            Self::Group(args) => args.supervised,
+            Self::Worker(args) => args.supervised,
+            Self::Demo(_) | Self::Up(_) | Self::Generate(_) | Self::Bench(_) | Self::Config(_) => false,
+        }
+    }
+
+    /// What is logged unless the user says otherwise: a service tells its story, a tool only its troubles.
+    #[must_use]
+    pub fn log_level_default(&self) -> &'static str {
+        match self {
+            Self::Router(_) | Self::Group(_) | Self::Worker(_) => "info",
+            Self::Demo(_) | Self::Up(_) | Self::Generate(_) | Self::Bench(_) | Self::Config(_) => "warn",
+        }
+    }
+}
+
+/// The level children log at: what the user asked for, else only their troubles, so bars and answers stay readable.
+fn quiet(log: &LogFlags) -> LogFlags {
+    let asked = log.log_level.is_some() || std::env::var_os("RUST_LOG").is_some();
+    let log_level = if asked { log.log_level.clone() } else { Some("warn".into()) };
+    LogFlags { log_level, ..log.clone() }
+}
+
+/// Threads for talking and supervising; models compute in threads of their own.
+fn runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the runtime")
+}

@@ -1,0 +1,188 @@
+//! `cohort up`: a whole cluster on this machine.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use settings::Settings;
+use tokio_util::sync::CancellationToken;
+
+use super::{demo, group, router};
+use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, RouterFlags};
+use crate::progress::Progress;
+use crate::report::Serving;
+use crate::style::Paint;
+use crate::supervisor::cluster::{self, Cluster, Happening, Member};
+use crate::supervisor::{Spec, signals};
+use crate::{client, embedded};
+
+/// What a member may need beyond its own graces to end.
+const SUPERVISOR_SLACK: Duration = Duration::from_secs(1);
+
+const MORE: &str = "\
+Without --model the embedded demo model is served. Groups and routers that die are restarted.
+Ctrl-C stops everything once open requests are finished; a second Ctrl-C ends at once.
+
+Examples:
+  cohort up --tensor-parallel 2
+  cohort up --config cluster.toml --grpc-listen 0.0.0.0:50051";
+
+/// Flags of `cohort up`.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+#[command(after_help = MORE)]
+pub struct Args {
+    /// Where the configuration comes from.
+    #[command(flatten)]
+    pub file: FileFlag,
+    /// Worker groups: replicas of the model [default: 1]
+    #[arg(long, value_name = "N")]
+    pub groups: Option<u32>,
+    /// What is served.
+    #[command(flatten)]
+    pub model: ModelFlags,
+    /// How it is computed.
+    #[command(flatten)]
+    pub compute: ComputeFlags,
+    /// Bounds of each group.
+    #[command(flatten)]
+    pub group: GroupFlags,
+    /// Where it is served.
+    #[command(flatten)]
+    pub router: RouterFlags,
+}
+
+/// The number of groups as a group of flags of its own: only this subcommand takes it.
+struct GroupsFlag(Option<u32>);
+
+impl ConfigFlags for GroupsFlag {
+    fn flags(&self) -> Vec<settings::Flag> {
+        let flag = |groups: u32| settings::Flag {
+            flag: "--groups",
+            key: "cluster.groups",
+            value: groups.to_string(),
+        };
+        self.0.map(flag).into_iter().collect()
+    }
+}
+
+/// Runs the cluster until it is told to stop.
+pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
+    let stop = signals::stop_token(false)?;
+    let settings = args::load(
+        &args.file,
+        &[&GroupsFlag(args.groups), &args.model, &args.compute, &args.group, &args.router],
+    )?;
+    let log = super::quiet(log);
+    super::runtime()?.block_on(async {
+        let display = Arc::new(Display::new(&settings));
+        tokio::spawn(say_stopping(stop.clone(), Arc::clone(&display)));
+        supervise(&settings, &log, &stop, |happening| match happening {
+            Happening::Up(serving) => _ = tokio::spawn(tell_when_serving(serving, Arc::clone(&display))),
+            other => display.show(other),
+        })
+        .await
+    })
+}
+
+/// Runs a cluster of these settings until `stop`; `on` hears what happens.
+pub(crate) async fn supervise(
+    settings: &Settings,
+    log: &LogFlags,
+    stop: &CancellationToken,
+    on: impl FnMut(Happening),
+) -> anyhow::Result<()> {
+    let log = log.to_argv();
+    let own = |mut argv: Vec<String>| {
+        argv.extend_from_slice(&log);
+        Spec::own(argv)
+    };
+    let cluster = Cluster {
+        groups: settings.cluster.groups,
+        grace: group::stop_grace(settings).max(router::stop_grace(settings)) + SUPERVISOR_SLACK,
+        group: |_, listen: Option<SocketAddr>| own(group::Args::supervised(settings, listen).to_argv()),
+        router: |leaders: &[SocketAddr], served: Option<Serving>| {
+            own(router::Args::supervised(settings, leaders, served).to_argv())
+        },
+    };
+    cluster::run(&cluster, stop, on).await
+}
+
+async fn say_stopping(stop: CancellationToken, display: Arc<Display>) {
+    stop.cancelled().await;
+    display.print(&display.paint.dim("stopping; open requests finish first, Ctrl-C again ends at once"));
+}
+
+/// Says so once the router answers that it serves.
+async fn tell_when_serving(serving: Serving, display: Arc<Display>) {
+    let address = client::reachable(serving.grpc).to_string();
+    let served = async { client::wait_until_serving(client::channel(&address).await?).await };
+    match served.await {
+        Ok(()) => display.print(&display.banner(serving)),
+        Err(error) => tracing::warn!("router at {address}: {error:#}"),
+    }
+}
+
+/// What the person at the terminal sees.
+struct Display {
+    started: Instant,
+    paint: Paint,
+    progress: Mutex<Progress>,
+    model: String,
+    size: String,
+}
+
+impl Display {
+    fn new(settings: &Settings) -> Self {
+        let (groups, ranks) = (settings.cluster.groups, settings.group.tensor_parallel);
+        Self {
+            started: Instant::now(),
+            paint: Paint::stderr(),
+            progress: Mutex::new(Progress::new(groups)),
+            model: embedded::served_name(settings),
+            size: format!("{groups} group(s) of {ranks} rank(s)"),
+        }
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn print(&self, text: &str) {
+        self.progress().print(text);
+    }
+
+    fn show(&self, happening: Happening) {
+        match happening {
+            Happening::Said { member: Member::Group(index), line } => self.progress().report(index, &line),
+            Happening::Restarting { member, after, why } => {
+                if let Member::Group(index) = member {
+                    self.progress().forget(index);
+                }
+                let text = format!("{member} {why}; starting it again in {} ms", after.as_millis());
+                self.print(&self.paint.bad(text));
+            }
+            Happening::Said { member: Member::Router, .. } | Happening::Started { .. } | Happening::Up(_) => {
+            }
+        }
+    }
+
+    /// Where the cluster serves, and a first command to try.
+    fn banner(&self, serving: Serving) -> String {
+        let paint = self.paint;
+        let server = match format!("http://{}", client::reachable(serving.grpc)) {
+            default if default == client::SERVER_DEFAULT => String::new(),
+            other => format!(" --server {other}"),
+        };
+        let ready = format!(
+            "{} {}: gRPC at {}{}  {}",
+            paint.good("ready"),
+            paint.bold(&self.model),
+            serving.grpc,
+            router::http_part(serving),
+            paint.dim(format!("{} after {:.2} s", self.size, self.started.elapsed().as_secs_f64())),
+        );
+        // Backquotes would need quoting that differs between shells.
+        let question = demo::QUESTION.replace('`', "");
+        format!("{ready}\n  {}", paint.accent(format!("cohort generate{server} --chat \"{question}\"")))
+    }
+}

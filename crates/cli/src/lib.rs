@@ -1,0 +1,17 @@
+//! The `cohort` command line: one file per subcommand under `command`, the supervisor of the processes of one
+//! machine, and what a person sees of them.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line talks to its terminal")]
+
+pub mod args;
+mod client;
+pub mod command;
+mod embedded;
+mod progress;
+pub mod report;
+mod style;
+pub mod supervisor;
+mod table;
+mod telemetry;
+
+pub use telemetry::start as start_telemetry;

@@ -1,0 +1,128 @@
+//! The ranks of one worker group: they live and die together.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use types::TpSize;
+
+use super::child::{self, Exit, Handle, Spec, Update};
+use crate::report::{Event, Line};
+
+/// How long ranks may take to stop once the leader is gone or another rank has failed: they have nothing to finish.
+pub const FOLLOWER_GRACE: Duration = Duration::from_secs(2);
+/// Updates held for a slow supervisor; a child waits when there are more.
+const UPDATES_MAX: usize = 256;
+
+/// What a group consists of.
+pub struct Group<F> {
+    /// Number of ranks.
+    pub size: TpSize,
+    /// How long the leader may take to finish open requests after the order to stop.
+    pub leader_grace: Duration,
+    /// How to start a rank; all but rank 0 are told where to meet.
+    pub spec: F,
+}
+
+struct Ranks<'a, F> {
+    group: &'a Group<F>,
+    running: BTreeMap<u32, Handle>,
+    updates: mpsc::Sender<(u32, Update)>,
+    /// Ranks that ended unasked; the first one, or the first one killed, is the cause.
+    lost: Vec<(u32, Exit)>,
+    stopping: bool,
+}
+
+/// Runs a group until it is told to stop or a rank ends. `on` hears every report, with its rank.
+///
+/// # Errors
+/// Names the rank that ended although nobody asked it to, and how it ended, once all others are gone too.
+pub async fn run<F>(
+    group: &Group<F>,
+    stop: &CancellationToken,
+    mut on: impl FnMut(Line),
+) -> anyhow::Result<()>
+where
+    F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>,
+{
+    let (updates, mut inbox) = mpsc::channel(UPDATES_MAX);
+    let mut ranks = Ranks { group, running: BTreeMap::new(), updates, lost: Vec::new(), stopping: false };
+    ranks.start(0, None)?;
+    while !ranks.running.is_empty() {
+        tokio::select! {
+            () = stop.cancelled(), if !ranks.stopping => ranks.stop(),
+            Some((rank, update)) = inbox.recv() => match update {
+                Update::Said(mut line) => {
+                    if let Event::Rendezvous { address } = line.event {
+                        ranks.meet(address)?;
+                    }
+                    line.rank = Some(rank);
+                    on(line);
+                }
+                Update::Exited(exit) => ranks.exited(rank, exit),
+            },
+        }
+    }
+    ranks.verdict()
+}
+
+impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
+    fn start(&mut self, rank: u32, rendezvous: Option<SocketAddr>) -> anyhow::Result<()> {
+        let handle = child::spawn(&(self.group.spec)(rank, rendezvous)?, rank, self.updates.clone())?;
+        tracing::info!(rank, pid = handle.pid(), "started");
+        self.running.insert(rank, handle);
+        Ok(())
+    }
+
+    /// Rank 0 listens: the others can come.
+    fn meet(&mut self, rendezvous: SocketAddr) -> anyhow::Result<()> {
+        if self.stopping || self.running.len() > 1 {
+            return Ok(());
+        }
+        for rank in 1..self.group.size.get() {
+            self.start(rank, Some(rendezvous))?;
+        }
+        Ok(())
+    }
+
+    /// The leader goes first: while it finishes open requests it needs the others.
+    fn stop(&mut self) {
+        self.stopping = true;
+        match self.running.get(&0) {
+            Some(leader) => leader.stop(self.group.leader_grace),
+            None => self.stop_all(),
+        }
+    }
+
+    fn stop_all(&mut self) {
+        self.stopping = true;
+        for handle in self.running.values() {
+            handle.stop(FOLLOWER_GRACE);
+        }
+    }
+
+    fn exited(&mut self, rank: u32, exit: Exit) {
+        self.running.remove(&rank);
+        let unexpected = !self.stopping || exit.killed() && !exit.asked;
+        if unexpected {
+            self.lost.push((rank, exit));
+        } else if !exit.status.success() {
+            tracing::warn!(rank, "while stopping: {exit}");
+        }
+        if unexpected || rank == 0 {
+            self.stop_all();
+        }
+    }
+
+    fn verdict(self) -> anyhow::Result<()> {
+        // A rank that loses a peer fails too, and may be seen first: the one that was killed is the cause.
+        let killed = self.lost.iter().find(|(_, exit)| exit.killed());
+        match killed.or(self.lost.first()) {
+            None => Ok(()),
+            Some((rank, exit)) => Err(anyhow!("rank {rank} of {} {exit}", self.group.size)),
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! Processes of one machine: a supervisor starts children, reads their reports, and no child outlives it.
+//!
+//! - [`child`]: one child process, from start to the way it ended;
+//! - [`lifeline`]: the child's end of the pipe that tells it its supervisor is gone;
+//! - [`signals`]: Ctrl-C and SIGTERM;
+//! - [`group`]: the ranks of one worker group, which live and die together;
+//! - [`cluster`]: a router and groups, restarted when they die;
+//! - [`backoff`]: how long to wait before a restart.
+
+pub mod backoff;
+pub mod child;
+pub mod cluster;
+pub mod group;
+pub mod lifeline;
+pub mod signals;
+
+pub use backoff::Backoff;
+pub use child::{Exit, Handle, Spec, Update};

@@ -1,0 +1,208 @@
+//! Command lines: what children are started with is what they read, and what users type is understood.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{CommandFactory, Parser};
+use cli::args::{
+    ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, LogFormat, ModelFlags, RouterFlags,
+};
+use cli::command::{Cli, Command, group, router, worker};
+use proptest::option::of;
+use proptest::prelude::*;
+use settings::{HttpListen, Settings, Sources};
+
+fn parse(argv: &[String]) -> Cli {
+    let line = std::iter::once("cohort".to_owned()).chain(argv.iter().cloned());
+    Cli::try_parse_from(line).unwrap_or_else(|error| panic!("{argv:?}: {error}"))
+}
+
+fn refused(argv: &[&str]) -> String {
+    let line = std::iter::once("cohort").chain(argv.iter().copied());
+    Cli::try_parse_from(line).map(|cli| panic!("{cli:?}")).unwrap_or_else(|error| error.to_string())
+}
+
+fn address() -> impl Strategy<Value = SocketAddr> {
+    any::<([u8; 4], u16)>().prop_map(SocketAddr::from)
+}
+
+fn http() -> impl Strategy<Value = HttpListen> {
+    prop_oneof![Just(HttpListen::Off), address().prop_map(HttpListen::At)]
+}
+
+fn file() -> impl Strategy<Value = FileFlag> {
+    of("[ -~]{1,12}").prop_map(|path| FileFlag { config: path.map(PathBuf::from) })
+}
+
+fn model() -> impl Strategy<Value = ModelFlags> {
+    (of("[ -~]{1,12}"), of("[ -~]{1,12}")).prop_map(|(model, model_name)| ModelFlags { model, model_name })
+}
+
+fn compute() -> impl Strategy<Value = ComputeFlags> {
+    let dtype = prop_oneof![Just("f32"), Just("bf16")].prop_map(str::to_owned);
+    let device = prop_oneof![Just("auto"), Just("cpu"), Just("cuda")].prop_map(str::to_owned);
+    (of(dtype), of(device), any::<Option<u32>>()).prop_map(|(dtype, device, window_keys)| ComputeFlags {
+        dtype,
+        device,
+        window_keys,
+    })
+}
+
+fn group_flags() -> impl Strategy<Value = GroupFlags> {
+    let seconds = || of(0.0..1e6_f64);
+    let counts = any::<([Option<u32>; 7], Option<usize>)>();
+    (counts, seconds(), seconds(), seconds()).prop_map(|((counts, threads), boot, step, drain)| GroupFlags {
+        tensor_parallel: counts[0],
+        threads,
+        kv_tokens: counts[1],
+        block_size: counts[2],
+        step_tokens_max: counts[3],
+        running_max: counts[4],
+        waiting_requests_max: counts[5],
+        waiting_tokens_max: counts[6],
+        boot_timeout_s: boot,
+        step_timeout_s: step,
+        drain_grace_s: drain,
+    })
+}
+
+fn router_flags() -> impl Strategy<Value = RouterFlags> {
+    let seconds = || of(0.0..1e6_f64);
+    (of(address()), of(http()), any::<Option<u32>>(), any::<Option<usize>>(), seconds(), seconds()).prop_map(
+        |(
+            grpc_listen,
+            http_listen,
+            requests_max,
+            prompt_bytes_max,
+            withdraw_grace_s,
+            router_drain_grace_s,
+        )| {
+            RouterFlags {
+                grpc_listen,
+                http_listen,
+                requests_max,
+                prompt_bytes_max,
+                withdraw_grace_s,
+                router_drain_grace_s,
+            }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_worker_reads_back_what_it_was_started_with(
+        file in file(), rank: u32, rendezvous in address(), listen in address(), model in model(),
+        compute in compute(), group in group_flags(), supervised: bool,
+    ) {
+        let args = worker::Args { file, rank, rendezvous, listen, model, compute, group, supervised };
+        let Command::Worker(read) = parse(&args.to_argv()).command else { panic!("another command") };
+        prop_assert_eq!(*read, args);
+    }
+
+    #[test]
+    fn a_group_reads_back_what_it_was_started_with(
+        file in file(), rendezvous in address(), listen in address(), model in model(), compute in compute(),
+        group in group_flags(),
+        supervised: bool,
+    ) {
+        let args = group::Args { file, rendezvous, listen, model, compute, group, supervised };
+        let Command::Group(read) = parse(&args.to_argv()).command else { panic!("another command") };
+        prop_assert_eq!(*read, args);
+    }
+
+    #[test]
+    fn a_router_reads_back_what_it_was_started_with(
+        file in file(), workers in prop::collection::vec("http://[a-z]{1,8}:[1-9][0-9]{0,3}", 0..4),
+        model in model(), router in router_flags(), supervised: bool,
+    ) {
+        let args = router::Args { file, workers, model, router, supervised };
+        let Command::Router(read) = parse(&args.to_argv()).command else { panic!("another command") };
+        prop_assert_eq!(*read, args);
+    }
+}
+
+#[test]
+fn flags_made_from_settings_give_the_same_settings() {
+    let text = "model.path = '/m'\nmodel.dtype = 'bf16'\nmodel.device = 'cuda'\nmodel.window_keys = 7\n\
+                group.tensor_parallel = 4\ngroup.threads = 2\ngroup.kv_tokens = 99\ngroup.block_size = 8\n\
+                group.step_tokens_max = 70\ngroup.running_max = 5\ngroup.waiting_requests_max = 6\n\
+                group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\n\
+                group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
+                router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
+                router.drain_grace_s = 3";
+    let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+    std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
+    let settings = Settings::load(&Sources { file: Some(path.path().into()), ..Sources::default() }).unwrap();
+    let mut flags = ModelFlags::from(&settings).flags();
+    flags.extend(ComputeFlags::from(&settings).flags());
+    flags.extend(GroupFlags::from(&settings).flags());
+    flags.extend(RouterFlags::from(&settings).flags());
+    assert_eq!(Settings::load(&Sources { flags, ..Sources::default() }).unwrap(), settings);
+}
+
+#[test]
+fn every_flag_names_a_key_that_exists() {
+    let keys = Settings::keys();
+    let mut settings = Settings::default();
+    settings.model.path = Some("m".into());
+    settings.model.name = Some("m".into());
+    settings.model.window_keys = Some(1);
+    settings.group.threads = Some(1);
+    let mut flags = ModelFlags::from(&settings).flags();
+    flags.extend(ComputeFlags::from(&settings).flags());
+    flags.extend(GroupFlags::from(&settings).flags());
+    flags.extend(RouterFlags::from(&settings).flags());
+    // All but the two that are not flags of a child: the router's workers and the number of groups.
+    assert_eq!(flags.len(), keys.len() - 2);
+    for flag in flags {
+        assert!(keys.contains(flag.key), "{flag:?}");
+    }
+}
+
+#[test]
+fn log_flags_are_passed_on() {
+    let log = LogFlags { log_level: Some("debug,h2=warn".into()), log_format: LogFormat::Json };
+    let mut argv = vec!["worker".to_owned()];
+    argv.extend(log.to_argv());
+    assert_eq!(parse(&argv).log, log);
+}
+
+#[test]
+fn the_help_of_every_subcommand_is_consistent() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn the_commands_of_the_readme_are_understood() {
+    let lines = [
+        "demo",
+        "up",
+        "up --config cluster.toml --model /m --tensor-parallel 2 --groups 2 --device cpu --dtype bf16 --grpc-listen \
+         127.0.0.1:0 --http-listen 127.0.0.1:0",
+        "generate --server http://127.0.0.1:50051 --token-ids 1,2,3 --max-tokens 4 --temperature 0 --top-k 1 --top-p \
+         0.5 --min-p 0.1 --seed 7 --stop a --stop b --stop-token-ids 5,6 --ignore-eos --logprobs 2 --prompt-logprobs \
+         0 --timeout 2.5 --json",
+        "bench --clients 4 --json",
+        "bench serve --rate 3.5 --requests 10",
+        "config check --config cluster.toml",
+        "worker --rank 1 --tensor-parallel 2 --rendezvous 127.0.0.1:7000",
+    ];
+    for line in lines {
+        parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn contradicting_flags_are_refused() {
+    assert!(refused(&["generate", "--prompt", "a", "--chat", "b"]).contains("cannot be used with"));
+    assert!(refused(&["generate", "--chat", "a", "--token-ids", "1"]).contains("cannot be used with"));
+    assert!(refused(&["generate", "--prompt", "a", "--system", "b"]).contains("cannot be used with"));
+    assert!(refused(&["generate", "--system", "b"]).contains("--chat <TEXT>"));
+    assert!(refused(&["bench", "--clients", "2", "--rate", "1"]).contains("cannot be used with"));
+    assert!(refused(&["bench", "--clients", "0"]).contains("--clients"));
+    assert!(refused(&["up", "--device", "tpu"]).contains("possible values: auto, cpu, cuda"));
+}

@@ -1,0 +1,94 @@
+//! What `cohort generate` sends and prints.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+use clap::Parser;
+use cli::command::generate::Answer;
+use cli::command::{Cli, Command};
+use proto::v1::generate_request::Prompt;
+use proto::v1::{
+    Alternative, Finish, FinishReason, GenerateRequest, GenerateResponse, PromptInfo, PromptLogprob,
+    TokenLogprob, Usage,
+};
+use serde_json::json;
+
+fn request(flags: &[&str]) -> anyhow::Result<GenerateRequest> {
+    let line = ["cohort", "generate"].into_iter().chain(flags.iter().copied());
+    let Command::Generate(args) = Cli::parse_from(line).command else { panic!("another command") };
+    args.to_request()
+}
+
+fn logprob(token_id: u32) -> TokenLogprob {
+    let top = vec![Alternative { token_id, logprob: -0.5 }, Alternative { token_id: 9, logprob: -1.25 }];
+    TokenLogprob { token_id, logprob: -0.5, top }
+}
+
+fn answer() -> Answer {
+    let mut answer = Answer::default();
+    answer.add(GenerateResponse {
+        prompt: Some(PromptInfo {
+            token_ids: vec![1, 2],
+            logprobs: vec![PromptLogprob { value: None }, PromptLogprob { value: Some(logprob(2)) }],
+        }),
+        ..GenerateResponse::default()
+    });
+    answer.add(GenerateResponse {
+        text: "Hel".into(),
+        token_ids: vec![3],
+        logprobs: vec![logprob(3)],
+        ..GenerateResponse::default()
+    });
+    answer.add(GenerateResponse {
+        text: "lo".into(),
+        token_ids: vec![4],
+        logprobs: vec![logprob(4)],
+        finish: Some(Finish { reason: FinishReason::Length.into(), matched: None }),
+        usage: Some(Usage { prompt_tokens: 2, output_tokens: 2 }),
+        ..GenerateResponse::default()
+    });
+    answer
+}
+
+#[test]
+fn one_object_holds_the_whole_answer() {
+    let request = request(&["--token-ids", "1,2", "--logprobs", "2", "--prompt-logprobs", "2"]).unwrap();
+    let entry = |id: u32| json!({"token_id": id, "logprob": -0.5, "top": [[id, -0.5], [9, -1.25]]});
+    let expected = json!({
+        "token_ids": [3, 4],
+        "text": "Hello",
+        "finish_reason": "length",
+        "logprobs": [entry(3), entry(4)],
+        "prompt_logprobs": [null, entry(2)],
+        "usage": {"prompt_tokens": 2, "output_tokens": 2},
+    });
+    assert_eq!(answer().to_json(&request), expected);
+}
+
+#[test]
+fn log_probabilities_that_were_not_asked_for_are_null() {
+    let json = answer().to_json(&request(&["--prompt", "x"]).unwrap());
+    assert!(json["logprobs"].is_null() && json["prompt_logprobs"].is_null());
+}
+
+#[test]
+fn unset_flags_stay_unset_on_the_wire() {
+    let request = request(&["--prompt", ""]).unwrap();
+    assert_eq!(request.prompt, Some(Prompt::Text(String::new())));
+    assert_eq!(request.sampling, Some(proto::v1::Sampling::default()));
+    assert_eq!(request.stopping, Some(proto::v1::Stopping::default()));
+    assert_eq!(request.response, Some(proto::v1::Response::default()));
+}
+
+#[test]
+fn repeated_chat_flags_alternate_roles_after_the_system_messages() {
+    let request = request(&["--chat", "a", "--system", "s", "--chat", "b", "--chat", "c"]).unwrap();
+    let Some(Prompt::Chat(chat)) = request.prompt else { panic!("not a chat") };
+    let said: Vec<_> = chat.messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+    assert_eq!(said, [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]);
+    assert_eq!(chat.reasoning, None);
+}
+
+#[test]
+fn a_request_without_a_prompt_says_what_to_give() {
+    let error = request(&[]).unwrap_err().to_string();
+    assert!(error.contains("--prompt TEXT, --chat TEXT and --token-ids"), "{error}");
+}

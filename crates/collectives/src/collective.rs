@@ -1,0 +1,67 @@
+//! The trait every transport implements, and the only thing the model knows about other ranks.
+
+use types::TpRank;
+
+use crate::Error;
+
+/// What the ranks of one group say to each other about buffers of type `T`.
+///
+/// Every rank calls the same operations in the same order with matching sizes; a transport reports a mismatch as a
+/// typed error instead of mixing data. Operations block until this rank's part is done or the deadline has passed.
+/// Sums are taken in rank order on every transport, so results are equal bit for bit on all ranks and transports.
+///
+/// `T` is `[f32]` for the host transports of this crate; a backend implements it for its own tensors.
+pub trait Collective<T: ?Sized> {
+    /// Who this is.
+    fn rank(&self) -> TpRank;
+
+    /// Replaces `data` on every rank by the element-wise sum over all ranks.
+    ///
+    /// # Errors
+    /// When a rank is lost, late, or brings another size or operation; the collective is unusable afterwards.
+    fn all_reduce_sum(&mut self, data: &mut T) -> Result<(), Error>;
+
+    /// Sums `data` over all ranks and leaves this rank its slice: `counts[r]` elements go to rank `r`, in order;
+    /// `data` holds `counts.sum()` elements, `own` `counts[rank]`.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn reduce_scatter_sum(&mut self, data: &T, counts: &[usize], own: &mut T) -> Result<(), Error>;
+
+    /// Concatenates every rank's `own` in rank order into `all`: rank `r` brings `counts[r]` elements.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn all_gather(&mut self, own: &T, counts: &[usize], all: &mut T) -> Result<(), Error>;
+
+    /// Sends `send_counts[r]` elements of `send` (in rank order) to each rank `r`, and receives `recv_counts[r]`
+    /// from each into `recv`. Counts of zero are allowed; a rank whose sends do not match what the receiver expects
+    /// is an error that names it.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn all_to_all_v(
+        &mut self,
+        send: &T,
+        send_counts: &[usize],
+        recv: &mut T,
+        recv_counts: &[usize],
+    ) -> Result<(), Error>;
+
+    /// Replaces `data` on every rank by rank `root`'s.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn broadcast(&mut self, root: u32, data: &mut T) -> Result<(), Error>;
+
+    /// Returns once every rank has arrived.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn barrier(&mut self) -> Result<(), Error>;
+
+    /// Makes every pending and later operation on every rank fail soon with [`Error::Aborted`] or
+    /// [`Error::PeerLost`] instead of waiting for its deadline. An operation this rank has completed may still end
+    /// well on the others; their next one fails.
+    fn abort(&mut self);
+}

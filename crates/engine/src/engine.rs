@@ -1,0 +1,238 @@
+//! The engine's state, and what events do to it.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::sync::Arc;
+
+use types::{Generation, Micros, SeqId, SlotId, TokenId};
+
+use crate::kv::Kv;
+use crate::sequence::{Running, Sequence};
+use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, StepOutput};
+
+/// The scheduler of one group: a pure state machine. The caller owns time, threads and the device.
+///
+/// The loop around it: [`Engine::apply`] what has happened, pass the effects on, [`Engine::plan_into`], run the
+/// step, apply [`Event::StepDone`], and again.
+#[derive(Debug)]
+pub struct Engine {
+    pub(crate) config: Config,
+    pub(crate) kv: Kv,
+    /// Preempted sequences first, then in order of arrival.
+    pub(crate) waiting: VecDeque<Sequence>,
+    pub(crate) waiting_tokens: u64,
+    /// Oldest first. Only `plan` adds to it, so while a step runs its order is that of the step's rows.
+    pub(crate) running: Vec<Running>,
+    pub(crate) slots_free: Vec<SlotId>,
+    /// Slots to name in the next plan.
+    pub(crate) slots_released: Vec<SlotId>,
+    pub(crate) in_flight: Option<InFlight>,
+    pub(crate) steps: u64,
+    /// The list of banned tokens of a row that may draw any, shared.
+    pub(crate) unbanned: Arc<[TokenId]>,
+    last_id: Option<SeqId>,
+}
+
+/// The step that runs now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct InFlight {
+    pub(crate) step: u64,
+    pub(crate) logit_rows: usize,
+}
+
+/// How busy an engine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Sequences in the running batch.
+    pub running: u32,
+    /// Sequences that wait, preempted ones included.
+    pub waiting: u32,
+    /// Tokens of the sequences that wait.
+    pub waiting_tokens: u64,
+    /// Blocks held by sequences, by [`KvGroup::index`].
+    pub blocks_used: [u32; 2],
+    /// Blocks there are, by [`KvGroup::index`].
+    pub blocks: [u32; 2],
+}
+
+impl Engine {
+    /// An idle engine; everything it will hold per slot and block is allocated here.
+    ///
+    /// # Errors
+    /// As [`Config::check`].
+    pub fn new(config: Config) -> Result<Self, Error> {
+        config.check()?;
+        Ok(Self {
+            kv: Kv::new(&config),
+            waiting: VecDeque::new(),
+            waiting_tokens: 0,
+            running: Vec::with_capacity(config.running_max as usize),
+            // Reversed, so that the lowest slot is taken first.
+            slots_free: (0..config.running_max).rev().map(SlotId).collect(),
+            slots_released: Vec::new(),
+            in_flight: None,
+            steps: 0,
+            unbanned: Arc::from([]),
+            last_id: None,
+            config,
+        })
+    }
+
+    /// What the engine was built with.
+    #[must_use]
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Takes note of what happened at `now`. What must be passed on is appended to `effects`.
+    ///
+    /// # Panics
+    /// When the caller breaks the protocol: an id that does not grow, or a step output that does not answer the
+    /// step planned last.
+    pub fn apply(&mut self, event: Event, now: Micros, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Submit { seq, request } => self.submit(seq, request, now, effects),
+            Event::Cancel(seq) => self.end_where(effects, |s| (s.id == seq).then_some(Finish::Cancelled)),
+            Event::StepDone(output) => self.step_done(output, effects),
+        }
+    }
+
+    /// How busy the engine is.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        let count = |n: usize| u32::try_from(n).expect("queues are bounded");
+        let blocks = KvGroup::ALL.map(|group| self.kv.pool(group).total());
+        Load {
+            running: count(self.running.len()),
+            waiting: count(self.waiting.len()),
+            waiting_tokens: self.waiting_tokens,
+            blocks_used: KvGroup::ALL.map(|group| blocks[group.index()] - self.kv.pool(group).free()),
+            blocks,
+        }
+    }
+
+    /// Whether there is nothing to plan.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Whether a step has been planned and not answered.
+    #[must_use]
+    pub const fn is_step_running(&self) -> bool {
+        self.in_flight.is_some()
+    }
+
+    /// Whether a request like this could ever run; what depends on the moment (queue, deadline) is not asked.
+    ///
+    /// # Errors
+    /// The first thing that makes it impossible.
+    pub fn check_request(&self, prompt: &[TokenId], generation: &Generation) -> Result<(), Refusal> {
+        let Config { vocab_size, context_tokens_max: context, .. } = self.config;
+        if prompt.is_empty() {
+            return Err(Refusal::EmptyPrompt);
+        }
+        if prompt.len() >= context as usize {
+            return Err(Refusal::PromptTooLong { tokens: prompt.len(), context });
+        }
+        if let Some(index) = prompt.iter().position(|token| token.0 >= vocab_size) {
+            return Err(Refusal::TokenOutOfVocabulary { index, token: prompt[index], vocab_size });
+        }
+        let prompt_tokens = u32::try_from(prompt.len()).expect("below the context length");
+        let tokens = prompt_tokens + generation.max_tokens().min(context - prompt_tokens);
+        for group in self.kv.groups() {
+            // The last token generated is never an input, so it is never cached.
+            let needed = self.kv.geometry().peak(group, tokens - 1);
+            let available = self.kv.pool(group).total();
+            if needed > available {
+                return Err(Refusal::KvTooSmall { group, tokens, needed, available });
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, seq: SeqId, request: Request, now: Micros, effects: &mut Vec<Effect>) {
+        assert!(self.last_id < Some(seq), "{seq} was submitted after {:?}; ids must grow", self.last_id);
+        self.last_id = Some(seq);
+        if let Err(refusal) = self.admissible(&request, now) {
+            effects.push(Effect::Refused { seq, refusal });
+            return;
+        }
+        let sequence = Sequence::new(seq, request, &self.config);
+        self.waiting_tokens += u64::from(sequence.len());
+        self.waiting.push_back(sequence);
+    }
+
+    fn admissible(&self, request: &Request, now: Micros) -> Result<(), Refusal> {
+        self.check_request(&request.prompt, &request.generation)?;
+        if let Some(deadline) = request.deadline
+            && deadline <= now
+        {
+            return Err(Refusal::DeadlinePassed { late_us: now.since(deadline).0 });
+        }
+        let waiting = u32::try_from(self.waiting.len()).expect("the queue is bounded");
+        let max = self.config.waiting_requests_max;
+        if waiting >= max {
+            return Err(Refusal::QueueFull { waiting, max });
+        }
+        let prompt = u32::try_from(request.prompt.len()).expect("below the context length");
+        let (waiting, max) = (self.waiting_tokens, self.config.waiting_tokens_max);
+        if waiting + u64::from(prompt) > u64::from(max) {
+            return Err(Refusal::QueueTokensFull { waiting, prompt, max });
+        }
+        Ok(())
+    }
+
+    fn step_done(&mut self, output: StepOutput, effects: &mut Vec<Effect>) {
+        let answered = InFlight { step: output.step, logit_rows: output.rows.len() };
+        assert_eq!(self.in_flight.take(), Some(answered), "the output must answer the step planned last");
+        let mut rows = output.rows.into_iter();
+        let mut taken = 0;
+        let mut running = mem::take(&mut self.running);
+        running.retain_mut(|one| {
+            let own = mem::take(&mut one.logit_rows);
+            // Rows in between belong to sequences that ended while the step ran: dropped without trace.
+            let gap = own.start.saturating_sub(taken);
+            rows.by_ref().take(gap).for_each(drop);
+            taken += gap + own.len();
+            let mut outputs = rows.by_ref().take(own.len());
+            let finish = one.take(&mut outputs, &self.config, effects);
+            outputs.for_each(drop);
+            let Some(finish) = finish else { return true };
+            effects.push(Effect::Finished { seq: one.sequence.id, finish, usage: one.sequence.usage() });
+            self.vacate(one);
+            false
+        });
+        self.running = running;
+    }
+
+    /// Ends every sequence, waiting or running, for which `ends` has a reason.
+    pub(crate) fn end_where(
+        &mut self,
+        effects: &mut Vec<Effect>,
+        ends: impl Fn(&Sequence) -> Option<Finish>,
+    ) {
+        self.waiting.retain(|sequence| {
+            let Some(finish) = ends(sequence) else { return true };
+            self.waiting_tokens -= u64::from(sequence.len());
+            effects.push(Effect::Finished { seq: sequence.id, finish, usage: sequence.usage() });
+            false
+        });
+        let mut running = mem::take(&mut self.running);
+        running.retain_mut(|one| {
+            let Some(finish) = ends(&one.sequence) else { return true };
+            effects.push(Effect::Finished { seq: one.sequence.id, finish, usage: one.sequence.usage() });
+            self.vacate(one);
+            false
+        });
+        self.running = running;
+    }
+
+    /// Frees everything a running sequence holds. A step that still runs may write to its blocks; nothing reads
+    /// them, and no later step begins before that one has ended.
+    pub(crate) fn vacate(&mut self, one: &mut Running) {
+        self.kv.release(&mut one.tables);
+        self.slots_free.push(one.slot);
+        self.slots_released.push(one.slot);
+    }
+}

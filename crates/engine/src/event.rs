@@ -1,0 +1,199 @@
+//! What goes into the engine and what comes out of it.
+
+use types::{Generation, Micros, SeqId, TokenId};
+
+use crate::KvGroup;
+
+/// One request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The prompt; at least one token.
+    pub prompt: Vec<TokenId>,
+    /// What to generate, and how.
+    pub generation: Generation,
+    /// When the caller stops caring.
+    pub deadline: Option<Micros>,
+}
+
+/// Something that happened outside.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A request arrived. Ids grow: each must be above every one submitted before it.
+    Submit {
+        /// The id its effects will carry.
+        seq: SeqId,
+        /// The request.
+        request: Request,
+    },
+    /// Nobody waits for this sequence any more. Without effect when it has ended already.
+    Cancel(SeqId),
+    /// The step planned last has run.
+    StepDone(StepOutput),
+}
+
+/// What a step computed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepOutput {
+    /// The number of the step.
+    pub step: u64,
+    /// One result for each entry of [`crate::Step::work`], in its order.
+    pub rows: Vec<RowOutput>,
+}
+
+/// The result of one logit row.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RowOutput {
+    /// A token was drawn.
+    Sampled {
+        /// The token.
+        token: TokenId,
+        /// Its log-probability, when the row's work asked for it.
+        logprob: Option<TokenLogprob>,
+    },
+    /// The log-probability of a prompt token.
+    PromptLogprob(TokenLogprob),
+    /// The logits are not numbers: the weights are damaged or the computation overflowed. Ends the sequence.
+    NotANumber,
+}
+
+/// A token, how likely it was, and what would have been more likely.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: TokenId,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The most likely tokens, most likely first, as many as were asked for.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// Something the caller must pass on. Each submitted sequence gets exactly one [`Effect::Refused`] or
+/// [`Effect::Finished`], and nothing after it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// The request was not taken.
+    Refused {
+        /// The sequence.
+        seq: SeqId,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The prompt's log-probabilities, when asked for; once, before the first token.
+    PromptLogprobs {
+        /// The sequence.
+        seq: SeqId,
+        /// Entry `i` belongs to prompt position `i + 1`; the first position has none.
+        logprobs: Vec<TokenLogprob>,
+    },
+    /// The next token.
+    Token {
+        /// The sequence.
+        seq: SeqId,
+        /// The token, the stopping one included.
+        token: TokenId,
+        /// Its log-probability, when asked for.
+        logprob: Option<TokenLogprob>,
+    },
+    /// The sequence lost its blocks to older ones and will be computed again; the caller sees a pause, no repeat.
+    Preempted {
+        /// The sequence.
+        seq: SeqId,
+    },
+    /// The sequence ended; everything it held is free.
+    Finished {
+        /// The sequence.
+        seq: SeqId,
+        /// Why.
+        finish: Finish,
+        /// What it used.
+        usage: Usage,
+    },
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// The model drew this end-of-sequence token.
+    Eos(TokenId),
+    /// The model drew this stop token of the request.
+    StopToken(TokenId),
+    /// `max_tokens` were drawn, or the context is full.
+    Length,
+    /// The caller cancelled it.
+    Cancelled,
+    /// Its deadline passed.
+    DeadlineExceeded,
+    /// The logits of its next token were not numbers.
+    NotANumber,
+}
+
+/// What a sequence used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated.
+    pub output_tokens: u32,
+}
+
+/// Why a request was not taken, with the numbers.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// There is nothing to continue.
+    #[error("the prompt is empty; it must have at least one token")]
+    EmptyPrompt,
+    /// A token the model does not have.
+    #[error("prompt token {index} is {token}, which is not below the vocabulary size {vocab_size}")]
+    TokenOutOfVocabulary {
+        /// Index in the prompt.
+        index: usize,
+        /// The token.
+        token: TokenId,
+        /// The vocabulary size.
+        vocab_size: u32,
+    },
+    /// The prompt leaves no room for a generated token.
+    #[error("the prompt has {tokens} tokens; the context holds {context} and one must be left to generate")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Tokens of the context.
+        context: u32,
+    },
+    /// The request would not fit even if it ran alone.
+    #[error("the request may need {needed} {group} KV blocks ({tokens} tokens) and there are {available}")]
+    KvTooSmall {
+        /// The group that is too small.
+        group: KvGroup,
+        /// Tokens of the prompt and of the longest output.
+        tokens: u32,
+        /// Blocks it needs.
+        needed: u32,
+        /// Blocks of the pool.
+        available: u32,
+    },
+    /// Its deadline had passed when it came.
+    #[error("the deadline passed {late_us} µs before the request arrived")]
+    DeadlinePassed {
+        /// How long before.
+        late_us: u64,
+    },
+    /// Too many requests wait.
+    #[error("{waiting} requests wait, and no more than {max} may")]
+    QueueFull {
+        /// Requests that wait.
+        waiting: u32,
+        /// The limit.
+        max: u32,
+    },
+    /// Too many tokens wait.
+    #[error("{waiting} tokens wait; with {prompt} more they would be above the limit of {max}")]
+    QueueTokensFull {
+        /// Tokens that wait.
+        waiting: u64,
+        /// Tokens of the prompt.
+        prompt: u32,
+        /// The limit.
+        max: u32,
+    },
+}

@@ -1,0 +1,31 @@
+//! The scheduler: which tokens of which sequences run in the next step, and where their keys and values live.
+//!
+//! Pure decisions. There is no clock, thread, socket, model or tensor in here: [`Engine::apply`] takes an
+//! [`Event`] and the time, [`Engine::plan`] the time, and both only return data. The same events at the same times
+//! give the same plans.
+//!
+//! Read in this order: [`Event`] and [`Effect`] (what goes in and out), `engine.rs` (the state and `apply`),
+//! `schedule.rs` (how a step is made), [`kv`] (blocks), [`StepPlan`] (what every rank executes) and [`SlotTables`]
+//! (its mirror image on every rank).
+#![forbid(unsafe_code)]
+
+mod check;
+mod config;
+mod engine;
+mod error;
+mod event;
+pub mod kv;
+mod plan;
+mod schedule;
+mod sequence;
+mod slots;
+mod wire;
+
+pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
+pub use engine::{Engine, Load};
+pub use error::Error;
+pub use event::{Effect, Event, Finish, Refusal, Request, RowOutput, StepOutput, TokenLogprob, Usage};
+pub use kv::KvGroup;
+pub use plan::{PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
+pub use slots::{SlotTable, SlotTables};
+pub use wire::PLAN_VERSION;

@@ -1,0 +1,180 @@
+//! How a step is made.
+//!
+//! Running sequences come first, oldest first; each gets at least the one row its next token needs, and the oldest
+//! that still has prompt to compute takes what the others leave. When a block is missing, the youngest sequence
+//! gives up all of its own and will be computed again later. Then waiting requests are admitted in order, as long
+//! as their whole prompt fits beside what runs. So the oldest sequence always advances, and every sequence becomes
+//! the oldest one day.
+
+use types::{Micros, Position};
+
+use crate::engine::InFlight;
+use crate::kv::Kv;
+use crate::plan::SequenceEntry;
+use crate::sequence::Running;
+use crate::{Effect, Engine, Finish, KvGroup, RowWork, Step};
+
+/// A step while it is being made.
+struct Draft<'a> {
+    step: &'a mut Step,
+    /// Rows left.
+    tokens: u32,
+    /// Logit rows left.
+    logits: u32,
+    /// Sequences further on that decode, when the step began: a row and a logit row are kept for each.
+    decodes: u32,
+}
+
+impl Engine {
+    /// Plans the next step into `step`, whose old content is dropped; false, and an empty step, exactly when the
+    /// engine is idle. What must be passed on (deadlines that passed, preemptions) is appended to `effects`.
+    ///
+    /// # Panics
+    /// When the step planned last has not been answered.
+    pub fn plan_into(&mut self, now: Micros, step: &mut Step, effects: &mut Vec<Effect>) -> bool {
+        assert_eq!(self.in_flight, None, "a step must be answered before the next one is planned");
+        self.end_where(effects, |sequence| sequence.is_late(now).then_some(Finish::DeadlineExceeded));
+        step.clear();
+        if self.is_idle() {
+            return false;
+        }
+        let decodes = self.running.iter().filter(|one| one.is_decoding()).count();
+        let mut draft = Draft {
+            step,
+            tokens: self.config.step_tokens_max,
+            logits: self.config.logit_rows_max,
+            decodes: u32::try_from(decodes).expect("bounded by running_max"),
+        };
+        self.schedule_running(&mut draft, effects);
+        self.admit_waiting(&mut draft);
+        assert!(!step.plan.sequences.is_empty(), "an engine with work always finds a row to run");
+        self.steps += 1;
+        step.plan.step = self.steps;
+        step.plan.released.append(&mut self.slots_released);
+        self.in_flight = Some(InFlight { step: self.steps, logit_rows: step.work.len() });
+        true
+    }
+
+    /// As [`Engine::plan_into`], with new buffers.
+    ///
+    /// # Panics
+    /// As [`Engine::plan_into`].
+    pub fn plan(&mut self, now: Micros, effects: &mut Vec<Effect>) -> Option<Step> {
+        let mut step = Step::default();
+        self.plan_into(now, &mut step, effects).then_some(step)
+    }
+
+    /// Gives rows to the running sequences.
+    fn schedule_running(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
+        let mut index = 0;
+        // Preemption shortens the batch from its end, at times up to the sequence at hand.
+        while let Some(one) = self.running.get_mut(index) {
+            draft.decodes -= u32::from(one.is_decoding());
+            let tokens = draft.tokens - draft.decodes;
+            let logits = draft.logits - draft.decodes;
+            let wanted = one.sequence.longest(one.computed, tokens, logits);
+            if wanted > 0 {
+                let dropped = self.kv.return_passed(&mut one.tables, one.computed);
+                while self.room(index) == Some(0) {
+                    self.preempt_youngest(effects);
+                }
+                if let Some(room) = self.room(index) {
+                    self.place(index, wanted.min(room), dropped, draft);
+                }
+            }
+            index += 1;
+        }
+    }
+
+    /// Tokens that fit behind what the sequence at `index` has computed; `None` when it runs no more.
+    fn room(&self, index: usize) -> Option<u32> {
+        self.running.get(index).map(|one| self.kv.room(&one.tables, one.computed))
+    }
+
+    /// Sends the youngest running sequence back to the front of the queue. It keeps its tokens, so it goes on where
+    /// it was once they have been computed again. It has not been given rows in this step: the sequence that lacks a
+    /// block is never younger. (It does not come back in the same step either: one of its blocks is taken by then.)
+    fn preempt_youngest(&mut self, effects: &mut Vec<Effect>) {
+        assert!(self.running.len() > 1, "a sequence that runs alone fits: it was checked when it came");
+        let mut one = self.running.pop().expect("there are at least two");
+        self.vacate(&mut one);
+        effects.push(Effect::Preempted { seq: one.sequence.id });
+        self.waiting_tokens += u64::from(one.sequence.len());
+        self.waiting.push_front(one.sequence);
+    }
+
+    /// Starts waiting requests while rows, slots and blocks last.
+    fn admit_waiting(&mut self, draft: &mut Draft<'_>) {
+        let mut promised = self.promised();
+        while let Some(head) = self.waiting.front() {
+            let wanted = head.longest(0, draft.tokens, draft.logits);
+            if wanted == 0 || self.slots_free.is_empty() || !self.fits(head.len(), promised) {
+                return;
+            }
+            let mut sequence = self.waiting.pop_front().expect("it is the front");
+            self.waiting_tokens -= u64::from(sequence.len());
+            sequence.reserve();
+            let slot = self.slots_free.pop().expect("checked above");
+            self.running.push(Running::new(sequence, slot));
+            let index = self.running.len() - 1;
+            let room = self.kv.room(&self.running[index].tables, 0);
+            self.place(index, wanted.min(room), 0, draft);
+            for group in KvGroup::ALL {
+                promised[group.index()] += promise(&self.kv, &self.running[index], group);
+            }
+        }
+    }
+
+    /// Blocks running sequences still need for tokens they already have, by [`KvGroup::index`].
+    fn promised(&self) -> [u32; 2] {
+        KvGroup::ALL.map(|group| self.running.iter().map(|one| promise(&self.kv, one, group)).sum())
+    }
+
+    /// Whether a sequence of `tokens` can start without taking blocks that others are about to need: what they were
+    /// promised, and one more for each of them and for itself, or it would soon be preempted. Alone it always fits.
+    fn fits(&self, tokens: u32, promised: [u32; 2]) -> bool {
+        let running = u32::try_from(self.running.len()).expect("bounded by running_max");
+        running == 0
+            || self.kv.groups().all(|group| {
+                let needed = self.kv.geometry().peak(group, tokens) + promised[group.index()] + running + 1;
+                needed <= self.kv.pool(group).free()
+            })
+    }
+
+    /// Adds the next `rows` rows of the sequence at `index` to the step.
+    fn place(&mut self, index: usize, rows: u32, dropped: u32, draft: &mut Draft<'_>) {
+        let one = &mut self.running[index];
+        let step = &mut *draft.step;
+        let range = one.computed..one.computed + rows;
+        let logit_rows = one.sequence.logit_rows(&range);
+        let new_blocks = self.kv.extend(&mut one.tables, range.end, &mut step.plan.blocks);
+        step.plan.tokens.extend_from_slice(one.sequence.tokens(range.clone()));
+        step.plan.sequences.push(SequenceEntry {
+            slot: one.slot,
+            start: Position(range.start),
+            rows,
+            logit_rows,
+            dropped,
+            new_blocks,
+        });
+        let first = step.work.len();
+        step.work.extend(
+            (range.end - logit_rows..range.end).map(|row| RowWork {
+                seq: one.sequence.id,
+                purpose: one.sequence.purpose(row, &self.unbanned),
+            }),
+        );
+        one.logit_rows = first..step.work.len();
+        one.computed = range.end;
+        draft.tokens -= rows;
+        draft.logits -= logit_rows;
+    }
+}
+
+/// Blocks `one` still needs in `group` for tokens it already has.
+fn promise(kv: &Kv, one: &Running, group: KvGroup) -> u32 {
+    match one.remaining() {
+        0 => 0,
+        _ => kv.geometry().peak(group, one.sequence.len()).saturating_sub(one.tables[group.index()].len()),
+    }
+}

@@ -1,0 +1,144 @@
+//! The mirror image of the plans: every rank's block tables, kept from step to step so that a plan only carries
+//! what changed.
+
+use types::{BlockId, SlotId};
+
+use crate::kv::Geometry;
+use crate::{Config, Error, KvGroup, PlannedSequence, StepPlan};
+
+/// The physical blocks of one slot in one group.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SlotTable {
+    /// Logical index (position / block size) of the first entry; blocks before it were given back.
+    pub first: u32,
+    /// Physical blocks from logical block `first` on.
+    pub blocks: Vec<BlockId>,
+}
+
+/// What one slot holds; empty when no sequence uses it.
+#[derive(Debug, Clone, Default)]
+struct Slot {
+    /// Step that used it last; 0 before any did.
+    step: u64,
+    /// Tokens cached: the position the next row must have.
+    computed: u32,
+    tables: [SlotTable; 2],
+}
+
+/// The block tables of every slot, as they follow from the plans executed so far.
+#[derive(Debug, Clone)]
+pub struct SlotTables {
+    config: Config,
+    geometry: Geometry,
+    slots: Vec<Slot>,
+    step: u64,
+}
+
+impl SlotTables {
+    /// Empty tables for the engine that `config` describes.
+    ///
+    /// # Errors
+    /// As [`Config::check`].
+    pub fn new(config: &Config) -> Result<Self, Error> {
+        config.check()?;
+        Ok(Self {
+            geometry: Geometry { block_size: config.block_size, window_keys: config.window_keys },
+            slots: vec![Slot::default(); config.running_max as usize],
+            step: 0,
+            config: config.clone(),
+        })
+    }
+
+    /// Updates the tables to what they must be while `plan` is executed.
+    ///
+    /// # Errors
+    /// When the plan is not the next one, or does not fit the state here or the configuration: leader and rank
+    /// have parted, and nothing computed from these tables can be trusted any more.
+    pub fn apply(&mut self, plan: &StepPlan) -> Result<(), Error> {
+        if plan.step() != self.step + 1 {
+            return Err(Error::PlanOrder { got: plan.step(), expected: self.step + 1 });
+        }
+        self.step = plan.step();
+        self.check_budgets(plan)?;
+        for &slot in plan.released() {
+            *self.slot(slot)? = Slot::default();
+        }
+        for sequence in plan.sequences() {
+            self.extend(&sequence)?;
+        }
+        Ok(())
+    }
+
+    /// The tables of `slot` by [`KvGroup::index`]; those of a group the model has no layers of stay empty.
+    ///
+    /// # Panics
+    /// When there is no such slot; [`SlotTables::apply`] refuses plans that name one.
+    #[must_use]
+    pub fn tables(&self, slot: SlotId) -> &[SlotTable; 2] {
+        &self.slots[slot.0 as usize].tables
+    }
+
+    fn slot(&mut self, slot: SlotId) -> Result<&mut Slot, Error> {
+        let slots = self.slots.len() as u64;
+        self.slots.get_mut(slot.0 as usize).ok_or(Error::PlanField {
+            field: "a slot",
+            got: slot.0.into(),
+            min: 0,
+            max: slots.saturating_sub(1),
+        })
+    }
+
+    fn check_budgets(&self, plan: &StepPlan) -> Result<(), Error> {
+        let limit = |field, got: u64, max: u64| {
+            if got > max { Err(Error::PlanField { field, got, min: 0, max }) } else { Ok(()) }
+        };
+        limit("rows", plan.tokens().len() as u64, self.config.step_tokens_max.into())?;
+        limit("logit rows", plan.logit_rows().count() as u64, self.config.logit_rows_max.into())?;
+        for token in plan.tokens() {
+            limit("a token", token.0.into(), u64::from(self.config.vocab_size) - 1)?;
+        }
+        Ok(())
+    }
+
+    fn extend(&mut self, sequence: &PlannedSequence<'_>) -> Result<(), Error> {
+        let (geometry, step, pools) = (self.geometry, self.step, self.config.blocks);
+        let context = self.config.context_tokens_max;
+        let slot = self.slot(sequence.slot)?;
+        let same = |what, got: u32, expected: u32| match got == expected {
+            true => Ok(()),
+            false => {
+                let (got, expected) = (got.into(), expected.into());
+                Err(Error::PlanSlot { step, slot: sequence.slot, what, got, expected })
+            }
+        };
+        let start = sequence.start.0;
+        same("the number of uses", 1 + u32::from(slot.step == step), 1)?;
+        same("the start position", start, slot.computed)?;
+        let end = start + u32::try_from(sequence.tokens.len()).expect("bounded by step_tokens_max");
+        same("the end position", end, end.min(context))?;
+        for group in KvGroup::ALL {
+            let table = &mut slot.tables[group.index()];
+            let new = sequence.new_blocks[group.index()];
+            let total = pools[group.index()];
+            let (first, held_after) = match total {
+                0 => (0, 0),
+                _ => (geometry.first_needed(group, start), geometry.block_size.blocks_for(end)),
+            };
+            if group == KvGroup::Sliding {
+                same("the number of dropped blocks", sequence.dropped, first - table.first)?;
+                table.blocks.drain(..sequence.dropped as usize);
+                table.first = first;
+            }
+            let added = u32::try_from(new.len()).expect("counts in a plan are u32");
+            let held = table.first + u32::try_from(table.blocks.len()).expect("bounded by the pool");
+            same("the number of new blocks", added, held_after - held)?;
+            if let Some(&block) = new.iter().find(|block| block.0 >= total) {
+                return Err(Error::PlanBlock { step, slot: sequence.slot, group, block, blocks: total });
+            }
+            table.blocks.extend_from_slice(new);
+        }
+        slot.computed = end;
+        slot.step = step;
+        Ok(())
+    }
+}

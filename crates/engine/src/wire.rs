@@ -1,0 +1,180 @@
+//! Step plans as bytes.
+//!
+//! ```text
+//! magic "CP", version u8,
+//! step, released count, released slots,
+//! sequence count, then of each sequence:
+//!   slot, start, rows, logit rows, dropped, new full blocks, new sliding blocks,
+//!   input tokens, block ids,
+//! CRC-32 of all of the above, u32 little-endian
+//! ```
+//! Numbers are LEB128 (7 bits a byte, low bits first): a sequence in steady decode takes about ten bytes.
+
+use types::limits::CONTEXT_TOKENS_MAX;
+use types::{BlockId, Position, SlotId, TokenId};
+
+use crate::plan::SequenceEntry;
+use crate::{Error, StepPlan};
+
+/// Version of the encoding. Ranks of one group run the same build, so there is no need to read older ones.
+pub const PLAN_VERSION: u8 = 1;
+
+const MAGIC: [u8; 2] = *b"CP";
+const HEADER_BYTES: usize = MAGIC.len() + 1;
+const CHECKSUM_BYTES: usize = size_of::<u32>();
+
+impl StepPlan {
+    /// Appends the plan to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let begin = out.len();
+        out.extend_from_slice(&MAGIC);
+        out.push(PLAN_VERSION);
+        put(out, self.step);
+        put(out, self.released.len() as u64);
+        for slot in &self.released {
+            put(out, slot.0.into());
+        }
+        put(out, self.sequences.len() as u64);
+        for (entry, sequence) in self.sequences.iter().zip(self.sequences()) {
+            let SequenceEntry { slot, start, rows, logit_rows, dropped, new_blocks: [full, sliding] } =
+                *entry;
+            for number in [slot.0, start.0, rows, logit_rows, dropped, full, sliding] {
+                put(out, number.into());
+            }
+            for token in sequence.tokens {
+                put(out, token.0.into());
+            }
+            for block in sequence.new_blocks.into_iter().flatten() {
+                put(out, block.0.into());
+            }
+        }
+        let checksum = crc32fast::hash(&out[begin..]);
+        out.extend_from_slice(&checksum.to_le_bytes());
+    }
+
+    /// Reads a plan that fills `bytes`.
+    ///
+    /// # Errors
+    /// When the bytes are not a plan of this version, whole and unharmed. Memory in proportion to their length is
+    /// used at most, whatever they say.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        let Some((body, stated)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
+            return Err(Error::PlanTruncated { field: "the checksum", len: bytes.len() });
+        };
+        let stated = u32::from_le_bytes(*stated);
+        let computed = crc32fast::hash(body);
+        if computed != stated {
+            return Err(Error::PlanChecksum { computed, stated });
+        }
+        let Some(([m0, m1, version], rest)) = body.split_first_chunk::<HEADER_BYTES>() else {
+            return Err(Error::PlanTruncated { field: "the header", len: bytes.len() });
+        };
+        let magic = u16::from_be_bytes([*m0, *m1]);
+        within(
+            "the magic number",
+            magic.into(),
+            u16::from_be_bytes(MAGIC).into(),
+            u16::from_be_bytes(MAGIC).into(),
+        )?;
+        if *version != PLAN_VERSION {
+            return Err(Error::PlanVersion { got: *version, expected: PLAN_VERSION });
+        }
+        let mut reader = Reader { rest, len: bytes.len() };
+        let plan = reader.plan()?;
+        match reader.rest.len() {
+            0 => Ok(plan),
+            extra => Err(Error::PlanTrailing { extra }),
+        }
+    }
+}
+
+fn put(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        out.push((number & 0x7f) as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+fn within(field: &'static str, got: u64, min: u64, max: u64) -> Result<(), Error> {
+    if (min..=max).contains(&got) { Ok(()) } else { Err(Error::PlanField { field, got, min, max }) }
+}
+
+struct Reader<'a> {
+    rest: &'a [u8],
+    /// Bytes of the whole plan, for errors.
+    len: usize,
+}
+
+impl Reader<'_> {
+    fn plan(&mut self) -> Result<StepPlan, Error> {
+        let mut plan = StepPlan { step: self.number("the step number", u64::MAX)?, ..StepPlan::default() };
+        let released = self.count("released slots")?;
+        for _ in 0..released {
+            plan.released.push(SlotId(self.small("a released slot")?));
+        }
+        let sequences = self.count("sequences")?;
+        for _ in 0..sequences {
+            self.sequence(&mut plan)?;
+        }
+        Ok(plan)
+    }
+
+    fn sequence(&mut self, plan: &mut StepPlan) -> Result<(), Error> {
+        let slot = SlotId(self.small("a slot")?);
+        let start = self.small("a start position")?;
+        let rows = self.small("a number of rows")?;
+        within("a number of rows", rows.into(), 1, CONTEXT_TOKENS_MAX.into())?;
+        within("an end position", u64::from(start) + u64::from(rows), 1, CONTEXT_TOKENS_MAX.into())?;
+        let logit_rows = self.small("a number of logit rows")?;
+        within("a number of logit rows", logit_rows.into(), 0, rows.into())?;
+        let dropped = self.small("a number of dropped blocks")?;
+        let new_blocks = [self.count("new full blocks")?, self.count("new sliding blocks")?];
+        for _ in 0..rows {
+            plan.tokens.push(TokenId(self.small("a token")?));
+        }
+        for _ in 0..u64::from(new_blocks[0]) + u64::from(new_blocks[1]) {
+            plan.blocks.push(BlockId(self.small("a block")?));
+        }
+        let start = Position(start);
+        plan.sequences.push(SequenceEntry { slot, start, rows, logit_rows, dropped, new_blocks });
+        Ok(())
+    }
+
+    /// A number of things to come, each of which takes at least a byte.
+    fn count(&mut self, field: &'static str) -> Result<u32, Error> {
+        let count = self.small(field)?;
+        within(field, count.into(), 0, self.rest.len() as u64)?;
+        Ok(count)
+    }
+
+    fn small(&mut self, field: &'static str) -> Result<u32, Error> {
+        let number = self.number(field, u32::MAX.into())?;
+        u32::try_from(number).map_err(|_| Error::PlanField {
+            field,
+            got: number,
+            min: 0,
+            max: u32::MAX.into(),
+        })
+    }
+
+    fn number(&mut self, field: &'static str, max: u64) -> Result<u64, Error> {
+        let mut number = 0_u64;
+        for shift in (0..u64::BITS).step_by(7) {
+            let Some((&byte, rest)) = self.rest.split_first() else {
+                return Err(Error::PlanTruncated { field, len: self.len });
+            };
+            self.rest = rest;
+            let bits = u64::from(byte & 0x7f);
+            if bits << shift >> shift != bits {
+                break;
+            }
+            number |= bits << shift;
+            if byte < 0x80 {
+                within(field, number, 0, max)?;
+                return Ok(number);
+            }
+        }
+        Err(Error::PlanField { field, got: u64::MAX, min: 0, max })
+    }
+}

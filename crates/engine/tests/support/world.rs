@@ -1,0 +1,194 @@
+//! A fake rank and a single-request oracle. The rank stores what it computed per physical block and reads it back
+//! through the tables the plans built, so a wrong table, a block in use twice or a block returned too early changes
+//! the tokens.
+
+use std::sync::Arc;
+
+use engine::{
+    Config, Finish, KvGroup, Request, RowOutput, RowPurpose, SlotTables, Step, StepOutput, StepPlan,
+    TokenLogprob,
+};
+use types::{SamplingParams, TokenId};
+
+use super::random::mix;
+
+/// What a row's cache entry holds, in place of keys and values.
+#[derive(Clone, Copy, Default)]
+struct Cached {
+    position: u32,
+    token: u32,
+    written: bool,
+}
+
+pub struct FakeRank {
+    config: Config,
+    pub tables: SlotTables,
+    caches: [Vec<Cached>; 2],
+}
+
+impl FakeRank {
+    pub fn new(config: &Config) -> Self {
+        let entries = |group: KvGroup| (config.blocks[group.index()] * config.block_size.tokens()) as usize;
+        Self {
+            tables: SlotTables::new(config).unwrap(),
+            caches: KvGroup::ALL.map(|group| vec![Cached::default(); entries(group)]),
+            config: config.clone(),
+        }
+    }
+
+    /// Executes a step that came as bytes, as a follower would, and answers it as the leader would.
+    pub fn execute(&mut self, step: &Step, encoded: &[u8]) -> StepOutput {
+        let plan = StepPlan::decode(encoded).unwrap();
+        assert_eq!(plan, step.plan, "the plan survives its encoding");
+        self.tables.apply(&plan).unwrap();
+        for sequence in plan.sequences() {
+            for (row, token) in sequence.tokens.iter().enumerate() {
+                let position = sequence.start.0 + u32::try_from(row).unwrap();
+                for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
+                    let at = self.address(&sequence, group, position);
+                    self.caches[group.index()][at] = Cached { position, token: token.0, written: true };
+                }
+            }
+        }
+        let mut states = Vec::new();
+        for sequence in plan.sequences() {
+            let end = sequence.start.0 + u32::try_from(sequence.tokens.len()).unwrap();
+            for position in end - sequence.logit_rows..end {
+                states.push(self.attend(&sequence, position));
+            }
+        }
+        assert_eq!(states.len(), step.work.len(), "one piece of work for each logit row");
+        let rows = states
+            .into_iter()
+            .zip(&step.work)
+            .map(|(state, work)| answer(state, &work.purpose, VOCAB))
+            .collect();
+        StepOutput { step: plan.step(), rows }
+    }
+
+    fn address(&self, sequence: &engine::PlannedSequence<'_>, group: KvGroup, position: u32) -> usize {
+        let table = &self.tables.tables(sequence.slot)[group.index()];
+        let size = self.config.block_size.tokens();
+        let block = table.blocks[(position / size - table.first) as usize];
+        (block.0 * size + position % size) as usize
+    }
+
+    /// What the row at `position` sees: every position through the full group, the window through the sliding one.
+    fn attend(&self, sequence: &engine::PlannedSequence<'_>, position: u32) -> u64 {
+        let mut state = Attention::new();
+        for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
+            for seen in visible(&self.config, group, position) {
+                let cached = self.caches[group.index()][self.address(sequence, group, seen)];
+                assert!(cached.written && cached.position == seen, "{group} position {seen} holds another's");
+                state.add(cached.token);
+            }
+        }
+        state.0
+    }
+}
+
+const VOCAB: u32 = super::VOCAB;
+
+fn visible(config: &Config, group: KvGroup, position: u32) -> std::ops::RangeInclusive<u32> {
+    match group {
+        KvGroup::Full => 0..=position,
+        KvGroup::Sliding => (position + 1).saturating_sub(config.window_keys)..=position,
+    }
+}
+
+struct Attention(u64);
+
+impl Attention {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn add(&mut self, token: u32) {
+        self.0 = (self.0 ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3);
+    }
+}
+
+fn draw(state: u64, params: &SamplingParams, position: u32, banned: &[TokenId]) -> TokenId {
+    let mut number = mix(state ^ mix(params.seed()).wrapping_add(position.into()));
+    loop {
+        // A small range makes end-of-sequence and stop tokens come up.
+        let token = TokenId(u32::try_from(number % 24).unwrap());
+        if !banned.contains(&token) {
+            return token;
+        }
+        number = mix(number.wrapping_add(1));
+    }
+}
+
+fn entry(state: u64, token: TokenId) -> TokenLogprob {
+    let logprob = -((mix(state ^ u64::from(token.0)) % 1000) as f32);
+    TokenLogprob { token, logprob, top: vec![(token, logprob)] }
+}
+
+fn answer(state: u64, purpose: &RowPurpose, vocab: u32) -> RowOutput {
+    match purpose {
+        RowPurpose::Sample { params, position, banned, logprobs } => {
+            let token = draw(state, params, *position, banned);
+            assert!(token.0 < vocab);
+            RowOutput::Sampled { token, logprob: logprobs.map(|_| entry(state, token)) }
+        }
+        RowPurpose::PromptLogprob { target, .. } => RowOutput::PromptLogprob(entry(state, *target)),
+    }
+}
+
+/// What one request must give, whatever it runs beside.
+#[derive(Debug, Default, PartialEq)]
+pub struct Expected {
+    pub tokens: Vec<TokenId>,
+    pub logprobs: Vec<TokenLogprob>,
+    pub prompt_logprobs: Option<Vec<TokenLogprob>>,
+    pub finish: Option<Finish>,
+}
+
+/// Computes a request alone, token by token, without an engine.
+pub fn oracle(config: &Config, request: &Request) -> Expected {
+    let mut tokens = request.prompt.clone();
+    let generation = &request.generation;
+    let room = config.context_tokens_max - u32::try_from(tokens.len()).unwrap();
+    let max_tokens = generation.max_tokens().min(room) as usize;
+    let min_tokens = (generation.min_tokens() as usize).min(max_tokens);
+    let eos: &[TokenId] = if generation.ignore_eos() { &[] } else { &config.eos_token_ids };
+    let stops: Arc<[TokenId]> = eos.iter().chain(generation.stop_token_ids()).copied().collect();
+    let mut expected = Expected::default();
+    if generation.prompt_logprobs().is_some() {
+        let entries = (1..tokens.len()).map(|at| entry(state(config, &tokens[..at]), tokens[at]));
+        expected.prompt_logprobs = Some(entries.collect());
+    }
+    loop {
+        let state = state(config, &tokens);
+        let position = expected.tokens.len();
+        let banned: &[TokenId] = if position < min_tokens { &stops } else { &[] };
+        let token = draw(state, generation.sampling(), u32::try_from(position).unwrap(), banned);
+        tokens.push(token);
+        expected.tokens.push(token);
+        if generation.logprobs().is_some() {
+            expected.logprobs.push(entry(state, token));
+        }
+        let finish = if eos.contains(&token) {
+            Some(Finish::Eos(token))
+        } else if stops.contains(&token) {
+            Some(Finish::StopToken(token))
+        } else {
+            (expected.tokens.len() == max_tokens).then_some(Finish::Length)
+        };
+        if finish.is_some() {
+            expected.finish = finish;
+            return expected;
+        }
+    }
+}
+
+/// What the last of `tokens` sees.
+fn state(config: &Config, tokens: &[TokenId]) -> u64 {
+    let position = u32::try_from(tokens.len()).unwrap() - 1;
+    let mut state = Attention::new();
+    for group in KvGroup::ALL.into_iter().filter(|&group| config.has(group)) {
+        visible(config, group, position).for_each(|seen| state.add(tokens[seen as usize].0));
+    }
+    state.0
+}

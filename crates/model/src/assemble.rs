@@ -1,0 +1,191 @@
+//! What a resident weight is made of: blocks of the checkpoint's tensors, one below the other.
+
+use std::mem::take;
+use std::ops::Range;
+
+use ops::HostTensor;
+use rayon::prelude::*;
+use types::{Bytes, DType};
+
+use crate::catalogue::{Catalogue, HEAD};
+use crate::checkpoint::{Block, Checkpoint, Element, stored_bytes};
+use crate::config::ModelConfig;
+use crate::error::Error;
+use crate::layout::{Part, Slot};
+use crate::load::Meter;
+use crate::shard::ShardPlan;
+
+/// Elements read by one task: large enough to keep a disk busy, small enough to share out one matrix.
+const BAND_ELEMENTS: usize = 1 << 20;
+
+/// A resident weight and where its rows come from.
+pub(crate) struct Assembly {
+    pub(crate) slot: Slot,
+    shape: Vec<usize>,
+    /// From the first row down; rows after the last piece are zero (vocabulary padding).
+    pieces: Vec<Piece>,
+}
+
+struct Piece {
+    tensor: String,
+    block: Block,
+    /// Bytes of one element on disk.
+    stored: usize,
+}
+
+/// One task: a few rows of a piece and their place in the weight.
+struct Band<'a, T> {
+    piece: &'a Piece,
+    block: Block,
+    out: &'a mut [T],
+}
+
+impl Assembly {
+    /// Bytes this rank reads for it.
+    pub(crate) fn disk_bytes(&self) -> u64 {
+        self.pieces.iter().map(|piece| (piece.block.elements() * piece.stored) as u64).sum()
+    }
+
+    /// Reads it, in parallel.
+    pub(crate) fn read(
+        &self,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        meter: &Meter<'_>,
+    ) -> Result<HostTensor, Error> {
+        let mut host = HostTensor::zeros(dtype, &self.shape);
+        match &mut host {
+            HostTensor::F32 { data, .. } => self.fill(checkpoint, data, meter)?,
+            HostTensor::BF16 { data, .. } => self.fill(checkpoint, data, meter)?,
+        }
+        Ok(host)
+    }
+
+    fn fill<T: Element>(
+        &self,
+        checkpoint: &Checkpoint,
+        out: &mut [T],
+        meter: &Meter<'_>,
+    ) -> Result<(), Error> {
+        self.bands(out).into_par_iter().try_for_each(|band| {
+            checkpoint.read(&band.piece.tensor, &band.block, band.out)?;
+            meter.advance(Bytes((band.block.elements() * band.piece.stored) as u64));
+            Ok(())
+        })
+    }
+
+    fn bands<'a, T>(&'a self, out: &'a mut [T]) -> Vec<Band<'a, T>> {
+        let mut rest = out;
+        let mut bands = Vec::new();
+        for piece in &self.pieces {
+            let Block { matrix, rows, cols } = &piece.block;
+            let step = (BAND_ELEMENTS / cols.len().max(1)).max(1);
+            for start in rows.clone().step_by(step) {
+                let block =
+                    Block { matrix: *matrix, rows: start..(start + step).min(rows.end), cols: cols.clone() };
+                let (now, later) = take(&mut rest).split_at_mut(block.elements());
+                bands.push(Band { piece, block, out: now });
+                rest = later;
+            }
+        }
+        bands
+    }
+}
+
+/// Builds the assemblies of one rank.
+pub(crate) struct Assembler<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) catalogue: &'a Catalogue,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) plan: &'a ShardPlan,
+}
+
+impl Assembler<'_> {
+    /// What `slot` is made of on this rank.
+    pub(crate) fn assembly(&self, slot: Slot) -> Assembly {
+        let names = self.catalogue.names();
+        let pieces = match slot {
+            Slot::Embed => vec![self.rows(names.embed(), self.plan.vocab.clone())],
+            Slot::Head => vec![self.rows(HEAD.to_owned(), self.plan.vocab.clone())],
+            Slot::FinalNorm => vec![self.rows(names.final_norm(), 0..1)],
+            Slot::Layer(layer, part) => self.part(layer, part),
+        };
+        Assembly { slot, shape: slot.shape(self.config, self.plan), pieces }
+    }
+
+    fn part(&self, layer: usize, part: Part) -> Vec<Piece> {
+        let plan = self.plan;
+        let rows = |module: &str, rows: &Range<usize>| {
+            self.rows(self.catalogue.names().layer(layer, module), rows.clone())
+        };
+        let heads =
+            |heads: &Range<usize>| heads.start * self.config.head_dim..heads.end * self.config.head_dim;
+        let down = |module: &str, cols: Range<usize>| {
+            let tensor = self.catalogue.names().layer(layer, module);
+            vec![self.piece(tensor, 0, 0..self.config.hidden_size, cols)]
+        };
+        let gate_up = |module: &str, width: &Range<usize>| {
+            ["gate", "up"].map(|matrix| rows(&format!("{module}.{matrix}_proj"), width)).into()
+        };
+        let present = "a plan has the parts its layers need";
+        match part {
+            Part::Norm => vec![rows("input_layernorm", &(0..1))],
+            Part::Qkv => vec![
+                rows("self_attn.q_proj", &heads(&plan.query_heads)),
+                rows("self_attn.k_proj", &heads(&plan.kv_heads)),
+                rows("self_attn.v_proj", &heads(&plan.kv_heads)),
+            ],
+            Part::O => down("self_attn.o_proj", heads(&plan.query_heads)),
+            Part::DenseGateUp => gate_up("mlp", plan.dense.as_ref().expect(present)),
+            Part::DenseDown => down("mlp.down_proj", plan.dense.clone().expect(present)),
+            Part::Router => vec![rows("mlp.gate", &(0..self.config.moe.expect(present).experts))],
+            Part::ExpertsGateUp => self.experts_gate_up(layer),
+            Part::ExpertsDown => self.experts_down(layer),
+            Part::SharedGateUp => gate_up("mlp.shared_experts", plan.shared.as_ref().expect(present)),
+            Part::SharedDown => down("mlp.shared_experts.down_proj", plan.shared.clone().expect(present)),
+        }
+    }
+
+    fn experts_gate_up(&self, layer: usize) -> Vec<Piece> {
+        let (Some(shard), Some(moe)) = (&self.plan.experts, &self.config.moe) else { return Vec::new() };
+        let names = self.catalogue.names();
+        let fused = names.form(layer).gate_up_fused;
+        let hidden = self.config.hidden_size;
+        let piece = |(expert, (at, matrix)): (usize, (usize, &str))| {
+            if !fused {
+                return self.rows(names.expert(layer, expert, matrix), shard.width.clone());
+            }
+            let first = at * moe.intermediate_size;
+            let rows = first + shard.width.start..first + shard.width.end;
+            self.piece(names.fused_gate_up(layer), expert, rows, 0..hidden)
+        };
+        let both = |expert| [(expert, (0, "gate")), (expert, (1, "up"))];
+        shard.experts.clone().flat_map(both).map(piece).collect()
+    }
+
+    fn experts_down(&self, layer: usize) -> Vec<Piece> {
+        let Some(shard) = &self.plan.experts else { return Vec::new() };
+        let names = self.catalogue.names();
+        let fused = names.form(layer).down_fused;
+        let piece = |expert: usize| {
+            let (tensor, matrix) = if fused {
+                (names.fused_down(layer), expert)
+            } else {
+                (names.expert(layer, expert, "down"), 0)
+            };
+            self.piece(tensor, matrix, 0..self.config.hidden_size, shard.width.clone())
+        };
+        shard.experts.clone().map(piece).collect()
+    }
+
+    /// Whole rows, all as wide as the residual stream.
+    fn rows(&self, tensor: String, rows: Range<usize>) -> Piece {
+        self.piece(tensor, 0, rows, 0..self.config.hidden_size)
+    }
+
+    fn piece(&self, tensor: String, matrix: usize, rows: Range<usize>, cols: Range<usize>) -> Piece {
+        let dtype = self.checkpoint.dtype(&tensor).and_then(stored_bytes);
+        let stored = dtype.expect("the catalogue holds only tensors that can be read");
+        Piece { tensor, block: Block { matrix, rows, cols }, stored }
+    }
+}

@@ -1,0 +1,51 @@
+//! A fingerprint of everything that must be equal on all ranks of a group.
+
+use sha2::{Digest, Sha256};
+use types::{DType, TpSize};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{CONFIG_FILE, GENERATION_FILE};
+use crate::error::Error;
+
+/// Hashes the configuration files, the checkpoint's tensors (names, shapes, types; not their elements), the plan's
+/// size, the compute dtype and whatever else the caller's ranks must agree on. Ranks whose hashes differ must not
+/// compute together.
+///
+/// # Errors
+/// When a configuration file cannot be read.
+pub fn config_hash(
+    checkpoint: &Checkpoint,
+    size: TpSize,
+    dtype: DType,
+    extra: &[u8],
+) -> Result<[u8; 32], Error> {
+    let mut hash = Sha256::new();
+    for file in [CONFIG_FILE, GENERATION_FILE] {
+        match checkpoint.files().read(file)? {
+            Some(content) => field(&mut hash, &content),
+            None => hash.update([0]),
+        }
+    }
+    let entries: Vec<_> = checkpoint.names().filter_map(|name| checkpoint.entry(name)).collect();
+    hash.update((entries.len() as u64).to_le_bytes());
+    for entry in entries {
+        field(&mut hash, entry.name.as_bytes());
+        field(&mut hash, entry.dtype.to_string().as_bytes());
+        hash.update((entry.shape.len() as u64).to_le_bytes());
+        for size in &entry.shape {
+            hash.update((*size as u64).to_le_bytes());
+        }
+    }
+    hash.update(size.get().to_le_bytes());
+    field(&mut hash, dtype.name().as_bytes());
+    field(&mut hash, extra);
+    Ok(hash.finalize().into())
+}
+
+/// With its length in front, so that no two lists of fields run together to the same bytes; the 1 tells an empty
+/// field from none.
+fn field(hash: &mut Sha256, bytes: &[u8]) {
+    hash.update([1]);
+    hash.update((bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
+}

@@ -1,0 +1,31 @@
+//! Cohere MoE models: what a checkpoint computes ([`ModelConfig`]), which part of it a rank holds ([`ShardPlan`]),
+//! reading exactly that part ([`load`]), and the forward pass ([`Model`]), written once over any backend and
+//! collective.
+#![forbid(unsafe_code)]
+
+mod assemble;
+mod catalogue;
+mod checkpoint;
+mod cohere_moe;
+mod config;
+mod error;
+mod identity;
+mod layout;
+mod load;
+mod memory;
+mod partial;
+mod shard;
+mod strict_json;
+mod weights;
+
+pub use catalogue::Catalogue;
+pub use checkpoint::{Block, Checkpoint, Element, Files, HEADER_BYTES_MAX, Header, TensorEntry};
+pub use cohere_moe::{KvBudget, Model, Parts};
+pub use config::{Attention, Combination, LayerConfig, Mlp, ModelConfig, MoeConfig, SharedExperts};
+pub use error::{Complaint, Error, HeaderFault, TensorProblem};
+pub use identity::config_hash;
+pub use load::{LoadSummary, Progress, load};
+pub use memory::{WeightBytes, kv_bytes_per_block, kv_bytes_per_token};
+pub use partial::{Partial, Reduced};
+pub use shard::{ExpertShard, ShardPlan};
+pub use weights::{GatedMlp, LayerWeights, MlpWeights, Weights};

@@ -1,0 +1,198 @@
+//! Loading one rank's weights: one thread reads ahead, this one hands what was read to the backend, so that at most
+//! two weights are in host memory beside the resident ones. Reads of one weight run in parallel.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use ops::{Backend, HostTensor};
+use rayon::prelude::*;
+use types::{Bytes, DType};
+
+use crate::assemble::{Assembler, Assembly};
+use crate::catalogue::Catalogue;
+use crate::checkpoint::{Block, Checkpoint};
+use crate::config::{Mlp, ModelConfig};
+use crate::error::Error;
+use crate::layout::{Part, Slot, slots};
+use crate::shard::ShardPlan;
+use crate::weights::{GatedMlp, LayerWeights, MlpWeights, Weights};
+
+/// Told how far loading is, from several threads.
+pub trait Progress: Sync {
+    /// Once, before the first read: what this rank will read.
+    fn start(&self, total: Bytes);
+    /// After each read: what it read. The sum over all calls is the total.
+    fn advance(&self, bytes: Bytes);
+}
+
+/// Nobody watches.
+impl Progress for () {
+    fn start(&self, _total: Bytes) {}
+    fn advance(&self, _bytes: Bytes) {}
+}
+
+/// What loading did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadSummary {
+    /// Read from disk by this rank.
+    pub bytes_read: Bytes,
+    /// Now resident on the device.
+    pub resident: Bytes,
+    /// Resident weights.
+    pub tensors: usize,
+    /// Vision tensors of the checkpoint that were left alone.
+    pub skipped_tensors: usize,
+    /// Their size.
+    pub skipped_bytes: Bytes,
+}
+
+/// Loads the weights of the plan's rank onto `backend`, in its dtype.
+///
+/// # Errors
+/// When the checkpoint does not hold what `config` asks for, a bias is not zero, a file cannot be read, or the
+/// backend does not take a weight.
+pub fn load<B: Backend>(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    plan: &ShardPlan,
+    backend: &mut B,
+    progress: &dyn Progress,
+) -> Result<(Weights<B>, LoadSummary), Error> {
+    let catalogue = Catalogue::resolve(checkpoint, config)?;
+    let assembler = Assembler { checkpoint, catalogue: &catalogue, config, plan };
+    let assemblies: Vec<Assembly> = slots(config).into_iter().map(|slot| assembler.assembly(slot)).collect();
+    let biases = own_biases(&catalogue, plan);
+    let bias_bytes = biases.iter().filter_map(|bias| checkpoint.entry(bias)).map(|entry| entry.bytes);
+    let total = assemblies.iter().map(Assembly::disk_bytes).chain(bias_bytes).sum();
+    progress.start(Bytes(total));
+    let meter = Meter { progress, bytes: AtomicU64::new(0) };
+    biases.par_iter().try_for_each(|bias| check_zero(checkpoint, bias, &meter))?;
+    let (dtype, tensors) = (backend.dtype(), assemblies.len());
+    let (weights, resident) = thread::scope(|scope| {
+        // No buffer: the reader holds its weight until this thread is done with the one before.
+        let (sender, receiver) = sync_channel(0);
+        let (assemblies, meter) = (&assemblies, &meter);
+        scope.spawn(move || read_ahead(assemblies, (checkpoint, dtype), meter, &sender));
+        Placer { receiver, backend, resident: Bytes(0) }.weights(config)
+    })?;
+    let summary = LoadSummary {
+        bytes_read: Bytes(meter.bytes.into_inner()),
+        resident,
+        tensors,
+        skipped_tensors: catalogue.skipped_tensors,
+        skipped_bytes: catalogue.skipped_bytes,
+    };
+    Ok((weights, summary))
+}
+
+/// Counts what is read and passes it on.
+pub(crate) struct Meter<'a> {
+    progress: &'a dyn Progress,
+    bytes: AtomicU64,
+}
+
+impl Meter<'_> {
+    pub(crate) fn advance(&self, bytes: Bytes) {
+        self.bytes.fetch_add(bytes.0, Ordering::Relaxed);
+        self.progress.advance(bytes);
+    }
+}
+
+/// The biases this rank checks: the ranks share them out, so that together they read each once.
+fn own_biases<'a>(catalogue: &'a Catalogue, plan: &ShardPlan) -> Vec<&'a str> {
+    let (first, step) = (plan.rank.as_usize(), plan.size().as_usize());
+    catalogue.biases().iter().skip(first).step_by(step).map(String::as_str).collect()
+}
+
+fn check_zero(checkpoint: &Checkpoint, bias: &str, meter: &Meter<'_>) -> Result<(), Error> {
+    let elements = checkpoint.shape(bias).map_or(0, |shape| shape.iter().product());
+    let mut values = vec![0.0_f32; elements];
+    checkpoint.read(bias, &Block { matrix: 0, rows: 0..1, cols: 0..elements }, &mut values)?;
+    meter.advance(checkpoint.entry(bias).map_or(Bytes(0), |entry| Bytes(entry.bytes)));
+    match values.iter().position(|value| *value != 0.0) {
+        None => Ok(()),
+        Some(element) => {
+            Err(Error::Bias { tensor: bias.to_owned(), element, elements, value: values[element] })
+        }
+    }
+}
+
+type Read = Result<(Slot, HostTensor), Error>;
+
+/// Reads every weight in order, until one fails or nobody takes them any more.
+fn read_ahead(
+    assemblies: &[Assembly],
+    (checkpoint, dtype): (&Checkpoint, DType),
+    meter: &Meter<'_>,
+    sender: &SyncSender<Read>,
+) {
+    for assembly in assemblies {
+        let read = assembly.read(checkpoint, dtype, meter).map(|host| (assembly.slot, host));
+        let last = read.is_err();
+        if sender.send(read).is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Takes weights from the reader, in the order of the layout, to the device.
+struct Placer<'a, B: Backend> {
+    receiver: Receiver<Read>,
+    backend: &'a mut B,
+    resident: Bytes,
+}
+
+impl<B: Backend> Placer<'_, B> {
+    fn weights(mut self, config: &ModelConfig) -> Result<(Weights<B>, Bytes), Error> {
+        let embed = self.weight(Slot::Embed)?;
+        let head = if config.tied_head { None } else { Some(self.weight(Slot::Head)?) };
+        let final_norm = self.weight(Slot::FinalNorm)?;
+        let layers = (0..config.layers.len()).map(|at| self.layer(config, at));
+        let layers = layers.collect::<Result<Vec<_>, Error>>()?;
+        Ok((Weights { embed, head, final_norm, layers }, self.resident))
+    }
+
+    fn layer(&mut self, config: &ModelConfig, at: usize) -> Result<LayerWeights<B>, Error> {
+        let slot = |part| Slot::Layer(at, part);
+        let norm = self.weight(slot(Part::Norm))?;
+        let qkv = self.weight(slot(Part::Qkv))?;
+        let o = self.weight(slot(Part::O))?;
+        let mlp = match config.layers[at].mlp {
+            Mlp::Dense => MlpWeights::Dense(self.gated(slot(Part::DenseGateUp), slot(Part::DenseDown))?),
+            Mlp::Sparse => {
+                let router = self.weight(slot(Part::Router))?;
+                let gate_up = self.experts(slot(Part::ExpertsGateUp))?;
+                let down = self.experts(slot(Part::ExpertsDown))?;
+                let shared = if config.moe.is_some_and(|moe| moe.shared.is_some()) {
+                    Some(self.gated(slot(Part::SharedGateUp), slot(Part::SharedDown))?)
+                } else {
+                    None
+                };
+                MlpWeights::Sparse { router, gate_up, down, shared }
+            }
+        };
+        Ok(LayerWeights { norm, qkv, o, mlp })
+    }
+
+    fn gated(&mut self, gate_up: Slot, down: Slot) -> Result<GatedMlp<B>, Error> {
+        Ok(GatedMlp { gate_up: self.weight(gate_up)?, down: self.weight(down)? })
+    }
+
+    fn weight(&mut self, slot: Slot) -> Result<B::Weight, Error> {
+        let host = self.next(slot)?;
+        self.backend.weight(host).map_err(|source| Error::Place { weight: slot.to_string(), source })
+    }
+
+    fn experts(&mut self, slot: Slot) -> Result<B::Experts, Error> {
+        let host = self.next(slot)?;
+        self.backend.experts(host).map_err(|source| Error::Place { weight: slot.to_string(), source })
+    }
+
+    fn next(&mut self, wanted: Slot) -> Result<HostTensor, Error> {
+        let (slot, host) = self.receiver.recv().expect("the reader sends every weight or an error")?;
+        assert_eq!(slot, wanted, "weights are read in the order they are placed");
+        self.resident += host.bytes();
+        Ok(host)
+    }
+}

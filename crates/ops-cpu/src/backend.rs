@@ -1,0 +1,266 @@
+//! The backend: every op checks shapes, runs its kernel, and rounds where the contract says so.
+
+use std::ops::Range;
+
+use ops::{Backend, Batch, BatchSequence, Error, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window};
+use types::{DType, TokenId};
+
+use crate::attention::{Step, attention};
+use crate::element::{Element, Elements, round_all_bf16};
+use crate::experts::{Stack, routed_experts};
+use crate::kv::KvLayer;
+use crate::math::silu;
+use crate::matmul::matmul;
+use crate::norm::norm;
+use crate::rope::RopeTable;
+use crate::route::{Routed, route};
+use crate::tensor::Tensor;
+use crate::threads::Threads;
+use crate::weight::Weight;
+
+/// The CPU op set for one rank.
+pub struct CpuBackend {
+    dtype: DType,
+    threads: Threads,
+    tokens: Vec<TokenId>,
+    sequences: Vec<BatchSequence>,
+    sequence_of_row: Vec<usize>,
+    positions: Vec<u32>,
+    logit_rows: Vec<u32>,
+    turns: RopeTable,
+}
+
+impl CpuBackend {
+    /// A backend that computes in `dtype` with `threads` threads, the calling one included.
+    ///
+    /// # Errors
+    /// When the threads cannot be started.
+    pub fn new(dtype: DType, threads: usize) -> Result<Self, Error> {
+        Ok(Self {
+            dtype,
+            threads: Threads::new(threads)?,
+            tokens: Vec::new(),
+            sequences: Vec::new(),
+            sequence_of_row: Vec::new(),
+            positions: Vec::new(),
+            logit_rows: Vec::new(),
+            turns: RopeTable::default(),
+        })
+    }
+
+    fn rounds(&self) -> bool {
+        self.dtype == DType::BF16
+    }
+
+    fn rounded(&self, mut tensor: Tensor) -> Tensor {
+        if self.rounds() {
+            round_all_bf16(tensor.as_mut_slice());
+        }
+        tensor
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type Experts = Weight;
+    type KvLayer = KvLayer;
+    type Routed = Routed;
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn weight(&mut self, host: HostTensor) -> Result<Weight, Error> {
+        Weight::new(host, self.dtype)
+    }
+
+    fn experts(&mut self, host: HostTensor) -> Result<Weight, Error> {
+        let weight = Weight::new(host, self.dtype)?;
+        weight.dims3("experts")?;
+        Ok(weight)
+    }
+
+    fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<KvLayer, Error> {
+        KvLayer::new(spec, self.dtype)
+    }
+
+    fn begin_step(&mut self, batch: &Batch) -> Result<(), Error> {
+        let rows = batch.tokens.len();
+        let mut next = 0;
+        for sequence in &batch.sequences {
+            if sequence.rows.start != next || sequence.rows.is_empty() {
+                let detail = format!("rows {:?} of a sequence do not follow row {next}", sequence.rows);
+                return Err(Error::Shape { op: "begin_step", detail });
+            }
+            next = sequence.rows.end;
+        }
+        let last_logit = batch.logit_rows.last().map_or(0, |&row| row as usize + 1);
+        if next != rows || last_logit > rows {
+            let detail = format!("{rows} tokens, sequences over {next} rows, logits up to row {last_logit}");
+            return Err(Error::Shape { op: "begin_step", detail });
+        }
+        self.tokens.clone_from(&batch.tokens);
+        self.sequences.clone_from(&batch.sequences);
+        self.logit_rows.clone_from(&batch.logit_rows);
+        self.positions.clear();
+        self.positions.extend(batch.positions());
+        self.sequence_of_row.clear();
+        let indexed = batch.sequences.iter().enumerate();
+        self.sequence_of_row.extend(indexed.flat_map(|(i, s)| std::iter::repeat_n(i, s.rows.len())));
+        self.turns.clear();
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Weight, first_token: TokenId) -> Result<Tensor, Error> {
+        let (rows, hidden) = table.dims2("embed")?;
+        let mut out = Tensor::zeros(self.tokens.len(), hidden);
+        table.with("embed", |elements| {
+            for (token, out) in self.tokens.iter().zip(out.as_mut_slice().chunks_exact_mut(hidden)) {
+                let local = token.0.checked_sub(first_token.0).map(|l| l as usize).filter(|&l| l < rows);
+                if let Some(local) = local {
+                    widen_into(elements.slice(local * hidden, hidden), out);
+                }
+            }
+        })?;
+        Ok(out)
+    }
+
+    fn round(&mut self, x: Tensor) -> Result<Tensor, Error> {
+        Ok(self.rounded(x))
+    }
+
+    fn norm(&mut self, x: &Tensor, weight: &Weight, kind: Norm) -> Result<Tensor, Error> {
+        let &[width] = weight.dims() else {
+            let detail = format!("the weight has the shape {:?}", weight.dims());
+            return Err(Error::Shape { op: "norm", detail });
+        };
+        x.expect_width("norm", width)?;
+        let mut out = Tensor::zeros(x.rows(), width);
+        let rounds = self.rounds();
+        weight.with("norm", |w| norm(x.as_slice(), w, kind, rounds, out.as_mut_slice()))?;
+        Ok(self.rounded(out))
+    }
+
+    fn linear(&mut self, x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
+        let out = self.linear_partial(x, weight)?;
+        Ok(self.rounded(out))
+    }
+
+    fn linear_partial(&mut self, x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
+        let (outs, inner) = weight.dims2("linear")?;
+        x.expect_width("linear", inner)?;
+        let mut out = Tensor::zeros(x.rows(), outs);
+        weight.with("linear", |w| matmul(&self.threads, x.as_slice(), w, out.as_mut_slice(), inner))?;
+        Ok(out)
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Tensor,
+        kv: &mut KvLayer,
+        rope: Option<Rope>,
+        window: Window,
+    ) -> Result<Tensor, Error> {
+        if qkv.rows() != self.tokens.len() {
+            let detail = format!("{} rows in a step of {}", qkv.rows(), self.tokens.len());
+            return Err(Error::Shape { op: "attention", detail });
+        }
+        if let Some(rope) = rope {
+            self.turns.prepare(rope, kv.spec().head_dim, &self.positions, self.dtype == DType::BF16);
+        }
+        let step = Step {
+            threads: &self.threads,
+            sequences: &self.sequences,
+            sequence_of_row: &self.sequence_of_row,
+            positions: &self.positions,
+            turns: &self.turns,
+            rounds: self.rounds(),
+        };
+        attention(&step, qkv, kv, rope, window)
+    }
+
+    fn swiglu(&mut self, gate_up: &Tensor) -> Result<Tensor, Error> {
+        if !gate_up.width().is_multiple_of(2) {
+            let detail = format!("rows of {} are not gate and up", gate_up.width());
+            return Err(Error::Shape { op: "swiglu", detail });
+        }
+        let width = gate_up.width() / 2;
+        let mut out = Tensor::zeros(gate_up.rows(), width);
+        swiglu_rows(gate_up.as_slice(), width, self.dtype, out.as_mut_slice());
+        Ok(out)
+    }
+
+    fn route(&mut self, logits: &Tensor, routing: Routing) -> Result<Routed, Error> {
+        route(logits, routing)
+    }
+
+    fn routed_experts(
+        &mut self,
+        x: &Tensor,
+        routed: &Routed,
+        gate_up: &Weight,
+        down: &Weight,
+        first_expert: usize,
+    ) -> Result<Tensor, Error> {
+        let stack = Stack { gate_up, down, first_expert };
+        routed_experts(&self.threads, x, routed, &stack, self.dtype)
+    }
+
+    fn add_scaled(&mut self, mut a: Tensor, b: &Tensor, scale: f32) -> Result<Tensor, Error> {
+        a.expect_shape_of("add_scaled", b)?;
+        for (a, &b) in a.as_mut_slice().iter_mut().zip(b.as_slice()) {
+            *a += scale * b;
+        }
+        Ok(a)
+    }
+
+    fn residual_add(&mut self, x: Tensor, sum: &Tensor) -> Result<Tensor, Error> {
+        let x = self.add_scaled(x, sum, 1.0)?;
+        Ok(self.rounded(x))
+    }
+
+    fn logit_rows(&mut self, x: &Tensor, which: Range<usize>) -> Result<Tensor, Error> {
+        let Some(wanted) = self.logit_rows.get(which.clone()) else {
+            let detail = format!("rows {which:?} of {} that have logits", self.logit_rows.len());
+            return Err(Error::Shape { op: "logit_rows", detail });
+        };
+        let rows = wanted.iter().flat_map(|&row| x.row(row as usize)).copied();
+        Tensor::new(x.width(), rows.collect())
+    }
+
+    fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {
+        Ok(Tensor::zeros(rows, width))
+    }
+
+    fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {
+        Ok(x.as_slice().to_vec())
+    }
+}
+
+fn widen_into(elements: Elements<'_>, out: &mut [f32]) {
+    match elements {
+        Elements::F32(data) => out.copy_from_slice(data),
+        Elements::BF16(data) => out.iter_mut().zip(data).for_each(|(o, &e)| *o = e.widen()),
+    }
+}
+
+/// silu(gate) · up for rows of `gate_up` [T, 2I]: each factor rounded as the reference stores it.
+pub(crate) fn swiglu_rows(gate_up: &[f32], width: usize, dtype: DType, out: &mut [f32]) {
+    let rounds = dtype == DType::BF16;
+    for (gate_up, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+        let (gate, up) = gate_up.split_at(width);
+        pulp::Arch::new().dispatch(|| {
+            for i in 0..width {
+                out[i] = silu(gate[i]);
+            }
+        });
+        if rounds {
+            round_all_bf16(out);
+        }
+        out.iter_mut().zip(up).for_each(|(o, &u)| *o *= u);
+        if rounds {
+            round_all_bf16(out);
+        }
+    }
+}

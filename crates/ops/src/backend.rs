@@ -1,0 +1,226 @@
+//! The op set. Letters used in shapes: T rows of this step, H hidden size, Q query heads of this rank, K key/value
+//! heads of this rank, D head dimension, E experts of this rank, I intermediate width of this rank, V vocabulary
+//! rows of this rank.
+//!
+//! Rounding points are part of the contract: operands and results are stored in the compute dtype (bf16 or f32),
+//! products are accumulated in fp32 and rounded once when the op returns. Results that are partial sums over ranks
+//! stay in fp32 until they are reduced.
+
+use std::ops::Range;
+
+use types::{BlockSize, DType, TokenId};
+
+use crate::{Batch, Error, HostTensor, KvGroup};
+
+/// Which normalisation; both multiply by a weight and have no bias.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Norm {
+    /// Root mean square (T5 style): fp32 statistics, rounded to the compute dtype, then times the weight.
+    Rms {
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// Mean-subtracting: statistics and weight in fp32, rounded once.
+    Layer {
+        /// Added to the variance.
+        eps: f32,
+    },
+}
+
+/// Interleaved rotary embedding over the whole head dimension: the pair (2i, 2i+1) turns by
+/// `position · theta^(-2i/D)`; cos and sin are rounded to the compute dtype.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f32,
+}
+
+/// Which keys a row may see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Window {
+    /// Every position up to its own.
+    All,
+    /// The last `n` positions including its own (`window_keys`).
+    Keys(u32),
+}
+
+/// How router scores are made from the logits of the chosen experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// Logistic function of each chosen logit.
+    Sigmoid {
+        /// Divide the k scores by their sum.
+        renormalize: bool,
+    },
+    /// Softmax over the chosen logits only.
+    Softmax,
+}
+
+/// Token-choice routing: the k largest logits (lowest expert on a tie), then [`Scoring`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Routing {
+    /// Experts per token.
+    pub top_k: usize,
+    /// Score of a chosen expert.
+    pub scoring: Scoring,
+}
+
+/// Shape of one layer's KV cache on this rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayerSpec {
+    /// Which group's block tables address it.
+    pub group: KvGroup,
+    /// Blocks in the pool.
+    pub blocks: usize,
+    /// Tokens per block.
+    pub block_size: BlockSize,
+    /// K.
+    pub kv_heads: usize,
+    /// Q; a multiple of K.
+    pub query_heads: usize,
+    /// D.
+    pub head_dim: usize,
+}
+
+/// A device that runs the model. One value per rank; it owns the device's memory, and one thread uses it.
+pub trait Backend {
+    /// Activations on the device: [rows, width], compute dtype or (for partial sums) fp32.
+    type Tensor;
+    /// A resident weight matrix [out, in] or norm weight [H].
+    type Weight;
+    /// Resident expert matrices [E, out, in].
+    type Experts;
+    /// One layer's resident key/value cache.
+    type KvLayer;
+    /// The experts chosen for each row and their weights.
+    type Routed;
+
+    /// Compute dtype.
+    fn dtype(&self) -> DType;
+
+    /// Takes a weight [out, in] or [H] into device memory, converted to the compute dtype.
+    ///
+    /// # Errors
+    /// When memory runs out or the shape has no place here.
+    fn weight(&mut self, host: HostTensor) -> Result<Self::Weight, Error>;
+
+    /// Takes expert weights [E, out, in] into device memory.
+    ///
+    /// # Errors
+    /// As [`Backend::weight`].
+    fn experts(&mut self, host: HostTensor) -> Result<Self::Experts, Error>;
+
+    /// Reserves one layer's KV cache.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<Self::KvLayer, Error>;
+
+    /// Starts a step: whatever the ops need of the batch is staged on the device.
+    ///
+    /// # Errors
+    /// When the batch contradicts itself.
+    fn begin_step(&mut self, batch: &Batch) -> Result<(), Error>;
+
+    /// Rows of `table` [V, H] for the tokens of the step: T × H fp32. A token outside
+    /// `first_token..first_token + V` gives a zero row (a partial sum over vocabulary-parallel ranks).
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn embed(&mut self, table: &Self::Weight, first_token: TokenId) -> Result<Self::Tensor, Error>;
+
+    /// Rounds a reduced sum to the compute dtype.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn round(&mut self, x: Self::Tensor) -> Result<Self::Tensor, Error>;
+
+    /// Normalises each row of `x` [T, H].
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn norm(&mut self, x: &Self::Tensor, weight: &Self::Weight, norm: Norm) -> Result<Self::Tensor, Error>;
+
+    /// `x` [T, in] times `weight` [out, in] transposed: [T, out], rounded to the compute dtype.
+    ///
+    /// # Errors
+    /// When widths differ, or on a device failure.
+    fn linear(&mut self, x: &Self::Tensor, weight: &Self::Weight) -> Result<Self::Tensor, Error>;
+
+    /// As [`Backend::linear`] but kept in fp32: this rank's part of a row-parallel product.
+    ///
+    /// # Errors
+    /// As [`Backend::linear`].
+    fn linear_partial(&mut self, x: &Self::Tensor, weight: &Self::Weight) -> Result<Self::Tensor, Error>;
+
+    /// Splits `qkv` [T, (Q + 2K)·D] into q, k, v, turns q and k by `rope` when given, writes k and v to the cache,
+    /// attends with scale D^-0.5 and fp32 softmax to the keys `window` allows: [T, Q·D].
+    ///
+    /// # Errors
+    /// When a block table does not cover a position, or on a device failure.
+    fn attention(
+        &mut self,
+        qkv: &Self::Tensor,
+        kv: &mut Self::KvLayer,
+        rope: Option<Rope>,
+        window: Window,
+    ) -> Result<Self::Tensor, Error>;
+
+    /// `gate_up` [T, 2I] (gate first) to silu(gate) · up: [T, I].
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn swiglu(&mut self, gate_up: &Self::Tensor) -> Result<Self::Tensor, Error>;
+
+    /// Chooses experts from `logits` [T, experts], rounded to the compute dtype beforehand.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn route(&mut self, logits: &Self::Tensor, routing: Routing) -> Result<Self::Routed, Error>;
+
+    /// Routed experts on every row of `x` [T, H]: gate_up [E, 2I, H], SiLU·up, down [E, H, I], times the routing
+    /// weight, summed over the chosen: T × H fp32, a partial sum over ranks. Expert e here is expert
+    /// `first_expert + e` of the model; choices outside are other ranks'.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn routed_experts(
+        &mut self,
+        x: &Self::Tensor,
+        routed: &Self::Routed,
+        gate_up: &Self::Experts,
+        down: &Self::Experts,
+        first_expert: usize,
+    ) -> Result<Self::Tensor, Error>;
+
+    /// `a + scale · b` in fp32, for partial sums of the same layer.
+    ///
+    /// # Errors
+    /// When shapes differ.
+    fn add_scaled(&mut self, a: Self::Tensor, b: &Self::Tensor, scale: f32) -> Result<Self::Tensor, Error>;
+
+    /// The residual stream: `x + sum`, rounded to the compute dtype.
+    ///
+    /// # Errors
+    /// When shapes differ.
+    fn residual_add(&mut self, x: Self::Tensor, sum: &Self::Tensor) -> Result<Self::Tensor, Error>;
+
+    /// Some of the rows of `x` that the batch wants logits for, `which` counting in [`Batch::logit_rows`]:
+    /// [which, H].
+    ///
+    /// # Errors
+    /// When `which` is out of range, or on a device failure.
+    fn logit_rows(&mut self, x: &Self::Tensor, which: Range<usize>) -> Result<Self::Tensor, Error>;
+
+    /// Room for [rows, width] fp32 that a collective is about to fill.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    fn buffer(&mut self, rows: usize, width: usize) -> Result<Self::Tensor, Error>;
+
+    /// Copies a tensor to the host as fp32, row-major.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn read(&mut self, x: &Self::Tensor) -> Result<Vec<f32>, Error>;
+}

@@ -1,0 +1,16 @@
+//! The op set as a contract: about sixteen fused, model-level operations ([`Backend`]), what a step looks like to
+//! them ([`Batch`]), how weights are handed over ([`HostTensor`]), the reference sampler, and the conformance suite
+//! every backend runs.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod batch;
+mod error;
+mod host;
+pub mod conformance;
+pub mod sample;
+
+pub use backend::{Backend, KvLayerSpec, Norm, Rope, Routing, Scoring, Window};
+pub use batch::{Batch, BatchSequence, BlockTable, KvGroup};
+pub use error::Error;
+pub use host::HostTensor;

@@ -1,0 +1,18 @@
+//! Compiles the protocol files in Rust (no protoc) and keeps their descriptors for server reflection.
+
+use std::path::{Path, PathBuf};
+use std::{env, error, fs};
+
+use prost::Message;
+
+const FILES: [&str; 2] = ["cohort/v1/cohort.proto", "cohort/worker/v1/worker.proto"];
+
+fn main() -> Result<(), Box<dyn error::Error>> {
+    let root = Path::new("../../proto");
+    println!("cargo:rerun-if-changed={}", root.display());
+    let descriptors = protox::compile(FILES, [root])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

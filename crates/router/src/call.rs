@@ -1,0 +1,114 @@
+//! What a call brings beside its message: an id and a deadline.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::time::Duration;
+
+use proto::{Failure, Violation};
+use tokio::time::Instant;
+use tonic::Status;
+use tonic::metadata::{AsciiMetadataValue, MetadataMap};
+
+/// The header that carries a request's id both ways.
+pub(crate) const REQUEST_ID: &str = "x-request-id";
+const REQUEST_ID_BYTES_MAX: usize = 128;
+/// A request ends this much before its deadline, so that our status with its details is out before the transport's
+/// own timer ends the call with a bare CANCELLED.
+const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
+
+/// One call's identity and time.
+#[derive(Debug, Clone)]
+pub(crate) struct Call {
+    pub(crate) request_id: String,
+    pub(crate) deadline: Option<Instant>,
+}
+
+impl Call {
+    /// Reads the headers of a call whose message names `request_id` (empty: take the header's, else draw one).
+    ///
+    /// # Errors
+    /// [`Failure::Invalid`] for an id that cannot travel in a header, or a `grpc-timeout` that is not one.
+    pub(crate) fn new(headers: &MetadataMap, request_id: &str) -> Result<Self, Failure> {
+        let from_header = || headers.get(REQUEST_ID)?.to_str().ok().filter(|id| is_request_id(id));
+        let request_id = match request_id {
+            "" => from_header().map_or_else(draw_request_id, str::to_owned),
+            id if is_request_id(id) => id.to_owned(),
+            _ => {
+                let reason = format!("must be 1 to {REQUEST_ID_BYTES_MAX} visible ASCII characters");
+                return Err(Violation::new("request_id", reason).into());
+            }
+        };
+        let timeout = match headers.get("grpc-timeout") {
+            None => None,
+            Some(value) => match value.to_str().ok().and_then(parse_timeout) {
+                Some(timeout) => Some(timeout),
+                None => {
+                    let reason = "must be at most 8 digits and one of H M S m u n";
+                    return Err(Violation::new("grpc-timeout", reason).into());
+                }
+            },
+        };
+        let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(DEADLINE_MARGIN));
+        Ok(Self { request_id, deadline })
+    }
+
+    /// The status of a failure, with the request's id in its headers.
+    pub(crate) fn status(&self, failure: &Failure) -> Status {
+        let mut status = failure.to_status();
+        self.label(status.metadata_mut());
+        status
+    }
+
+    /// Writes the request's id into the headers of an answer.
+    pub(crate) fn label(&self, headers: &mut MetadataMap) {
+        if let Ok(value) = AsciiMetadataValue::try_from(self.request_id.as_str()) {
+            headers.insert(REQUEST_ID, value);
+        }
+    }
+
+    /// Runs `work` until the deadline.
+    ///
+    /// # Errors
+    /// [`Failure::DeadlineExceeded`], or what `work` fails with.
+    pub(crate) async fn within<T>(
+        &self,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        match self.deadline {
+            None => work.await,
+            Some(deadline) => {
+                tokio::time::timeout_at(deadline, work).await.unwrap_or(Err(Failure::DeadlineExceeded))
+            }
+        }
+    }
+}
+
+/// 64 random bits: std's hasher keys come from the system's generator and differ at every call.
+pub(crate) fn random_u64() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
+fn draw_request_id() -> String {
+    format!("{:016x}{:016x}", random_u64(), random_u64())
+}
+
+fn is_request_id(id: &str) -> bool {
+    (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let unit = text.chars().last().filter(char::is_ascii)?;
+    let digits = &text[..text.len() - 1];
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    match unit {
+        'H' => Some(Duration::from_secs(number * 3600)),
+        'M' => Some(Duration::from_secs(number * 60)),
+        'S' => Some(Duration::from_secs(number)),
+        'm' => Some(Duration::from_millis(number)),
+        'u' => Some(Duration::from_micros(number)),
+        'n' => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}

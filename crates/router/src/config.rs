@@ -1,0 +1,82 @@
+//! What a router needs to know to start. Plain data: `settings` and the command line fill it in.
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::Error;
+
+/// A router's configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where gRPC is served; port 0 takes any free one, which is reported.
+    pub grpc_listen: SocketAddr,
+    /// Where HTTP is served, if at all; port 0 as above.
+    pub http_listen: Option<SocketAddr>,
+    /// The leaders of the worker groups, each `http://host:port`; at least one.
+    pub workers: Vec<String>,
+    /// Name the model is served under; `None` takes the name the groups report.
+    pub model_name: Option<String>,
+    /// Bounds on what is taken in.
+    pub limits: Limits,
+    /// After the order to stop: how long requests are still taken while health says NOT_SERVING, so that load
+    /// balancers turn away before anybody is refused.
+    pub withdraw_grace: Duration,
+    /// After that: how long open requests may go on before they are ended with UNAVAILABLE.
+    pub drain_grace: Duration,
+}
+
+/// Bounds on what a router takes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Most requests admitted at once; above it they are refused with RESOURCE_EXHAUSTED.
+    pub requests_max: u32,
+    /// Most bytes of a prompt: its text, or all messages of a chat together.
+    pub prompt_bytes_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { requests_max: 1024, prompt_bytes_max: 4 << 20 }
+    }
+}
+
+/// The files of a checkpoint that turn text into tokens. All of them may be missing: then only token ids are served.
+#[derive(Debug, Clone, Default)]
+pub struct ModelFiles {
+    /// `tokenizer.json`.
+    pub tokenizer_json: Option<Vec<u8>>,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config_json: Option<Vec<u8>>,
+    /// `chat_template.jinja`.
+    pub chat_template: Option<String>,
+}
+
+impl ModelFiles {
+    /// Reads what there is in the checkpoint directory `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Read`] when `dir` is not a directory or a file is there and cannot be read; [`Error::File`] when the
+    /// template is not UTF-8.
+    pub fn read_dir(dir: &Path) -> Result<Self, Error> {
+        std::fs::read_dir(dir).map_err(|source| Error::Read { path: dir.to_owned(), source })?;
+        let chat_template = read(&dir.join("chat_template.jinja"))?.map(|bytes| {
+            String::from_utf8(bytes)
+                .map_err(|error| Error::File { file: "chat_template.jinja", reason: error.to_string() })
+        });
+        Ok(Self {
+            tokenizer_json: read(&dir.join("tokenizer.json"))?,
+            tokenizer_config_json: read(&dir.join("tokenizer_config.json"))?,
+            chat_template: chat_template.transpose()?,
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read { path: path.to_owned(), source }),
+    }
+}

@@ -1,0 +1,22 @@
+//! The router: text in, text out. It admits a request, renders and tokenizes it, places it at a worker group, and
+//! turns the token ids that come back into text. Strings never pass below this crate.
+//!
+//! [`serve`] runs one; [`text`] can be used by itself.
+#![forbid(unsafe_code)]
+
+mod answer;
+mod call;
+mod config;
+mod error;
+mod forward;
+mod http;
+pub mod pick;
+mod pipeline;
+mod serve;
+mod service;
+pub mod text;
+mod workers;
+
+pub use config::{Config, Limits, ModelFiles};
+pub use error::Error;
+pub use serve::{Bound, serve};

@@ -1,0 +1,222 @@
+//! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
+
+use std::sync::Arc;
+
+use proto::{Failure, GenerationFields, Prompt, Violation, stop_strings, v1, worker};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use types::{Generation, GenerationSpec, TokenId};
+
+use crate::answer::{Answer, Assembler};
+use crate::call::{Call, random_u64};
+use crate::config::Limits;
+use crate::forward::Placed;
+use crate::text::Text;
+use crate::workers::{Facts, Groups};
+
+/// What all requests share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) groups: Arc<Groups>,
+    /// `None` for a checkpoint without tokenizer.
+    pub(crate) text: Option<Text>,
+    pub(crate) model_name: Option<String>,
+    pub(crate) limits: Limits,
+    pub(crate) permits: Arc<Semaphore>,
+    /// The order to stop has come: health says so, requests are still taken for a while.
+    pub(crate) withdrawn: CancellationToken,
+    /// Ends what is still open when the drain grace is over.
+    pub(crate) closing: CancellationToken,
+}
+
+/// A request that holds its permit and whose every field is right, but for the prompt's tokens.
+struct Admitted {
+    permit: OwnedSemaphorePermit,
+    facts: Facts,
+    prompt: Prompt,
+    generation: Generation,
+    stop: Vec<String>,
+    keep_special: bool,
+}
+
+/// A request whose prompt fits the model.
+struct Tokenized {
+    permit: OwnedSemaphorePermit,
+    prompt: Vec<TokenId>,
+    generation: Generation,
+    stop: Vec<String>,
+    keep_special: bool,
+}
+
+impl Shared {
+    /// The whole way down.
+    ///
+    /// # Errors
+    /// What the stages refuse; failures of a group come out of the [`Answer`].
+    pub(crate) async fn generate(
+        self: &Arc<Self>,
+        call: Call,
+        request: v1::GenerateRequest,
+    ) -> Result<Answer, Failure> {
+        let admitted = self.admit_generation(request)?;
+        let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
+        let placed = self.place(&call, &tokenized)?;
+        Ok(self.answer(call, tokenized, placed))
+    }
+
+    /// A permit to work on one request.
+    ///
+    /// # Errors
+    /// [`Failure::Overloaded`] when all are taken.
+    pub(crate) fn permit(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        Arc::clone(&self.permits).try_acquire_owned().map_err(|_| Failure::Overloaded {
+            what: "requests".to_owned(),
+            max: u64::from(self.limits.requests_max),
+            retry_after: proto::RETRY_AFTER,
+        })
+    }
+
+    /// The tokenizer and template.
+    ///
+    /// # Errors
+    /// [`Failure::NoTokenizer`] naming what needed them.
+    pub(crate) fn text(&self, needed_for: &str) -> Result<&Text, Failure> {
+        self.text.as_ref().ok_or_else(|| Failure::NoTokenizer { needed_for: needed_for.to_owned() })
+    }
+
+    /// The name the model is served under and its facts.
+    ///
+    /// # Errors
+    /// What [`crate::workers::Progress::refusal`] says while no group has reported them.
+    pub(crate) fn served(&self) -> Result<(String, Facts), Failure> {
+        let facts = self.groups.served().ok_or_else(|| self.groups.progress().refusal())?;
+        let name = self.model_name.clone().unwrap_or_else(|| facts.name.clone());
+        Ok((name, facts))
+    }
+
+    /// Renders and tokenizes on a thread that may block; the caller holds a permit, which bounds those.
+    ///
+    /// # Errors
+    /// [`Failure::NoTokenizer`] and what [`Text::tokenize`] refuses.
+    pub(crate) async fn tokenize(&self, prompt: Prompt) -> Result<(String, Vec<TokenId>), Failure> {
+        let needed_for = match prompt {
+            Prompt::TokenIds(ids) => return Ok((String::new(), ids)),
+            Prompt::Text(_) => "text",
+            Prompt::Chat(_) => "chat",
+        };
+        self.check_length(&prompt)?;
+        let text = self.text(needed_for)?.clone();
+        let work = tokio::task::spawn_blocking(move || text.tokenize(prompt));
+        work.await.unwrap_or_else(|error| {
+            Err(Failure::Internal { why: format!("tokenizing the prompt failed: {error}") })
+        })
+    }
+
+    fn check_length(&self, prompt: &Prompt) -> Result<(), Failure> {
+        let (field, bytes) = match prompt {
+            Prompt::TokenIds(_) => return Ok(()),
+            Prompt::Text(text) => ("text", text.len()),
+            Prompt::Chat(chat) => ("chat.messages", chat.messages.iter().map(|m| m.content.len()).sum()),
+        };
+        let max = self.limits.prompt_bytes_max;
+        match bytes > max {
+            true => Err(Violation::new(field, format!("has {bytes} bytes; at most {max}")).into()),
+            false => Ok(()),
+        }
+    }
+
+    fn admit_generation(&self, mut request: v1::GenerateRequest) -> Result<Admitted, Failure> {
+        let permit = self.permit()?;
+        let (name, facts) = self.served()?;
+        if !request.model.is_empty() && request.model != name {
+            return Err(Failure::UnknownModel { asked: request.model, served: vec![name] });
+        }
+        let spec = GenerationSpec::from(&request);
+        let keep_special = request.response.unwrap_or_default().keep_special_tokens;
+        let stop = request.stopping.take().unwrap_or_default().stop;
+        let mut wrong = Vec::new();
+        let mut listed = |failure| match failure {
+            Failure::Invalid(violations) => {
+                wrong.extend(violations);
+                Ok(())
+            }
+            other => Err(other),
+        };
+        let prompt = Prompt::try_from(request.prompt).and_then(|prompt| facts.check_ids(prompt));
+        let prompt = prompt.map_err(&mut listed);
+        let generation = spec
+            .validate(random_u64(), facts.vocab_size)
+            .map_err(|error| listed(GenerationFields::Public.refuse(error)));
+        wrong.extend(stop_strings(&stop));
+        match (prompt, generation) {
+            (Ok(prompt), Ok(generation)) if wrong.is_empty() => {
+                if !stop.is_empty() {
+                    self.text("stopping.stop")?;
+                }
+                Ok(Admitted { permit, facts, prompt, generation, stop, keep_special })
+            }
+            (Err(Err(failure)), _) | (_, Err(Err(failure))) => Err(failure),
+            _ => Err(Failure::Invalid(wrong)),
+        }
+    }
+
+    async fn tokenize_admitted(&self, admitted: Admitted) -> Result<Tokenized, Failure> {
+        let Admitted { permit, facts, prompt, generation, stop, keep_special } = admitted;
+        let (_, prompt) = self.tokenize(prompt).await?;
+        let too_long = || Failure::PromptTooLong {
+            prompt_tokens: prompt.len() as u64,
+            context_tokens_max: facts.context_tokens_max,
+        };
+        let tokens = u32::try_from(prompt.len()).map_err(|_| too_long())?;
+        let room =
+            facts.context_tokens_max.checked_sub(tokens).filter(|&room| room > 0).ok_or_else(too_long)?;
+        if let Some(id) = prompt.iter().find(|id| id.0 >= facts.vocab_size) {
+            let why = format!(
+                "the tokenizer made token id {id}, and the model's vocabulary has {}: they do not belong together",
+                facts.vocab_size
+            );
+            return Err(Failure::Internal { why });
+        }
+        if prompt.is_empty() {
+            return Err(Violation::new("prompt", "has no tokens").into());
+        }
+        Ok(Tokenized { permit, prompt, generation: generation.limited_to(room), stop, keep_special })
+    }
+
+    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<Placed, Failure> {
+        let request = worker::GenerateRequest {
+            request_id: call.request_id.clone(),
+            prompt: tokenized.prompt.iter().map(|id| id.0).collect(),
+            generation: Some(worker::Generation::from(&tokenized.generation)),
+        };
+        Placed::new(&self.groups, request)
+    }
+
+    fn answer(&self, call: Call, tokenized: Tokenized, placed: Placed) -> Answer {
+        let Tokenized { permit, prompt, stop, keep_special, .. } = tokenized;
+        let tokenizer = self.text.as_ref().map(|text| Arc::clone(text.tokenizer()));
+        let assembler =
+            Assembler::new(call.request_id.clone(), prompt, tokenizer).with_text(keep_special, stop);
+        Answer::new(call, placed, assembler, (permit, self.closing.clone()))
+    }
+}
+
+impl Facts {
+    /// Names every token id that the model does not have.
+    fn check_ids(&self, prompt: Prompt) -> Result<Prompt, Failure> {
+        let Prompt::TokenIds(ids) = &prompt else { return Ok(prompt) };
+        let bad = ids.iter().enumerate().filter(|(_, id)| id.0 >= self.vocab_size);
+        let name = |(index, id): (usize, &TokenId)| {
+            let reason = format!("token id {id} is not below the vocabulary size {}", self.vocab_size);
+            Violation::new(format!("token_ids.ids[{index}]"), reason)
+        };
+        // A prompt of nothing but bad ids would otherwise make a list as long as itself.
+        let wrong: Vec<Violation> = bad.map(name).take(VIOLATIONS_MAX).collect();
+        match wrong.is_empty() {
+            true => Ok(prompt),
+            false => Err(Failure::Invalid(wrong)),
+        }
+    }
+}
+
+const VIOLATIONS_MAX: usize = 16;

@@ -1,0 +1,223 @@
+//! A router's life: bind, serve, withdraw, drain.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::v1::cohort_server::CohortServer;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
+use types::limits::MESSAGE_BYTES_MAX;
+
+use crate::call::random_u64;
+use crate::pipeline::Shared;
+use crate::service::Service;
+use crate::text::Text;
+use crate::workers::{Groups, Progress};
+use crate::{Config, Error, ModelFiles, http};
+
+/// A caller that vanished without a word is noticed after both together.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+const STREAM_WINDOW_BYTES: u32 = 16 << 20;
+/// Time for the last bytes of finished answers to leave before connections are dropped.
+const FLUSH_GRACE: Duration = Duration::from_millis(200);
+/// What health is reported for: the server as a whole, and the service.
+const HEALTH_NAMES: [&str; 2] = ["", "cohort.v1.Cohort"];
+
+/// Where a router listens, with the ports the system chose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bound {
+    /// gRPC.
+    pub grpc: SocketAddr,
+    /// HTTP, when it was asked for.
+    pub http: Option<SocketAddr>,
+}
+
+/// Serves until `shutdown`, then withdraws and drains as `config` says. `bound` is called once, as soon as the
+/// listeners are open. Needs a tokio runtime with its time and net drivers.
+///
+/// # Errors
+/// [`Error::Bind`] for an address that cannot be had, [`Error::File`] for a tokenizer or template that cannot be
+/// used, [`Error::NoWorkers`] and [`Error::WorkerAddress`] for a bad list of workers, [`Error::Serve`] when a
+/// listener breaks.
+pub async fn serve(
+    config: Config,
+    files: ModelFiles,
+    bound: impl FnOnce(Bound),
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let groups = Arc::new(Groups::new(&config.workers)?);
+    let grpc = bind(config.grpc_listen, "--grpc-listen").await?;
+    let http = match config.http_listen {
+        Some(address) => Some(bind(address, "--http-listen").await?),
+        None => None,
+    };
+    bound(Bound {
+        grpc: local_address(&grpc, config.grpc_listen, "--grpc-listen")?,
+        http: match (&http, config.http_listen) {
+            (Some(listener), Some(asked)) => Some(local_address(listener, asked, "--http-listen")?),
+            _ => None,
+        },
+    });
+    // Watch tasks and listeners end when this function does, however it ends.
+    let stop = CancellationToken::new();
+    let _stop_on_exit = stop.clone().drop_guard();
+    groups.watch(&format!("router-{:016x}", random_u64()), &stop);
+    let shared = share(&config, files, groups).await?;
+    tokio::spawn(stop.clone().run_until_cancelled_owned(turn_away(shutdown.clone(), Arc::clone(&shared))));
+
+    let refuse = CancellationToken::new();
+    let mut grpc = AbortOnDropHandle::new(tokio::spawn(serve_grpc(
+        grpc,
+        Arc::clone(&shared),
+        (refuse.clone(), stop.clone()),
+    )));
+    let mut http =
+        AbortOnDropHandle::new(tokio::spawn(serve_http(http, Arc::clone(&shared), refuse.clone())));
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        ended = &mut grpc => return joined("gRPC", ended),
+        ended = &mut http => return joined("HTTP", ended),
+    }
+    tracing::info!("withdrawing: health says NOT_SERVING");
+    tokio::time::sleep(config.withdraw_grace).await;
+    refuse.cancel();
+    drain(&config, &shared, grpc).await;
+    Ok(())
+}
+
+async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|source| Error::Bind { address, flag, source })
+}
+
+fn local_address(
+    listener: &TcpListener,
+    address: SocketAddr,
+    flag: &'static str,
+) -> Result<SocketAddr, Error> {
+    listener.local_addr().map_err(|source| Error::Bind { address, flag, source })
+}
+
+async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Result<Arc<Shared>, Error> {
+    let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
+    let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
+    Ok(Arc::new(Shared {
+        groups,
+        text,
+        model_name: config.model_name.clone(),
+        limits: config.limits,
+        permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
+        withdrawn: CancellationToken::new(),
+        closing: CancellationToken::new(),
+    }))
+}
+
+async fn turn_away(shutdown: CancellationToken, shared: Arc<Shared>) {
+    shutdown.cancelled().await;
+    shared.withdrawn.cancel();
+}
+
+async fn serve_grpc(
+    listener: TcpListener,
+    shared: Arc<Shared>,
+    (refuse, stop): (CancellationToken, CancellationToken),
+) -> Result<(), Error> {
+    let broken = |reason: String| Error::Serve { what: "gRPC", reason };
+    let reporter = HealthReporter::new();
+    report_health(&reporter, false).await;
+    let health = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
+    tokio::spawn(stop.run_until_cancelled_owned(keep_reporting(reporter, Arc::clone(&shared))));
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name("cohort.v1.Cohort")
+            .with_service_name("grpc.health.v1.Health")
+    };
+    let cohort = CohortServer::new(Service::new(shared))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    Server::builder()
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(STREAM_WINDOW_BYTES)
+        .add_service(cohort)
+        .add_service(health)
+        .add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?)
+        .add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            refuse.cancelled_owned(),
+        )
+        .await
+        .map_err(|error| broken(error.to_string()))
+}
+
+async fn serve_http(
+    listener: Option<TcpListener>,
+    shared: Arc<Shared>,
+    refuse: CancellationToken,
+) -> Result<(), Error> {
+    let Some(listener) = listener else { return std::future::pending().await };
+    axum::serve(listener, http::routes(shared))
+        .with_graceful_shutdown(refuse.cancelled_owned())
+        .await
+        .map_err(|error| Error::Serve { what: "HTTP", reason: error.to_string() })
+}
+
+async fn keep_reporting(reporter: HealthReporter, shared: Arc<Shared>) {
+    let mut changes = shared.groups.changes();
+    loop {
+        let serving = shared.groups.progress() == Progress::Serving && !shared.withdrawn.is_cancelled();
+        report_health(&reporter, serving).await;
+        tokio::select! {
+            () = shared.withdrawn.cancelled(), if !shared.withdrawn.is_cancelled() => {}
+            changed = changes.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn report_health(reporter: &HealthReporter, serving: bool) {
+    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for name in HEALTH_NAMES {
+        reporter.set_service_status(name, status).await;
+    }
+}
+
+/// Lets open requests finish, up to the grace, then ends them. Connections that only watch health do not count.
+async fn drain(config: &Config, shared: &Shared, mut server: AbortOnDropHandle<Result<(), Error>>) {
+    let idle = async {
+        let _all_back = shared.permits.acquire_many(config.limits.requests_max).await;
+        tokio::time::sleep(FLUSH_GRACE).await;
+    };
+    tokio::select! {
+        _ = &mut server => {}
+        () = idle => {}
+        () = tokio::time::sleep(config.drain_grace) => {
+            tracing::warn!("the drain grace is over: ending the open requests");
+            shared.closing.cancel();
+            tokio::time::sleep(FLUSH_GRACE).await;
+        }
+    }
+}
+
+fn joined(what: &'static str, ended: Result<Result<(), Error>, tokio::task::JoinError>) -> Result<(), Error> {
+    match ended {
+        Ok(Ok(())) => Err(Error::Serve { what, reason: "the listener closed".to_owned() }),
+        Ok(Err(error)) => Err(error),
+        Err(error) => Err(Error::Serve { what, reason: error.to_string() }),
+    }
+}

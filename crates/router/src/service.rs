@@ -1,0 +1,131 @@
+//! The gRPC service `cohort.v1.Cohort`.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use proto::v1::cohort_server::Cohort;
+use proto::{Failure, Prompt, v1};
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status};
+use types::TokenId;
+
+use crate::call::Call;
+use crate::pipeline::Shared;
+
+/// The version in `GetModelInfo` and `/version`.
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Answers the calls; all state is shared.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    shared: Arc<Shared>,
+}
+
+impl Service {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, Failure> {
+        let _permit = self.shared.permit()?;
+        self.shared.text("Tokenize")?;
+        let (rendered, ids) = self.shared.tokenize(Prompt::try_from(request.prompt)?).await?;
+        Ok(v1::TokenizeResponse { token_ids: ids.into_iter().map(|id| id.0).collect(), rendered })
+    }
+
+    fn detokenize(&self, request: v1::DetokenizeRequest) -> Result<v1::DetokenizeResponse, Failure> {
+        let _permit = self.shared.permit()?;
+        let tokenizer = self.shared.text("Detokenize")?.tokenizer();
+        let ids: Vec<TokenId> = request.token_ids.into_iter().map(TokenId).collect();
+        Ok(v1::DetokenizeResponse { text: tokenizer.decode(&ids, request.keep_special_tokens) })
+    }
+
+    fn model_info(&self) -> Result<v1::GetModelInfoResponse, Failure> {
+        let (model, facts) = self.shared.served()?;
+        let (groups, ready) = self.shared.groups.counts();
+        let text = self.shared.text.as_ref();
+        Ok(v1::GetModelInfoResponse {
+            model,
+            vocab_size: facts.vocab_size,
+            context_tokens_max: facts.context_tokens_max,
+            eos_token_ids: facts.eos_token_ids,
+            text: text.is_some(),
+            chat: text.is_some_and(crate::text::Text::has_template),
+            dtype: facts.dtype,
+            tensor_parallel: facts.tensor_parallel,
+            groups: u32::try_from(groups).unwrap_or(u32::MAX),
+            groups_ready: u32::try_from(ready).unwrap_or(u32::MAX),
+            version: VERSION.to_owned(),
+        })
+    }
+}
+
+/// Reads a call's headers; its failure has no id to be labelled with.
+fn call(headers: &MetadataMap, request_id: &str) -> Result<Call, Status> {
+    Call::new(headers, request_id).map_err(Status::from)
+}
+
+/// The answer to a call, labelled with its id either way.
+fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, Status> {
+    match result {
+        Ok(message) => {
+            let mut response = Response::new(message);
+            call.label(response.metadata_mut());
+            Ok(response)
+        }
+        Err(failure) => {
+            tracing::info!(request = %call.request_id, %failure, "refused");
+            Err(call.status(&failure))
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Cohort for Service {
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let call = call(request.metadata(), &request.get_ref().request_id)?;
+        let result = self.shared.generate(call.clone(), request.into_inner()).await;
+        respond(&call, result.map(|answer| Box::pin(answer.into_stream()) as Self::GenerateStream))
+    }
+
+    async fn generate_once(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<v1::GenerateOnceResponse>, Status> {
+        let call = call(request.metadata(), &request.get_ref().request_id)?;
+        let result = match self.shared.generate(call.clone(), request.into_inner()).await {
+            Ok(answer) => answer.collect().await,
+            Err(failure) => Err(failure),
+        };
+        respond(&call, result)
+    }
+
+    async fn get_model_info(
+        &self,
+        request: Request<v1::GetModelInfoRequest>,
+    ) -> Result<Response<v1::GetModelInfoResponse>, Status> {
+        respond(&call(request.metadata(), "")?, self.model_info())
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let call = call(request.metadata(), "")?;
+        let result = call.within(self.tokenize(request.into_inner())).await;
+        respond(&call, result)
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        respond(&call(request.metadata(), "")?, self.detokenize(request.into_inner()))
+    }
+}

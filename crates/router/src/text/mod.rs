@@ -1,0 +1,81 @@
+//! Text in, text out: tokenizer, chat template, incremental detokenisation and stop strings.
+
+mod detokenize;
+mod json;
+mod stop;
+mod strftime;
+mod template;
+mod tokenizer;
+
+pub use detokenize::Detokenizer;
+pub use json::to_python_json;
+pub use stop::{Matched, StopStrings};
+pub use strftime::strftime;
+pub use template::{Conversation, Template};
+pub use tokenizer::Tokenizer;
+
+use std::sync::Arc;
+
+use proto::{Failure, Prompt, Violation};
+use types::TokenId;
+
+use crate::{Error, ModelFiles};
+
+/// Everything a checkpoint says about text.
+#[derive(Debug, Clone)]
+pub struct Text {
+    tokenizer: Arc<Tokenizer>,
+    template: Option<Arc<Template>>,
+}
+
+impl Text {
+    /// Loads a checkpoint's tokenizer and template; `None` when it has no tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a file that is there and cannot be used.
+    pub fn load(files: &ModelFiles) -> Result<Option<Self>, Error> {
+        let Some(tokenizer) = &files.tokenizer_json else { return Ok(None) };
+        let tokenizer = Arc::new(Tokenizer::from_bytes(tokenizer)?);
+        let template = Template::load(files)?.map(Arc::new);
+        Ok(Some(Self { tokenizer, template }))
+    }
+
+    /// The tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    /// Whether conversations can be rendered.
+    #[must_use]
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Renders (for a chat) and tokenizes a prompt. Returns the text that was tokenized and its token ids; token ids
+    /// pass through with empty text. Takes time in proportion to the text: call it on a thread that may block.
+    ///
+    /// # Errors
+    /// [`Failure::NoChatTemplate`], or [`Failure::Invalid`] when the template refuses the conversation.
+    pub fn tokenize(&self, prompt: Prompt) -> Result<(String, Vec<TokenId>), Failure> {
+        match prompt {
+            Prompt::TokenIds(ids) => Ok((String::new(), ids)),
+            Prompt::Text(text) => {
+                let ids = self.tokenizer.encode(&text, true).map_err(|why| Violation::new("text", why))?;
+                Ok((text, ids))
+            }
+            Prompt::Chat(chat) => {
+                let Some(template) = &self.template else {
+                    return Err(Failure::NoChatTemplate { needed_for: "chat".to_owned() });
+                };
+                let rendered = template
+                    .render(Conversation::from(&chat))
+                    .map_err(|why| Violation::new("chat", format!("the chat template refused it: {why}")))?;
+                // The template has written the special tokens, BOS included.
+                let ids =
+                    self.tokenizer.encode(&rendered, false).map_err(|why| Violation::new("chat", why))?;
+                Ok((rendered, ids))
+            }
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! The router from outside: a real one on loopback, with scripted leaders behind it. A file per behaviour.
+
+mod support;
+
+mod admission;
+mod bad_requests;
+mod cancel;
+mod deadline;
+mod detokenization;
+mod discovery;
+mod group_lost;
+mod health;
+mod http_probes;
+mod no_tokenizer;
+mod other_group;
+mod picking;
+mod shutdown;
+mod startup;
+mod stop_search;
+mod stop_strings;
+mod streaming;
+mod templates;
+mod tokenizing;

@@ -1,0 +1,90 @@
+use std::time::Duration;
+
+use proto::{Failure, Phase, v1};
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+
+use crate::support::{
+    Leader, TestRouter, all, answer, config, demo_files, facts, failure, from_text, soon, state,
+};
+
+const WAIT: Duration = Duration::from_millis(100);
+
+/// A router that sees both groups serve.
+async fn with_both(first: &Leader, second: &Leader) -> TestRouter {
+    let router = TestRouter::ready(&[&first.address, &second.address]).await;
+    let mut client = router.client().await;
+    while soon(client.get_model_info(v1::GetModelInfoRequest {})).await.unwrap().get_ref().groups_ready < 2 {
+        tokio::task::yield_now().await;
+    }
+    router
+}
+
+#[tokio::test]
+async fn a_group_that_refuses_before_the_first_token_is_replaced() {
+    let refusals = [
+        Failure::NotServing { phase: Phase::Draining, percent: 0, retry_after: WAIT },
+        Failure::Overloaded { what: "requests".to_owned(), max: 2, retry_after: WAIT },
+        Failure::GroupLost { group: "a".to_owned(), why: "rank 1 left".to_owned() },
+    ];
+    for refusal in refusals {
+        let (first, second) = (Leader::serving().await, Leader::serving().await);
+        first.refuse(refusal.clone());
+        let router = with_both(&first, &second).await;
+        second.play_always(answer("from the second"));
+        let messages = all(&router, from_text("x")).await.unwrap();
+        let text: String = messages.into_iter().map(|m| m.text).collect();
+        assert_eq!(text, "from the second", "{refusal}");
+    }
+}
+
+#[tokio::test]
+async fn when_every_group_refuses_the_last_refusal_is_passed_on() {
+    let (first, second) = (Leader::serving().await, Leader::serving().await);
+    let refusal = Failure::Overloaded { what: "requests".to_owned(), max: 2, retry_after: WAIT };
+    first.refuse(refusal.clone());
+    second.refuse(refusal.clone());
+    let router = with_both(&first, &second).await;
+    let status = all(&router, from_text("x")).await.unwrap_err();
+    assert_eq!((status.code(), failure(&status)), (Code::ResourceExhausted, refusal));
+}
+
+#[tokio::test]
+async fn a_refusal_that_would_be_the_same_everywhere_is_not_retried() {
+    let (first, mut second) = (Leader::serving().await, Leader::serving().await);
+    let refusal = Failure::Internal { why: "NaN logits".to_owned() };
+    first.refuse(refusal.clone());
+    let router = with_both(&first, &second).await;
+    assert_eq!(failure(&all(&router, from_text("x")).await.unwrap_err()), refusal);
+    assert!(second.opened.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn two_requests_go_to_two_groups() {
+    let (mut first, mut second) = (Leader::serving().await, Leader::serving().await);
+    let router = with_both(&first, &second).await;
+    let mut client = router.client().await;
+    let one = soon(client.generate(from_text("x"))).await.unwrap();
+    let two = soon(client.generate(from_text("y"))).await.unwrap();
+    first.next().await;
+    second.next().await;
+    drop((one, two));
+}
+
+#[tokio::test]
+async fn a_group_that_serves_something_else_is_not_used() {
+    let first = Leader::serving().await;
+    let router = TestRouter::start(config(&[&first.address]), demo_files()).await;
+    router.wait_for(ServingStatus::Serving).await;
+    drop(router);
+    let mut odd = facts("demo");
+    odd.config_hash = "other".to_owned();
+    let mut second = Leader::start(state(Phase::Starting, 0, None)).await;
+    let router = TestRouter::ready(&[&first.address, &second.address]).await;
+    second.states.send_replace(state(Phase::Serving, 100, Some(odd)));
+    let first_address = first.play_always(answer("ok"));
+    for _ in 0..4 {
+        all(&router, from_text("x")).await.unwrap();
+    }
+    assert!(second.opened.try_recv().is_err(), "only {first_address} serves this model");
+}

@@ -1,0 +1,109 @@
+//! What a type alone cannot say: ranges, and keys that must fit together.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX};
+
+use crate::tree::{Group, Router, Settings};
+
+/// Groups of one cluster file: far above what one machine holds.
+const GROUPS_MAX: u64 = 256;
+/// Threads of one rank: above any machine in use.
+const THREADS_MAX: u64 = 4096;
+/// Requests a router admits, or a group lets wait or run, at once.
+const REQUESTS_MAX: u64 = 1 << 20;
+/// A day: a longer time-out is none.
+const TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+
+/// A key and what is wrong with its value.
+pub(crate) type Fault = (&'static str, String);
+
+/// Every fault of a tree whose values have the right types.
+pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    group(&settings.group, &mut faults);
+    router(&settings.router, &mut faults);
+    if let Some(keys) = settings.model.window_keys {
+        within("model.window_keys", keys.into(), 1..=CONTEXT_TOKENS_MAX.into(), &mut faults);
+    }
+    within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
+    faults
+}
+
+fn group(group: &Group, faults: &mut Vec<Fault>) {
+    let tokens = 1..=u64::from(u32::MAX / 2);
+    let whole = [
+        ("group.kv_tokens", group.kv_tokens, tokens.clone()),
+        ("group.step_tokens_max", group.step_tokens_max, 1..=CONTEXT_TOKENS_MAX.into()),
+        ("group.running_max", group.running_max, 1..=REQUESTS_MAX),
+        ("group.waiting_requests_max", group.waiting_requests_max, 1..=REQUESTS_MAX),
+        ("group.waiting_tokens_max", group.waiting_tokens_max, tokens),
+    ];
+    for (key, value, range) in whole {
+        within(key, value.into(), range, faults);
+    }
+    if let Some(threads) = group.threads {
+        within("group.threads", threads as u64, 1..=THREADS_MAX, faults);
+    }
+    let (kv, block) = (group.kv_tokens, group.block_size.tokens());
+    if kv > 0 && kv < block {
+        faults.push((
+            "group.kv_tokens",
+            format!("{kv} tokens do not hold one block of {block} (group.block_size)"),
+        ));
+    }
+    let (step, running) = (group.step_tokens_max, group.running_max);
+    if step > 0 && running > 0 && step < running {
+        let reason =
+            format!("{step} is below group.running_max, {running}: every sequence needs a token a step");
+        faults.push(("group.step_tokens_max", reason));
+    }
+    lasting("group.boot_timeout_s", group.boot_timeout_s, Duration::from_millis(1), faults);
+    lasting("group.step_timeout_s", group.step_timeout_s, Duration::from_millis(1), faults);
+    lasting("group.drain_grace_s", group.drain_grace_s, Duration::ZERO, faults);
+}
+
+fn router(router: &Router, faults: &mut Vec<Fault>) {
+    let limits = &router.limits;
+    within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
+    let bytes = 1..=MESSAGE_BYTES_MAX as u64;
+    within("router.limits.prompt_bytes_max", limits.prompt_bytes_max as u64, bytes, faults);
+    lasting("router.withdraw_grace_s", router.withdraw_grace_s, Duration::ZERO, faults);
+    lasting("router.drain_grace_s", router.drain_grace_s, Duration::ZERO, faults);
+    let grpc = router.grpc_listen;
+    if grpc.port() != 0 && router.http_listen.address() == Some(grpc) {
+        faults.push(("router.http_listen", format!("is the same address as router.grpc_listen, {grpc}")));
+    }
+    for worker in &router.workers {
+        if !is_worker_address(worker) {
+            faults.push((
+                "router.workers",
+                format!("{worker:?} is not an address such as http://10.0.0.1:7000"),
+            ));
+        }
+    }
+}
+
+/// `http://host:port`, nothing after it.
+fn is_worker_address(text: &str) -> bool {
+    let Some((host, port)) = text.strip_prefix("http://").and_then(|rest| rest.rsplit_once(':')) else {
+        return false;
+    };
+    let bracketed = host.starts_with('[') && host.ends_with(']');
+    let plain = !host.is_empty() && !host.contains(['/', ':', ' ', '@', '[', ']']);
+    (bracketed || plain) && port.parse::<u16>().is_ok_and(|port| port > 0)
+}
+
+fn within(key: &'static str, value: u64, range: RangeInclusive<u64>, faults: &mut Vec<Fault>) {
+    if !range.contains(&value) {
+        faults.push((key, format!("must be between {} and {}, not {value}", range.start(), range.end())));
+    }
+}
+
+fn lasting(key: &'static str, span: Duration, least: Duration, faults: &mut Vec<Fault>) {
+    if span < least || span > TIMEOUT_MAX {
+        let (got, least, most) = (span.as_secs_f64(), least.as_secs_f64(), TIMEOUT_MAX.as_secs());
+        faults.push((key, format!("must be between {least} and {most} seconds, not {got}")));
+    }
+}

@@ -1,0 +1,66 @@
+//! From the tree to what each component is started with.
+
+use std::net::SocketAddr;
+
+use types::TpRank;
+
+use crate::tree::Settings;
+
+/// What the tree does not hold because it differs from rank to rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RankPlace {
+    /// Who this is.
+    pub rank: TpRank,
+    /// Where rank 0 listens for the others, and where they find it.
+    pub rendezvous: SocketAddr,
+    /// Where the leader serves routers; read on rank 0 only.
+    pub listen: SocketAddr,
+}
+
+impl Settings {
+    /// What a router is started with.
+    #[must_use]
+    pub fn router(&self) -> router::Config {
+        let router = &self.router;
+        router::Config {
+            grpc_listen: router.grpc_listen,
+            http_listen: router.http_listen.address(),
+            workers: router.workers.clone(),
+            model_name: self.model.name.clone(),
+            limits: router::Limits {
+                requests_max: router.limits.requests_max,
+                prompt_bytes_max: router.limits.prompt_bytes_max,
+            },
+            withdraw_grace: router.withdraw_grace_s,
+            drain_grace: router.drain_grace_s,
+        }
+    }
+
+    /// What one rank is started with, serving `files` under `name`.
+    #[must_use]
+    pub fn worker(&self, place: RankPlace, files: model::Files, name: String) -> worker::Config {
+        let group = &self.group;
+        worker::Config {
+            model: files,
+            model_name: name,
+            dtype: self.model.dtype,
+            device: self.model.device,
+            threads: group.threads,
+            rank: place.rank,
+            rendezvous: place.rendezvous,
+            listen: place.listen,
+            limits: worker::Limits {
+                block_size: group.block_size,
+                kv_tokens: group.kv_tokens,
+                step_tokens_max: group.step_tokens_max,
+                running_max: group.running_max,
+                waiting_requests_max: group.waiting_requests_max,
+                waiting_tokens_max: group.waiting_tokens_max,
+            },
+            window_keys: self.model.window_keys,
+            boot_timeout: group.boot_timeout_s,
+            step_timeout: group.step_timeout_s,
+            drain_grace: group.drain_grace_s,
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The tree itself. A key is one field: its comment gives the unit, its default is in the `Default` of its struct.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use types::{BlockSize, DType, TpSize};
+use worker::Device;
+
+use crate::strict;
+
+/// Default of `group.block_size`.
+const BLOCK_TOKENS: u32 = 16;
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// What is served.
+    pub model: Model,
+    /// The front door.
+    pub router: Router,
+    /// Each worker group: one replica of the model.
+    pub group: Group,
+    /// How many of them.
+    pub cluster: Cluster,
+}
+
+/// `[model]`: what is served.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// Directory of the checkpoint (`config.json`, `*.safetensors`, `tokenizer.json`). Default: the embedded demo
+    /// model.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    pub path: Option<PathBuf>,
+    /// Name the model is served under. Default: the directory's name, or `cohort-demo` for the embedded model.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    pub name: Option<String>,
+    /// Compute dtype, `f32` or `bf16`. Default: `f32`.
+    #[serde(with = "strict::parsed")]
+    pub dtype: DType,
+    /// `cpu`, `cuda` or `auto` (a GPU when one is found). Default: `auto`.
+    #[serde(with = "strict::device")]
+    pub device: Device,
+    /// Keys a sliding layer sees. Default: the checkpoint's `sliding_window`.
+    #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    pub window_keys: Option<u32>,
+}
+
+/// `[router]`: the front door.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Router {
+    /// Address of the gRPC API; port 0 takes any free one. Default: `127.0.0.1:50051`.
+    #[serde(with = "strict::parsed")]
+    pub grpc_listen: SocketAddr,
+    /// Address of the HTTP endpoints, or `off`. Default: `127.0.0.1:8080`.
+    #[serde(with = "strict::parsed")]
+    pub http_listen: HttpListen,
+    /// Leaders of the worker groups, as `http://host:port`. `cohort up` fills this in. Default: none.
+    #[serde(deserialize_with = "strict::text_list::deserialize")]
+    pub workers: Vec<String>,
+    /// Bounds of what is let in.
+    pub limits: RouterLimits,
+    /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds: load
+    /// balancers turn away before anybody is refused. Default: 0.
+    #[serde(with = "strict::seconds")]
+    pub withdraw_grace_s: Duration,
+    /// After that, how long open requests may go on, in seconds. Default: 10.
+    #[serde(with = "strict::seconds")]
+    pub drain_grace_s: Duration,
+}
+
+/// `[router.limits]`: bounds of what is let in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterLimits {
+    /// Requests admitted at once; more are refused with RESOURCE_EXHAUSTED. Default: 512.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub requests_max: u32,
+    /// Bytes of one prompt's text. Default: 4194304.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub prompt_bytes_max: usize,
+}
+
+/// `[group]`: each worker group.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Group {
+    /// Ranks that share the model. Default: 1.
+    #[serde(with = "strict::tp_size")]
+    pub tensor_parallel: TpSize,
+    /// CPU threads of each rank. Default: the machine's cores shared equally among the ranks.
+    #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    pub threads: Option<usize>,
+    /// Tokens of context the KV cache holds over all sequences. Default: 32768.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub kv_tokens: u32,
+    /// Tokens per KV block. Default: 16.
+    #[serde(with = "strict::block_size")]
+    pub block_size: BlockSize,
+    /// Most tokens computed in one step; longer prompts are computed in chunks. Default: 512.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub step_tokens_max: u32,
+    /// Most sequences in the running batch. Default: 64.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub running_max: u32,
+    /// Most requests waiting for a place in the batch; more are refused. Default: 256.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub waiting_requests_max: u32,
+    /// Most prompt tokens of all waiting requests together; more are refused. Default: 262144.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub waiting_tokens_max: u32,
+    /// Longest wait for all ranks to come together, in seconds. Default: 60.
+    #[serde(with = "strict::seconds")]
+    pub boot_timeout_s: Duration,
+    /// Longest a step's collective may take before the missing rank is named and the group ends, in seconds.
+    /// Default: 10.
+    #[serde(with = "strict::seconds")]
+    pub step_timeout_s: Duration,
+    /// Longest open requests may go on after the order to stop, in seconds. Default: 10.
+    #[serde(with = "strict::seconds")]
+    pub drain_grace_s: Duration,
+}
+
+/// `[cluster]`: what `cohort up` starts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cluster {
+    /// Worker groups. Default: 1.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub groups: u32,
+}
+
+/// Where HTTP is served, if it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HttpListen {
+    /// Nowhere.
+    Off,
+    /// At this address.
+    At(SocketAddr),
+}
+
+impl HttpListen {
+    /// The address, unless it is off.
+    #[must_use]
+    pub const fn address(self) -> Option<SocketAddr> {
+        match self {
+            Self::Off => None,
+            Self::At(address) => Some(address),
+        }
+    }
+}
+
+impl fmt::Display for HttpListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::At(address) => address.fmt(f),
+        }
+    }
+}
+
+impl FromStr for HttpListen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self::Off);
+        }
+        text.parse().map(Self::At).map_err(|_| "use an address such as 127.0.0.1:8080, or off".to_owned())
+    }
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self { path: None, name: None, dtype: DType::F32, device: Device::Auto, window_keys: None }
+    }
+}
+
+impl Default for Router {
+    fn default() -> Self {
+        Self {
+            grpc_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
+            http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
+            workers: Vec::new(),
+            limits: RouterLimits::default(),
+            withdraw_grace_s: Duration::ZERO,
+            drain_grace_s: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for RouterLimits {
+    fn default() -> Self {
+        Self { requests_max: 512, prompt_bytes_max: 4 << 20 }
+    }
+}
+
+impl Default for Group {
+    fn default() -> Self {
+        let Ok(block_size) = BlockSize::new(BLOCK_TOKENS) else {
+            unreachable!("{BLOCK_TOKENS} tokens are a valid block");
+        };
+        Self {
+            tensor_parallel: TpSize::ONE,
+            threads: None,
+            kv_tokens: 32_768,
+            block_size,
+            step_tokens_max: 512,
+            running_max: 64,
+            waiting_requests_max: 256,
+            waiting_tokens_max: 262_144,
+            boot_timeout_s: Duration::from_secs(60),
+            step_timeout_s: Duration::from_secs(10),
+            drain_grace_s: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self { groups: 1 }
+    }
+}

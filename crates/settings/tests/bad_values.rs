@@ -1,0 +1,117 @@
+//! Values that do not fit their keys.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+mod support;
+
+use settings::{Error, Settings, Sources};
+use support::{complaints, file, flag, from_file, wrong};
+
+#[test]
+fn ten_mistakes_list_ten() {
+    let found = wrong(
+        r#"
+        [model]
+        dtype = "f16"
+        device = "tpu"
+        nmae = "x"
+        [router]
+        grpc_listen = "localhost"
+        http_listen = "yes"
+        workers = ["10.0.0.1:7000"]
+        [group]
+        tensor_parallel = 0
+        block_size = 5000
+        kv_tokens = -1
+        [cluster]
+        groups = 0
+        "#,
+    );
+    assert_eq!(found.len(), 10, "{found:#?}");
+}
+
+#[test]
+fn each_bad_value_is_refused_with_its_key() {
+    let cases = [
+        ("model.dtype = 'f16'", "model.dtype: \"f16\": unknown dtype `f16`; use f32 or bf16"),
+        ("model.device = 'gpu'", "model.device: unknown device \"gpu\"; use auto, cpu or cuda"),
+        ("model.path = ''", "model.path: must not be empty; leave the key out instead"),
+        ("model.name = 5", "model.name: invalid type: integer `5`, expected text in quotes"),
+        ("model.window_keys = 0", "model.window_keys: must be between 1 and 16777216, not 0"),
+        (
+            "group.kv_tokens = 1.5",
+            "group.kv_tokens: invalid type: floating point `1.5`, expected a whole number",
+        ),
+        ("group.kv_tokens = true", "group.kv_tokens: invalid type: boolean `true`, expected a whole number"),
+        ("group.kv_tokens = -1", "group.kv_tokens: must be a whole number of at least 0, not -1"),
+        ("group.kv_tokens = 4294967296", "group.kv_tokens: 4294967296 is too large"),
+        ("group.kv_tokens = 8", "group.kv_tokens: 8 tokens do not hold one block of 16 (group.block_size)"),
+        (
+            "group.tensor_parallel = 129",
+            "group.tensor_parallel: tensor parallel size must be between 1 and 128",
+        ),
+        ("group.block_size = 0", "group.block_size: block size must be between 1 and 1024, not 0"),
+        ("group.threads = 0", "group.threads: must be between 1 and 4096, not 0"),
+        ("group.step_tokens_max = 5", "group.step_tokens_max: 5 is below group.running_max, 64"),
+        ("group.step_timeout_s = 0", "group.step_timeout_s: must be between 0.001 and 86400 seconds, not 0"),
+        (
+            "group.step_timeout_s = -1",
+            "group.step_timeout_s: must be a number of seconds of at least 0, not -1",
+        ),
+        (
+            "group.step_timeout_s = nan",
+            "group.step_timeout_s: must be a number of seconds of at least 0, not NaN",
+        ),
+        ("router.grpc_listen = 'x'", "router.grpc_listen: \"x\": invalid socket address syntax"),
+        (
+            "router.http_listen = 'x'",
+            "router.http_listen: \"x\": use an address such as 127.0.0.1:8080, or off",
+        ),
+        (
+            "router.workers = ['a:1']",
+            "router.workers: \"a:1\" is not an address such as http://10.0.0.1:7000",
+        ),
+        ("router.workers = ['http://a:1/x']", "router.workers: \"http://a:1/x\" is not an address"),
+        ("router.workers = [1]", "router.workers: invalid type: integer `1`, expected text in quotes"),
+        (
+            "router.http_listen = '127.0.0.1:50051'",
+            "router.http_listen: is the same address as router.grpc_listen",
+        ),
+        ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
+    ];
+    for (text, expected) in cases {
+        let found = wrong(text);
+        assert_eq!(found.len(), 1, "{text}: {found:#?}");
+        assert!(found[0].starts_with(expected), "{text}: {}", found[0]);
+    }
+}
+
+#[test]
+fn a_bad_flag_is_named_as_typed() {
+    let flags = vec![flag("--kv-tokens", "group.kv_tokens", "many")];
+    let found = complaints(&Sources { flags, ..Sources::default() });
+    assert_eq!(found[0].source, "--kv-tokens");
+    assert_eq!(found[0].reason, "must be a whole number of at least 0, not \"many\"");
+}
+
+#[test]
+fn the_message_lists_every_mistake_on_its_own_line() {
+    let file = file(".toml", "cluster.groups = 0\nmodel.dtype = 'f16'\n");
+    let message = Settings::load(&from_file(&file)).unwrap_err().to_string();
+    let lines: Vec<_> = message.lines().collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[0], "2 mistakes in the configuration:");
+    assert!(lines[1].ends_with("cluster.groups: must be between 1 and 256, not 0"), "{message}");
+}
+
+#[test]
+fn a_file_that_cannot_be_used_is_named() {
+    let broken = file(".toml", "[group\n");
+    let odd = file(".ini", "");
+    let large = file(".toml", &"#".repeat(2 << 20));
+    let yaml = file(".yaml", "group: [1\n");
+    for path in [broken.path(), odd.path(), large.path(), yaml.path(), "/nonexistent/cluster.toml".as_ref()] {
+        let error =
+            Settings::load(&Sources { file: Some(path.to_owned()), ..Sources::default() }).unwrap_err();
+        assert!(matches!(&error, Error::File { path: named, .. } if named == path), "{error}");
+    }
+}

@@ -1,0 +1,20 @@
+//! The nouns every other crate shares: ids, ranks, token and block counts, sampling parameters that are valid or
+//! not built, and every named limit. No logic beyond arithmetic that cannot overflow; depends on nothing here.
+#![forbid(unsafe_code)]
+
+mod dtype;
+mod error;
+mod ids;
+pub mod limits;
+mod sampling;
+mod tokens;
+mod tp;
+mod units;
+
+pub use dtype::DType;
+pub use error::{Error, FieldViolation};
+pub use ids::{SeqId, SlotId};
+pub use sampling::{Generation, GenerationSpec, Logprobs, SamplingParams};
+pub use tokens::{BlockId, BlockSize, Position, TokenId};
+pub use tp::{TpRank, TpSize};
+pub use units::{Bytes, Micros};

@@ -1,0 +1,29 @@
+//! Every fixed limit of the system, each with the reason it exists. Limits an operator may move are configuration,
+//! and these are their ceilings.
+
+/// Ranks in one group: the widest plan in use (8 GPUs a host, 16 hosts) with room to spare.
+pub const RANKS_MAX: u32 = 128;
+/// Tokens in one KV block: larger blocks waste memory at every sequence's end.
+pub const BLOCK_TOKENS_MAX: u32 = 1024;
+/// Alternatives that may be asked for at each position: OpenAI allows 20, and each costs a partial sort.
+pub const LOGPROBS_TOP_MAX: u32 = 128;
+/// `top_k` above this is indistinguishable from "all" for any vocabulary in use, and refused as a likely mistake.
+pub const TOP_K_MAX: u32 = 1 << 20;
+/// Stop strings in one request: each is searched for at every token.
+pub const STOP_STRINGS_MAX: usize = 64;
+/// Bytes of one stop string: text of this length is held back before it is sent.
+pub const STOP_STRING_BYTES_MAX: usize = 1024;
+/// Stop token ids in one request.
+pub const STOP_TOKENS_MAX: usize = 256;
+/// Temperature above this is noise; OpenAI allows 2.
+pub const TEMPERATURE_MAX: f32 = 100.0;
+/// Tokens generated when a request does not say how many (and the context allows): enough for an answer, and
+/// bounded so that a forgotten field cannot hold a slot for ever.
+pub const MAX_TOKENS_DEFAULT: u32 = 1024;
+/// Context length no configuration may exceed: positions and token counts fit `u32` with room for sums.
+pub const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
+/// Size of one gRPC message in bytes: a 1M-token prompt with room to spare.
+pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+const _: () = assert!(STOP_STRING_BYTES_MAX * STOP_STRINGS_MAX < MESSAGE_BYTES_MAX);
+const _: () = assert!(CONTEXT_TOKENS_MAX < u32::MAX / 4);

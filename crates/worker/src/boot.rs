@@ -1,0 +1,162 @@
+//! From a configuration to a rank that can run steps: read the configuration, meet the other ranks, load the
+//! weights, reserve the KV cache.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use collectives::{AbortHandle, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions};
+use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, ShardPlan};
+use ops::KvGroup;
+use ops_cpu::{CpuBackend, HostCollective};
+use types::Bytes;
+
+use crate::{Config, Error, Phase, Report, Reporter, device};
+
+/// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
+const SPIN: std::time::Duration = std::time::Duration::from_micros(20);
+/// Logit rows a step may ask for: prompt log-probabilities of a chunk; made a few at a time, so this costs no memory.
+const LOGIT_ROWS_MAX: u32 = 1 << 14;
+
+/// The model one rank runs.
+pub(crate) type CpuModel = Model<CpuBackend, HostCollective<Tcp>>;
+
+/// What is known before the ranks meet.
+pub(crate) struct Facts {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) model: ModelConfig,
+    pub(crate) plan: ShardPlan,
+    pub(crate) engine: engine::Config,
+    /// Equal on all ranks, or they will not join.
+    pub(crate) config_hash: [u8; 32],
+}
+
+/// A rank that can run steps.
+pub(crate) struct Booted {
+    pub(crate) model: CpuModel,
+    pub(crate) plans: PlanChannel,
+    pub(crate) abort: AbortHandle,
+}
+
+/// Reads the checkpoint's configuration and decides everything that follows from it.
+pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
+    device::choose(config.device)?;
+    let checkpoint = Checkpoint::open(config.model.clone())?;
+    let mut model = ModelConfig::from_files(&config.model)?;
+    if let Some(window_keys) = config.window_keys {
+        model.window_keys = window_keys;
+    }
+    let plan = ShardPlan::new(&model, config.rank)?;
+    let engine = engine_config(config, &model)?;
+    let extra = format!("{} {engine:?}", config.model_name);
+    let config_hash = model::config_hash(&checkpoint, config.rank.size(), config.dtype, extra.as_bytes())?;
+    Ok(Facts { checkpoint, model, plan, engine, config_hash })
+}
+
+/// The engine's budgets for this model.
+fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config, Error> {
+    let limits = &config.limits;
+    let kv_blocks = limits.block_size.blocks_for(limits.kv_tokens);
+    // A sliding layer never holds more of a sequence than its window and the step's chunk, and a block at each end.
+    let span = model.window_keys.saturating_add(limits.step_tokens_max);
+    let sliding_each = limits.block_size.blocks_for(span).saturating_add(2);
+    let sliding = kv_blocks.min(limits.running_max.saturating_mul(sliding_each));
+    let blocks = KvGroup::ALL.map(|group| match (model.layers_in(group), group) {
+        (0, _) => 0,
+        (_, KvGroup::Full) => kv_blocks,
+        (_, KvGroup::Sliding) => sliding,
+    });
+    let engine = engine::Config {
+        block_size: limits.block_size,
+        blocks,
+        window_keys: model.window_keys,
+        context_tokens_max: model.context_tokens_max,
+        vocab_size: u32::try_from(model.vocab_size).unwrap_or(u32::MAX),
+        eos_token_ids: model.eos_token_ids.clone(),
+        step_tokens_max: limits.step_tokens_max,
+        logit_rows_max: LOGIT_ROWS_MAX.max(limits.running_max),
+        running_max: limits.running_max,
+        waiting_requests_max: limits.waiting_requests_max,
+        waiting_tokens_max: limits.waiting_tokens_max.max(model.context_tokens_max),
+    };
+    engine.check().map_err(|source| Error::Engine { rank: config.rank, source })?;
+    Ok(engine)
+}
+
+/// Brings the ranks together.
+pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> Result<Joined, Error> {
+    let rank = config.rank;
+    let plan = format!("tensor={}", rank.size());
+    let member = Member { rank, plan, config_hash: facts.config_hash };
+    let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
+    let options = RendezvousOptions { within: config.boot_timeout, tcp };
+    let joined = if rank.is_leader() {
+        Rendezvous::bind(config.rendezvous).and_then(|rendezvous| {
+            reporter.report(Report::Rendezvous(rendezvous.local_addr()));
+            rendezvous.lead(&member, &options)
+        })
+    } else {
+        collectives::join(&config.rendezvous.to_string(), &member, &options)
+    };
+    joined.map_err(|source| Error::Group { rank, source })
+}
+
+/// Loads the rank's weights and puts its model together.
+pub(crate) fn load(
+    config: &Config,
+    facts: Facts,
+    joined: Joined,
+    reporter: &Arc<dyn Reporter>,
+) -> Result<Booted, Error> {
+    let threads = device::threads(config.threads, config.rank.size());
+    let rank = config.rank;
+    let mut backend = CpuBackend::new(config.dtype, threads).map_err(|source| Error::Device { rank, source })?;
+    let started = Instant::now();
+    let progress = LoadProgress { reporter: Arc::clone(reporter), done: AtomicU64::new(0), total: AtomicU64::new(0) };
+    let Facts { checkpoint, model: model_config, plan, engine, .. } = facts;
+    let (weights, summary) = model::load(&checkpoint, &model_config, &plan, &mut backend, &progress)?;
+    reporter.report(Report::Loaded {
+        resident: summary.resident,
+        read: summary.bytes_read,
+        tensors: summary.tensors,
+        elapsed: started.elapsed(),
+        device: format!("cpu, {threads} thread{}, {}", if threads == 1 { "" } else { "s" }, config.dtype),
+    });
+    let Joined { mut collective, plan: plans } = joined;
+    let abort = collective.abort_handle();
+    // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
+    collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
+    let comm = HostCollective(collective);
+    let parts = Parts { config: model_config, plan, backend, comm, weights };
+    let model = Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?;
+    Ok(Booted { model, plans, abort })
+}
+
+/// Passes the loader's progress on, a whole percent at a time.
+struct LoadProgress {
+    reporter: Arc<dyn Reporter>,
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl LoadProgress {
+    fn report(&self, done: u64, total: u64) {
+        self.reporter.report(Report::Phase { phase: Phase::Loading, done: Bytes(done), total: Bytes(total) });
+    }
+}
+
+impl model::Progress for LoadProgress {
+    fn start(&self, total: Bytes) {
+        self.total.store(total.0, Ordering::Relaxed);
+        self.report(0, total.0);
+    }
+
+    fn advance(&self, bytes: Bytes) {
+        let total = self.total.load(Ordering::Relaxed).max(1);
+        let before = self.done.fetch_add(bytes.0, Ordering::Relaxed);
+        let after = before + bytes.0;
+        if before * 100 / total != after * 100 / total {
+            self.report(after, total);
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! What one rank needs to know to start. Plain data: `settings` and the command line fill it in.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use types::{BlockSize, DType, TpRank};
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// A GPU when one is found, else the CPU; the choice is reported.
+    Auto,
+    /// The CPU op set.
+    Cpu,
+    /// An NVIDIA GPU; refused with the missing piece named when there is none.
+    Cuda,
+}
+
+/// Bounds of one group's engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens per KV block.
+    pub block_size: BlockSize,
+    /// Tokens of context the KV cache holds over all sequences.
+    pub kv_tokens: u32,
+    /// Most tokens computed in one step.
+    pub step_tokens_max: u32,
+    /// Most sequences in the running batch.
+    pub running_max: u32,
+    /// Most requests waiting for a place in the batch.
+    pub waiting_requests_max: u32,
+    /// Most prompt tokens of all waiting requests together.
+    pub waiting_tokens_max: u32,
+}
+
+/// One rank's configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The checkpoint.
+    pub model: model::Files,
+    /// Name the model is served under.
+    pub model_name: String,
+    /// Compute dtype.
+    pub dtype: DType,
+    /// Where the model runs.
+    pub device: Device,
+    /// CPU threads of this rank; `None` shares the machine's cores among the ranks.
+    pub threads: Option<usize>,
+    /// Who this is.
+    pub rank: TpRank,
+    /// Where rank 0 listens for the others (port 0: any, reported), and where the others find it.
+    pub rendezvous: SocketAddr,
+    /// Where the leader serves routers (port 0: any, reported); only read on rank 0.
+    pub listen: SocketAddr,
+    /// Bounds of the engine.
+    pub limits: Limits,
+    /// Keys a sliding layer sees, when it is not the checkpoint's `sliding_window`.
+    pub window_keys: Option<u32>,
+    /// Longest wait for all ranks to come together.
+    pub boot_timeout: Duration,
+    /// Longest a collective may take before the missing rank is named and the group ends.
+    pub step_timeout: Duration,
+    /// Longest open requests may go on after the order to stop.
+    pub drain_grace: Duration,
+}

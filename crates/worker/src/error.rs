@@ -1,0 +1,77 @@
+//! Why a rank could not start, or had to stop.
+
+use std::net::SocketAddr;
+
+use types::TpRank;
+
+/// Errors of a rank. Each ends the process: the group is the unit of recovery.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The checkpoint, its configuration or the shard plan was refused, or a step failed.
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    /// The ranks could not come together, or lost each other.
+    #[error("{rank}: {source}")]
+    Group {
+        /// Who reports it.
+        rank: TpRank,
+        /// Names the rank to look at.
+        source: collectives::Error,
+    },
+    /// The engine's budgets cannot work, or a follower's state parted from the leader's plans.
+    #[error("{rank}: {source}")]
+    Engine {
+        /// Who reports it.
+        rank: TpRank,
+        /// The budget, or the part of the plan.
+        source: engine::Error,
+    },
+    /// The device refused something.
+    #[error("{rank}: {source}")]
+    Device {
+        /// Who reports it.
+        rank: TpRank,
+        /// The device's words.
+        source: ops::Error,
+    },
+    /// CUDA was asked for and is not usable.
+    #[error("--device cuda: {0}")]
+    Cuda(ops_cuda::Error),
+    /// A budget of this configuration does not fit the model.
+    #[error("{field} is {got}, and this model needs {needed}")]
+    Budget {
+        /// The configuration key.
+        field: &'static str,
+        /// Its value.
+        got: String,
+        /// What would be right.
+        needed: String,
+    },
+    /// The leader's listener could not be opened.
+    #[error("cannot listen on {address}: {source}; choose another --listen address")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// The system refused a thread or a runtime.
+    #[error("cannot start {what}: {source}")]
+    Start {
+        /// What was to be started.
+        what: &'static str,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// The gRPC server ended by itself.
+    #[error("the gRPC server failed: {0}")]
+    Server(String),
+    /// A follower that was told to stop saw no end of its leader.
+    #[error("{rank} was told to stop, and its leader did not end within {seconds} s")]
+    LeaderWouldNotEnd {
+        /// The follower.
+        rank: TpRank,
+        /// How long it waited.
+        seconds: u64,
+    },
+}

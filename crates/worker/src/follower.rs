@@ -1,0 +1,64 @@
+//! A follower's loop: take the next plan, run it, until the leader says the end.
+
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use collectives::{AbortHandle, PlanReceiver};
+use engine::StepPlan;
+use tokio_util::sync::CancellationToken;
+use types::TpRank;
+
+use crate::executor::Executor;
+use crate::{Config, Error};
+
+/// The frame that ends a group in good order; a step plan is never empty.
+pub(crate) const END: &[u8] = &[];
+
+/// Runs steps until the leader ends the group.
+pub(crate) fn run(rank: TpRank, mut executor: Executor, mut plans: PlanReceiver) -> Result<(), Error> {
+    let mut frame = Vec::new();
+    loop {
+        plans.recv(&mut frame).map_err(|source| Error::Group { rank, source })?;
+        if frame == END {
+            return Ok(());
+        }
+        let plan = StepPlan::decode(&frame).map_err(|source| Error::Engine { rank, source })?;
+        executor.follow(&plan)?;
+    }
+}
+
+/// Runs `work`, and ends the process's part in the group when it was told to stop and the leader does not end in
+/// time: a follower has no requests of its own to finish, so it otherwise goes on until its leader is done.
+pub(crate) fn run_until_stopped(
+    config: &Config,
+    shutdown: &CancellationToken,
+    abort: AbortHandle,
+    work: impl FnOnce() -> Result<(), Error>,
+) -> Result<(), Error> {
+    let (done, ended) = channel::<()>();
+    let patience = config.drain_grace + Duration::from_secs(1);
+    let (rank, shutdown) = (config.rank, shutdown.clone());
+    thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            loop {
+                match ended.recv_timeout(Duration::from_millis(100)) {
+                    Err(RecvTimeoutError::Timeout) if !shutdown.is_cancelled() => {}
+                    Err(RecvTimeoutError::Timeout) => break,
+                    Ok(()) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                }
+            }
+            match ended.recv_timeout(patience) {
+                Err(RecvTimeoutError::Timeout) => {
+                    abort.abort();
+                    Err(Error::LeaderWouldNotEnd { rank, seconds: patience.as_secs() })
+                }
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => Ok(()),
+            }
+        });
+        let result = work();
+        drop(done);
+        let watched = watch.join().unwrap_or(Ok(()));
+        result.and(watched)
+    })
+}

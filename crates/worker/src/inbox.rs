@@ -1,0 +1,86 @@
+//! What the engine thread is told, and where its answers go.
+
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::time::Instant;
+
+use engine::Request;
+use proto::Failure;
+use proto::worker::GenerateChunk;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+/// Messages that may lie unread: the engine thread reads all of them between two steps.
+const INBOX_MAX: usize = 4096;
+
+/// The stream of one request. Its capacity covers everything the request can produce, so the engine thread never
+/// waits for a client.
+pub(crate) type Sink = mpsc::Sender<Result<GenerateChunk, Status>>;
+
+/// One message to the engine thread.
+pub(crate) enum Message {
+    /// A request that passed the checks of the service.
+    Submit(Box<Submission>),
+    /// A follower is gone.
+    Lost {
+        /// Its rank.
+        rank: u32,
+    },
+    /// Look at the shutdown token.
+    Wake,
+}
+
+/// A request on its way in.
+pub(crate) struct Submission {
+    pub(crate) request: Request,
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) sink: Sink,
+}
+
+/// The way in, for any number of threads.
+#[derive(Clone)]
+pub(crate) struct Inbox(SyncSender<Message>);
+
+impl Inbox {
+    /// A way in and the engine thread's end of it.
+    pub(crate) fn new() -> (Self, Outlet) {
+        let (sender, receiver) = sync_channel(INBOX_MAX);
+        (Self(sender), Outlet(receiver))
+    }
+
+    /// Hands a request to the engine thread without waiting.
+    pub(crate) fn submit(&self, submission: Submission) -> Result<(), Failure> {
+        self.0.try_send(Message::Submit(Box::new(submission))).map_err(|error| match error {
+            TrySendError::Full(_) => Failure::Overloaded {
+                what: "requests between two steps".into(),
+                max: INBOX_MAX as u64,
+                retry_after: proto::RETRY_AFTER,
+            },
+            TrySendError::Disconnected(_) => {
+                Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
+            }
+        })
+    }
+
+    /// Tells the engine thread something it must know; waits when the inbox is full. Nobody listens after the end.
+    pub(crate) fn tell(&self, message: Message) {
+        let _ = self.0.send(message);
+    }
+}
+
+/// The engine thread's end.
+pub(crate) struct Outlet(Receiver<Message>);
+
+impl Outlet {
+    /// The next message, waiting for it; `None` when nobody can send any more.
+    pub(crate) fn wait(&self) -> Option<Message> {
+        self.0.recv().ok()
+    }
+
+    /// The next message that is there already.
+    pub(crate) fn next(&self) -> Option<Message> {
+        match self.0.try_recv() {
+            Ok(message) => Some(message),
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! One rank of a group: boot, the leader's and the followers' loops, the executor that turns a step plan into a
+//! batch for the model, and the leader's gRPC service.
+#![forbid(unsafe_code)]
+
+mod boot;
+mod chunk;
+mod config;
+mod device;
+mod error;
+mod executor;
+mod follower;
+mod inbox;
+mod leader;
+mod report;
+mod run;
+mod server;
+mod service;
+mod state;
+
+pub use config::{Config, Device, Limits};
+pub use error::Error;
+pub use report::{Phase, Report, Reporter};
+pub use run::run;

@@ -1,0 +1,163 @@
+//! A rank from start to end.
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Instant;
+
+use collectives::PlanChannel;
+use proto::worker::ModelFacts;
+use tokio_util::sync::CancellationToken;
+use types::Bytes;
+
+use crate::boot::{self, Booted, Facts};
+use crate::executor::Executor;
+use crate::inbox::{Inbox, Message, Outlet};
+use crate::leader::{Leader, Seat};
+use crate::server::GrpcServer;
+use crate::state::{State, StatePublisher};
+use crate::{Config, Error, Phase, Report, Reporter, follower};
+
+/// Runs one rank until `shutdown` is cancelled and open requests are done (leader), or until its leader ends
+/// (follower). Blocks; the model runs on the calling thread.
+///
+/// # Errors
+/// Whatever keeps the rank from starting, or ends its group. The process should then exit: the group is the unit of
+/// recovery.
+pub fn run(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
+    if config.rank.is_leader() { lead(config, reporter, shutdown) } else { follow(config, reporter, shutdown) }
+}
+
+fn phase(reporter: &Arc<dyn Reporter>, phase: Phase) {
+    reporter.report(Report::Phase { phase, done: Bytes(0), total: Bytes(0) });
+}
+
+fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
+    let started = Instant::now();
+    phase(reporter, Phase::Starting);
+    let facts = boot::facts(config)?;
+    let engine = facts.engine.clone();
+    let joined = boot::meet(config, &facts, reporter.as_ref())?;
+    let Booted { model, plans, abort } = boot::load(config, facts, joined, reporter)?;
+    let executor = Executor::new(config.rank, model, &engine)?;
+    let plans = match plans {
+        PlanChannel::Follower(plans) => plans,
+        PlanChannel::Leader(_) => unreachable!("only rank 0 is given the leader's end"),
+    };
+    reporter.report(Report::Ready { elapsed: started.elapsed() });
+    phase(reporter, Phase::Serving);
+    follower::run_until_stopped(config, shutdown, abort, || follower::run(config.rank, executor, plans))
+}
+
+fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
+    let (inbox, outlet) = Inbox::new();
+    let state = Arc::new(StatePublisher::new());
+    let server = GrpcServer::start(config.listen, inbox.clone(), Arc::clone(&state))?;
+    reporter.report(Report::Listening(server.address()));
+    let outcome = lead_behind(&Front { config, reporter, state, inbox }, outlet, shutdown);
+    let closed = server.close();
+    outcome.and(closed)
+}
+
+/// What the leader shares with its server.
+struct Front<'a> {
+    config: &'a Config,
+    reporter: &'a Arc<dyn Reporter>,
+    state: Arc<StatePublisher>,
+    inbox: Inbox,
+}
+
+/// Reports to whoever started the rank, and keeps routers informed of the phase.
+struct Both {
+    reporter: Arc<dyn Reporter>,
+    state: Arc<StatePublisher>,
+}
+
+impl Reporter for Both {
+    fn report(&self, event: Report) {
+        if let Report::Phase { phase, done, total } = &event {
+            let percent = (done.0 * 100).checked_div(total.0).unwrap_or(0);
+            let percent = u32::try_from(percent).unwrap_or(100);
+            match phase {
+                Phase::Starting | Phase::Loading | Phase::Warming => {
+                    self.state.set(State::Booting { phase: wire(*phase), percent });
+                }
+                Phase::Serving => self.state.set(State::Serving),
+                Phase::Draining => self.state.set(State::Draining),
+            }
+        }
+        self.reporter.report(event);
+    }
+}
+
+const fn wire(phase: Phase) -> proto::Phase {
+    match phase {
+        Phase::Starting => proto::Phase::Starting,
+        Phase::Loading => proto::Phase::Loading,
+        Phase::Warming => proto::Phase::Warming,
+        Phase::Serving => proto::Phase::Serving,
+        Phase::Draining => proto::Phase::Draining,
+    }
+}
+
+fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) -> Result<(), Error> {
+    let Front { config, state, inbox, .. } = front;
+    let started = Instant::now();
+    let reporter: Arc<dyn Reporter> =
+        Arc::new(Both { reporter: Arc::clone(front.reporter), state: Arc::clone(state) });
+    phase(&reporter, Phase::Starting);
+    let facts = boot::facts(config)?;
+    state.model(model_facts(config, &facts));
+    let engine = facts.engine.clone();
+    let joined = boot::meet(config, &facts, reporter.as_ref())?;
+    let Booted { model, plans, .. } = boot::load(config, facts, joined, &reporter)?;
+    let plans = match plans {
+        PlanChannel::Leader(plans) => plans,
+        PlanChannel::Follower(_) => unreachable!("rank 0 is given the leader's end"),
+    };
+    let executor = Executor::new(config.rank, model, &engine)?;
+    let seat = Seat { engine, executor, plans, outlet, state: Arc::clone(state) };
+    let mut leader = Leader::new(config.rank, seat)?;
+    let ended = CancellationToken::new();
+    let _ended_on_return = ended.clone().drop_guard();
+    leader.watch_followers(inbox.clone(), ended.clone())?;
+    phase(&reporter, Phase::Warming);
+    leader.warm_up()?;
+    wake_on(shutdown, inbox.clone(), ended)?;
+    reporter.report(Report::Ready { elapsed: started.elapsed() });
+    phase(&reporter, Phase::Serving);
+    leader.run(config, shutdown)
+}
+
+/// Wakes the engine thread when the order to stop comes while it sleeps.
+fn wake_on(shutdown: &CancellationToken, inbox: Inbox, ended: CancellationToken) -> Result<(), Error> {
+    let shutdown = shutdown.clone();
+    let spawned = std::thread::Builder::new().name("shutdown".into()).spawn(move || {
+        let either = async {
+            tokio::select! {
+                () = shutdown.cancelled() => true,
+                () = ended.cancelled() => false,
+            }
+        };
+        if futures::executor::block_on(either) {
+            inbox.tell(Message::Wake);
+        }
+    });
+    spawned.map(drop).map_err(|source| Error::Start { what: "the shutdown watch", source })
+}
+
+fn model_facts(config: &Config, facts: &Facts) -> ModelFacts {
+    let mut config_hash = String::with_capacity(2 * facts.config_hash.len());
+    for byte in facts.config_hash {
+        // Writing to a string cannot fail.
+        let _ = write!(config_hash, "{byte:02x}");
+    }
+    ModelFacts {
+        name: config.model_name.clone(),
+        vocab_size: facts.engine.vocab_size,
+        context_tokens_max: facts.engine.context_tokens_max,
+        eos_token_ids: facts.engine.eos_token_ids.iter().map(|id| id.0).collect(),
+        dtype: config.dtype.name().to_owned(),
+        tensor_parallel: config.rank.size().get(),
+        config_hash,
+    }
+}

@@ -1,0 +1,109 @@
+//! The leader's listener: open before anything is loaded, so that routers and probes see the start.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::worker::worker_server::WorkerServer;
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use types::limits::MESSAGE_BYTES_MAX;
+
+use crate::Error;
+use crate::inbox::Inbox;
+use crate::service::Service;
+use crate::state::StatePublisher;
+
+/// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time the last messages have to reach routers once nothing is open any more.
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
+/// Threads for gRPC; tokens are computed elsewhere.
+const IO_THREADS: usize = 1;
+
+/// The running server.
+pub(crate) struct GrpcServer {
+    runtime: Runtime,
+    task: JoinHandle<Result<(), tonic::transport::Error>>,
+    closing: CancellationToken,
+    address: SocketAddr,
+}
+
+impl GrpcServer {
+    pub(crate) fn start(listen: SocketAddr, inbox: Inbox, state: Arc<StatePublisher>) -> Result<Self, Error> {
+        let failed = |source| Error::Listen { address: listen, source };
+        let listener = TcpListener::bind(listen).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(IO_THREADS).thread_name("grpc").enable_all().build();
+        let runtime = runtime.map_err(|source| Error::Start { what: "the gRPC threads", source })?;
+        let closing = CancellationToken::new();
+        let service = Service { inbox, state: Arc::clone(&state), closing: closing.clone() };
+        let served = serve(listener, service, state, closing.clone());
+        let task = runtime.spawn(served);
+        Ok(Self { runtime, task, closing, address })
+    }
+
+    pub(crate) const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Lets open streams deliver their last messages, then closes.
+    pub(crate) fn close(self) -> Result<(), Error> {
+        self.closing.cancel();
+        let Self { runtime, task, .. } = self;
+        let outcome = runtime.block_on(async { tokio::time::timeout(CLOSE_GRACE, task).await });
+        runtime.shutdown_timeout(Duration::from_millis(100));
+        match outcome {
+            // Still open after the grace: the connection of a router that does not read.
+            Err(_) => Ok(()),
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(Error::Server(error.to_string())),
+            Ok(Err(error)) => Err(Error::Server(error.to_string())),
+        }
+    }
+}
+
+async fn serve(
+    listener: TcpListener,
+    service: Service,
+    state: Arc<StatePublisher>,
+    closing: CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let mut states = state.subscribe();
+    tokio::spawn(async move {
+        loop {
+            let phase = states.borrow_and_update().phase;
+            let serving = phase == i32::from(proto::worker::Phase::Serving);
+            let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+            for name in ["", "cohort.worker.v1.Worker"] {
+                reporter.set_service_status(name, status).await;
+            }
+            if states.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+    let listener = match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => unreachable!("the listener is non-blocking and the runtime runs: {error}"),
+    };
+    let worker = WorkerServer::new(service)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .add_service(health)
+        .add_service(worker)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), closing.cancelled_owned())
+        .await
+}

@@ -1,0 +1,68 @@
+//! The leader's gRPC service: checks a request, hands it to the engine thread, streams what comes back.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::{Stream, StreamExt};
+use proto::worker::worker_server::Worker;
+use proto::worker::{GenerateChunk, GenerateRequest, WatchRequest, WorkerState};
+use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+use types::{GenerationSpec, TokenId};
+
+use crate::chunk;
+use crate::inbox::{Inbox, Submission};
+use crate::state::StatePublisher;
+
+/// What the service knows.
+pub(crate) struct Service {
+    pub(crate) inbox: Inbox,
+    pub(crate) state: Arc<StatePublisher>,
+    /// Ends the watch streams, which otherwise would keep the server from closing.
+    pub(crate) closing: CancellationToken,
+}
+
+type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Worker for Service {
+    type WatchStream = Boxed<WorkerState>;
+    type GenerateStream = ReceiverStream<Result<GenerateChunk, Status>>;
+
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let router = &request.get_ref().router_id;
+        tracing::info!(%router, "a router watches this group");
+        let closed = self.closing.clone().cancelled_owned();
+        let states = WatchStream::new(self.state.subscribe()).map(Ok).take_until(closed);
+        Ok(Response::new(Box::pin(states)))
+    }
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let timeout = proto::timeout(request.metadata())?;
+        let GenerateRequest { prompt, generation, .. } = request.into_inner();
+        let state = self.state.subscribe().borrow().clone();
+        let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
+        if phase != Phase::Serving {
+            let percent = state.percent;
+            return Err(Failure::NotServing { phase, percent, retry_after: RETRY_AFTER }.into());
+        }
+        let vocab_size = state.model.map_or(0, |model| model.vocab_size);
+        let Some(generation) = generation else {
+            return Err(Failure::from(Violation::new("generation", "is missing")).into());
+        };
+        let generation = GenerationSpec::from(generation)
+            .validate(0, vocab_size)
+            .map_err(|error| GenerationFields::Worker.refuse(error))?;
+        let capacity = chunk::messages_max(prompt.len(), generation.max_tokens());
+        let (sink, stream) = mpsc::channel(capacity);
+        let prompt = prompt.into_iter().map(TokenId).collect();
+        let request = engine::Request { prompt, generation, deadline: None };
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        self.inbox.submit(Submission { request, deadline, sink })?;
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}

@@ -1,0 +1,102 @@
+//! The group's state as routers see it.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use engine::Load;
+use proto::Phase;
+use proto::worker::{self, ModelFacts, WorkerState};
+use tokio::sync::watch;
+
+/// Load changes with every step; routers hear of it this often at most.
+const LOAD_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Where the group is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Not ready yet.
+    Booting {
+        /// Before [`Phase::Serving`].
+        phase: Phase,
+        /// Of the phase's work.
+        percent: u32,
+    },
+    /// Taking requests.
+    Serving,
+    /// Finishing what is open.
+    Draining,
+}
+
+impl State {
+    pub(crate) const fn phase(self) -> Phase {
+        match self {
+            Self::Booting { phase, .. } => phase,
+            Self::Serving => Phase::Serving,
+            Self::Draining => Phase::Draining,
+        }
+    }
+
+    pub(crate) const fn percent(self) -> u32 {
+        match self {
+            Self::Booting { percent, .. } => percent,
+            Self::Serving | Self::Draining => 100,
+        }
+    }
+}
+
+/// Publishes the state to every router that watches.
+pub(crate) struct StatePublisher {
+    sender: watch::Sender<WorkerState>,
+    last_load: Mutex<Option<Instant>>,
+}
+
+impl StatePublisher {
+    pub(crate) fn new() -> Self {
+        let phase = worker::Phase::Starting.into();
+        let sender = watch::Sender::new(WorkerState { phase, percent: 0, model: None, load: None });
+        Self { sender, last_load: Mutex::new(None) }
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<WorkerState> {
+        self.sender.subscribe()
+    }
+
+    pub(crate) fn set(&self, state: State) {
+        self.sender.send_modify(|wire| {
+            wire.phase = worker::Phase::from(state.phase()).into();
+            wire.percent = state.percent();
+        });
+    }
+
+    pub(crate) fn model(&self, facts: ModelFacts) {
+        self.sender.send_modify(|wire| wire.model = Some(facts));
+    }
+
+    pub(crate) fn load(&self, load: Load) {
+        let sum = |counts: [u32; 2]| counts[0].saturating_add(counts[1]);
+        let load = worker::Load {
+            running: load.running,
+            waiting: load.waiting,
+            kv_blocks_used: sum(load.blocks_used),
+            kv_blocks: sum(load.blocks),
+        };
+        self.sender.send_if_modified(|wire| {
+            let changed = wire.load != Some(load);
+            wire.load = Some(load);
+            changed
+        });
+    }
+
+    /// Publishes the load unless that was done a moment ago.
+    pub(crate) fn load_now_and_then(&self, load: impl FnOnce() -> Load) {
+        let now = Instant::now();
+        {
+            let Ok(mut last) = self.last_load.lock() else { return };
+            if last.is_some_and(|last| now.duration_since(last) < LOAD_INTERVAL) {
+                return;
+            }
+            *last = Some(now);
+        }
+        self.load(load());
+    }
+}
