@@ -75,9 +75,13 @@ pub(crate) async fn wait_until_answering(channel: Channel) -> anyhow::Result<()>
 
 /// A status as a person reads it: the code, the message, and each refused field on its own line.
 pub(crate) fn explain(status: &Status) -> anyhow::Error {
-    let mut text = format!("{}: {}", code_name(status.code()), status.message());
     let details = status.get_error_details();
-    for violation in details.bad_request().iter().flat_map(|bad| &bad.field_violations) {
+    let violations = details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default();
+    // A server that repeats the violations in its message is not made to say them twice.
+    let repeated = violations.first().is_some_and(|first| status.message().contains(&first.description));
+    let message = if repeated { "fields of the request are wrong" } else { status.message() };
+    let mut text = format!("{}: {message}", code_name(status.code()));
+    for violation in violations {
         text.push_str(&format!("\n  {}: {}", violation.field, violation.description));
     }
     if let Some(delay) = details.retry_info().and_then(|retry| retry.retry_delay) {

@@ -18,7 +18,7 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", cli::report::chain(&error));
             ExitCode::FAILURE
         }
     }

@@ -160,7 +160,22 @@ pub fn say(line: &Line) {
 
 /// Tells the supervisor why this process ends.
 pub fn say_failed(error: &anyhow::Error) {
-    say(&Line { pid: std::process::id(), rank: None, event: Event::Failed { error: format!("{error:#}") } });
+    say(&Line { pid: std::process::id(), rank: None, event: Event::Failed { error: chain(error) } });
+}
+
+/// An error with its causes in one line; a cause that the line already tells is left out.
+#[must_use]
+pub fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |mut line, cause| {
+        if line.is_empty() {
+            return cause;
+        }
+        if !line.contains(&cause) {
+            line.push_str(": ");
+            line.push_str(&cause);
+        }
+        line
+    })
 }
 
 /// Lets through what a person can follow: byte counts at most every [`Throttle::EVERY`], everything else always.

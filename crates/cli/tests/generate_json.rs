@@ -48,6 +48,10 @@ fn answer() -> Answer {
     answer
 }
 
+fn printed(request: &GenerateRequest) -> serde_json::Value {
+    serde_json::to_value(answer().to_json(request)).unwrap()
+}
+
 #[test]
 fn one_object_holds_the_whole_answer() {
     let request = request(&["--token-ids", "1,2", "--logprobs", "2", "--prompt-logprobs", "2"]).unwrap();
@@ -60,12 +64,21 @@ fn one_object_holds_the_whole_answer() {
         "prompt_logprobs": [null, entry(2)],
         "usage": {"prompt_tokens": 2, "output_tokens": 2},
     });
-    assert_eq!(answer().to_json(&request), expected);
+    assert_eq!(printed(&request), expected);
+}
+
+#[test]
+fn log_probabilities_keep_their_shortest_form() {
+    let mut answer = answer();
+    answer.logprobs[0].logprob = -0.1;
+    let text =
+        serde_json::to_string(&answer.to_json(&request(&["--prompt", "x", "--logprobs", "0"]).unwrap()));
+    assert!(text.unwrap().contains("\"logprob\":-0.1,"));
 }
 
 #[test]
 fn log_probabilities_that_were_not_asked_for_are_null() {
-    let json = answer().to_json(&request(&["--prompt", "x"]).unwrap());
+    let json = printed(&request(&["--prompt", "x"]).unwrap());
     assert!(json["logprobs"].is_null() && json["prompt_logprobs"].is_null());
 }
 

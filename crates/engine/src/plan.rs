@@ -121,7 +121,7 @@ impl StepPlan {
         &self.released
     }
 
-    /// Input tokens of all rows: [rows].
+    /// Input token of every row, in order.
     #[must_use]
     pub fn tokens(&self) -> &[TokenId] {
         &self.tokens

@@ -1,4 +1,5 @@
 //! Log-probabilities of the prompt: one list, complete, before the first token, within the budget of logit rows.
+#![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 mod support;
 

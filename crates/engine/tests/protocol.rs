@@ -1,4 +1,5 @@
 //! A caller that breaks the protocol finds out at once.
+#![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! The tables every rank keeps: they follow the plans, and refuse a plan that does not fit.
+#![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 mod support;
 

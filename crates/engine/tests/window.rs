@@ -1,4 +1,5 @@
 //! The sliding group gives back what fell out of the window, and nothing that is still seen.
+#![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 mod support;
 

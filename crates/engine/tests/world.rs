@@ -1,5 +1,6 @@
 //! Random requests, cancels and deadlines on tiny pools: whatever happens around it, a request gets the tokens it
 //! would get alone.
+#![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 mod support;
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use ops::HostTensor;
 use rayon::prelude::*;
+use safetensors::Dtype;
 use types::{Bytes, DType};
 
 use crate::catalogue::{Catalogue, HEAD};
@@ -21,6 +22,8 @@ const BAND_ELEMENTS: usize = 1 << 20;
 /// A resident weight and where its rows come from.
 pub(crate) struct Assembly {
     pub(crate) slot: Slot,
+    /// What it is kept in on the device.
+    dtype: DType,
     shape: Vec<usize>,
     /// From the first row down; rows after the last piece are zero (vocabulary padding).
     pieces: Vec<Piece>,
@@ -47,13 +50,8 @@ impl Assembly {
     }
 
     /// Reads it, in parallel.
-    pub(crate) fn read(
-        &self,
-        checkpoint: &Checkpoint,
-        dtype: DType,
-        meter: &Meter<'_>,
-    ) -> Result<HostTensor, Error> {
-        let mut host = HostTensor::zeros(dtype, &self.shape);
+    pub(crate) fn read(&self, checkpoint: &Checkpoint, meter: &Meter<'_>) -> Result<HostTensor, Error> {
+        let mut host = HostTensor::zeros(self.dtype, &self.shape);
         match &mut host {
             HostTensor::F32 { data, .. } => self.fill(checkpoint, data, meter)?,
             HostTensor::BF16 { data, .. } => self.fill(checkpoint, data, meter)?,
@@ -98,6 +96,8 @@ pub(crate) struct Assembler<'a> {
     pub(crate) catalogue: &'a Catalogue,
     pub(crate) config: &'a ModelConfig,
     pub(crate) plan: &'a ShardPlan,
+    /// The dtype a weight stored as this is kept in.
+    pub(crate) kept: &'a dyn Fn(DType) -> DType,
 }
 
 impl Assembler<'_> {
@@ -110,7 +110,10 @@ impl Assembler<'_> {
             Slot::FinalNorm => vec![self.rows(names.final_norm(), 0..1)],
             Slot::Layer(layer, part) => self.part(layer, part),
         };
-        Assembly { slot, shape: slot.shape(self.config, self.plan), pieces }
+        let stored_bf16 = |piece: &Piece| self.checkpoint.dtype(&piece.tensor) == Some(Dtype::BF16);
+        // A rank with nothing but padding reads no piece of its own; the tensor is named all the same.
+        let stored = if pieces.iter().all(stored_bf16) { DType::BF16 } else { DType::F32 };
+        Assembly { slot, dtype: (self.kept)(stored), shape: slot.shape(self.config, self.plan), pieces }
     }
 
     fn part(&self, layer: usize, part: Part) -> Vec<Piece> {

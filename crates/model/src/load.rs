@@ -7,7 +7,7 @@ use std::thread;
 
 use ops::{Backend, HostTensor};
 use rayon::prelude::*;
-use types::{Bytes, DType};
+use types::Bytes;
 
 use crate::assemble::{Assembler, Assembly};
 use crate::catalogue::Catalogue;
@@ -47,7 +47,7 @@ pub struct LoadSummary {
     pub skipped_bytes: Bytes,
 }
 
-/// Loads the weights of the plan's rank onto `backend`, in its dtype.
+/// Loads the weights of the plan's rank onto `backend`, in the dtype it keeps them in.
 ///
 /// # Errors
 /// When the checkpoint does not hold what `config` asks for, a bias is not zero, a file cannot be read, or the
@@ -60,7 +60,8 @@ pub fn load<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<(Weights<B>, LoadSummary), Error> {
     let catalogue = Catalogue::resolve(checkpoint, config)?;
-    let assembler = Assembler { checkpoint, catalogue: &catalogue, config, plan };
+    let kept = |stored| backend.weight_dtype(stored);
+    let assembler = Assembler { checkpoint, catalogue: &catalogue, config, plan, kept: &kept };
     let assemblies: Vec<Assembly> = slots(config).into_iter().map(|slot| assembler.assembly(slot)).collect();
     let biases = own_biases(&catalogue, plan);
     let bias_bytes = biases.iter().filter_map(|bias| checkpoint.entry(bias)).map(|entry| entry.bytes);
@@ -68,12 +69,12 @@ pub fn load<B: Backend>(
     progress.start(Bytes(total));
     let meter = Meter { progress, bytes: AtomicU64::new(0) };
     biases.par_iter().try_for_each(|bias| check_zero(checkpoint, bias, &meter))?;
-    let (dtype, tensors) = (backend.dtype(), assemblies.len());
+    let tensors = assemblies.len();
     let (weights, resident) = thread::scope(|scope| {
         // No buffer: the reader holds its weight until this thread is done with the one before.
         let (sender, receiver) = sync_channel(0);
         let (assemblies, meter) = (&assemblies, &meter);
-        scope.spawn(move || read_ahead(assemblies, (checkpoint, dtype), meter, &sender));
+        scope.spawn(move || read_ahead(assemblies, checkpoint, meter, &sender));
         Placer { receiver, backend, resident: Bytes(0) }.weights(config)
     })?;
     let summary = LoadSummary {
@@ -123,12 +124,12 @@ type Read = Result<(Slot, HostTensor), Error>;
 /// Reads every weight in order, until one fails or nobody takes them any more.
 fn read_ahead(
     assemblies: &[Assembly],
-    (checkpoint, dtype): (&Checkpoint, DType),
+    checkpoint: &Checkpoint,
     meter: &Meter<'_>,
     sender: &SyncSender<Read>,
 ) {
     for assembly in assemblies {
-        let read = assembly.read(checkpoint, dtype, meter).map(|host| (assembly.slot, host));
+        let read = assembly.read(checkpoint, meter).map(|host| (assembly.slot, host));
         let last = read.is_err();
         if sender.send(read).is_err() || last {
             return;

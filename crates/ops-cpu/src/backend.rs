@@ -71,6 +71,14 @@ impl Backend for CpuBackend {
         self.dtype
     }
 
+    /// bf16 weights stay bf16 under fp32 compute: widening is exact and costs less than reading twice the bytes.
+    fn weight_dtype(&self, stored: DType) -> DType {
+        match (stored, self.dtype) {
+            (DType::BF16, _) | (_, DType::BF16) => DType::BF16,
+            (DType::F32, DType::F32) => DType::F32,
+        }
+    }
+
     fn weight(&mut self, host: HostTensor) -> Result<Weight, Error> {
         Weight::new(host, self.dtype)
     }

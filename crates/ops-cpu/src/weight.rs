@@ -1,4 +1,4 @@
-//! Resident weights: contiguous candle tensors in the compute dtype.
+//! Resident weights: contiguous candle tensors in bf16 or fp32.
 
 use candle_core::{CpuStorage, DType as CandleDType, Device, Storage, Tensor as CandleTensor};
 use ops::{Error, HostTensor};
@@ -13,11 +13,11 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Takes `host` over, converted to `dtype`.
-    pub(crate) fn new(host: HostTensor, dtype: DType) -> Result<Self, Error> {
-        let wanted = match dtype {
-            DType::F32 => CandleDType::F32,
-            DType::BF16 => CandleDType::BF16,
+    /// Takes `host` over, narrowed to bf16 when that is the compute dtype.
+    pub(crate) fn new(host: HostTensor, compute: DType) -> Result<Self, Error> {
+        let wanted = match (host.dtype(), compute) {
+            (DType::F32, DType::F32) => CandleDType::F32,
+            (DType::BF16, _) | (_, DType::BF16) => CandleDType::BF16,
         };
         let tensor = match host {
             HostTensor::F32 { shape, data } => CandleTensor::from_vec(data, shape, &Device::Cpu),

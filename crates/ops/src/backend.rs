@@ -98,13 +98,21 @@ pub trait Backend {
     /// Compute dtype.
     fn dtype(&self) -> DType;
 
-    /// Takes a weight [out, in] or [H] into device memory, converted to the compute dtype.
+    /// The dtype in which a weight that a checkpoint stores as `stored` is kept. It must hold every stored value
+    /// that the compute dtype holds: bf16 weights may stay bf16 under fp32 compute, which loses nothing and halves
+    /// what decode reads.
+    fn weight_dtype(&self, stored: DType) -> DType {
+        let _ = stored;
+        self.dtype()
+    }
+
+    /// Takes a weight [out, in] or [H] into device memory, in [`Backend::weight_dtype`].
     ///
     /// # Errors
     /// When memory runs out or the shape has no place here.
     fn weight(&mut self, host: HostTensor) -> Result<Self::Weight, Error>;
 
-    /// Takes expert weights [E, out, in] into device memory.
+    /// Takes expert weights [E, out, in] into device memory, as [`Backend::weight`].
     ///
     /// # Errors
     /// As [`Backend::weight`].

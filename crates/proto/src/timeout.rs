@@ -40,7 +40,14 @@ mod tests {
 
     #[test]
     fn every_unit_is_read_and_everything_else_refused() {
-        let read = [("2H", 7200.0), ("3M", 180.0), ("99999999S", 99_999_999.0), ("5m", 5e-3), ("7u", 7e-6), ("9n", 9e-9)];
+        let read = [
+            ("2H", 7200.0),
+            ("3M", 180.0),
+            ("99999999S", 99_999_999.0),
+            ("5m", 5e-3),
+            ("7u", 7e-6),
+            ("9n", 9e-9),
+        ];
         for (text, seconds) in read {
             assert!((parse(text).unwrap().as_secs_f64() - seconds).abs() < 1e-9, "{text}");
         }

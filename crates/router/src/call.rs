@@ -37,17 +37,8 @@ impl Call {
                 return Err(Violation::new("request_id", reason).into());
             }
         };
-        let timeout = match headers.get("grpc-timeout") {
-            None => None,
-            Some(value) => match value.to_str().ok().and_then(parse_timeout) {
-                Some(timeout) => Some(timeout),
-                None => {
-                    let reason = "must be at most 8 digits and one of H M S m u n";
-                    return Err(Violation::new("grpc-timeout", reason).into());
-                }
-            },
-        };
-        let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(DEADLINE_MARGIN));
+        let deadline = proto::timeout(headers)?
+            .and_then(|timeout| Instant::now().checked_add(timeout.saturating_sub(DEADLINE_MARGIN)));
         Ok(Self { request_id, deadline })
     }
 
@@ -93,22 +84,4 @@ fn draw_request_id() -> String {
 
 fn is_request_id(id: &str) -> bool {
     (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
-}
-
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let unit = text.chars().last().filter(char::is_ascii)?;
-    let digits = &text[..text.len() - 1];
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let number: u64 = digits.parse().ok()?;
-    match unit {
-        'H' => Some(Duration::from_secs(number * 3600)),
-        'M' => Some(Duration::from_secs(number * 60)),
-        'S' => Some(Duration::from_secs(number)),
-        'm' => Some(Duration::from_millis(number)),
-        'u' => Some(Duration::from_micros(number)),
-        'n' => Some(Duration::from_nanos(number)),
-        _ => None,
-    }
 }

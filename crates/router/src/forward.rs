@@ -55,7 +55,8 @@ impl Placed {
             };
             match self.groups.place(&mut self.tried) {
                 Some(place) if refused.try_elsewhere => {
-                    tracing::info!(request = %self.request.request_id, reason = %refused.failure, to = %place.group().address(), "trying another group");
+                    let (request, to) = (&self.request.request_id, place.group().address());
+                    tracing::info!(request, reason = %refused.failure, to, "trying another group");
                     self.place = place;
                 }
                 Some(_) | None => return Err(refused.failure),

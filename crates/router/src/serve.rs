@@ -176,9 +176,14 @@ async fn serve_http(
 
 async fn keep_reporting(reporter: HealthReporter, shared: Arc<Shared>) {
     let mut changes = shared.groups.changes();
+    let mut reported = false;
     loop {
         let serving = shared.groups.progress() == Progress::Serving && !shared.withdrawn.is_cancelled();
-        report_health(&reporter, serving).await;
+        // Groups also change by every load report; who watches health is told of changes of health only.
+        if serving != reported {
+            report_health(&reporter, serving).await;
+            reported = serving;
+        }
         tokio::select! {
             () = shared.withdrawn.cancelled(), if !shared.withdrawn.is_cancelled() => {}
             changed = changes.changed() => {

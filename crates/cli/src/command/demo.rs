@@ -75,7 +75,9 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         let mut up = Some(up);
         let cluster = up::supervise(&settings, &log, &stop, move |happening| {
             note(&mut noted.lock().unwrap_or_else(PoisonError::into_inner), &happening);
-            if let (Happening::Up(serving), Some(up)) = (happening, up.take()) {
+            if let Happening::Up(serving) = happening
+                && let Some(up) = up.take()
+            {
                 let _ = up.send(serving);
             }
         });

@@ -8,7 +8,7 @@ use proto::v1::{
     ChatMessage, ChatPrompt, Finish, FinishReason, GenerateRequest, GenerateResponse, PromptInfo, Response,
     Sampling, Stopping, TokenIds, TokenLogprob, Usage, generate_request,
 };
-use serde_json::{Value, json};
+use serde::Serialize;
 use tonic::{Request, Streaming};
 
 use crate::client;
@@ -202,29 +202,54 @@ impl Answer {
 
     /// The answer as `--json` prints it; log-probabilities are null where the request did not ask for them.
     #[must_use]
-    pub fn to_json(&self, request: &GenerateRequest) -> Value {
+    pub fn to_json(&self, request: &GenerateRequest) -> AnswerJson<'_> {
         let asked = request.response.unwrap_or_default();
-        let logprobs = asked.logprobs.map(|_| self.logprobs.iter().map(logprob_json).collect::<Vec<_>>());
-        let prompt = self.prompt.clone().unwrap_or_default().logprobs;
-        let position = |logprob: &proto::v1::PromptLogprob| logprob.value.as_ref().map(logprob_json);
-        let prompt_logprobs = asked.prompt_logprobs.map(|_| prompt.iter().map(position).collect::<Vec<_>>());
-        json!({
-            "token_ids": self.token_ids,
-            "text": self.text,
-            "finish_reason": self.finish.as_ref().map(finish_name),
-            "logprobs": logprobs,
-            "prompt_logprobs": prompt_logprobs,
-            "usage": self.usage.map(|usage| json!({
-                "prompt_tokens": usage.prompt_tokens,
-                "output_tokens": usage.output_tokens,
-            })),
-        })
+        let logprobs = asked.logprobs.map(|_| self.logprobs.iter().map(LogprobJson::from).collect());
+        let prompt = self.prompt.iter().flat_map(|prompt| &prompt.logprobs);
+        let position = |logprob: &proto::v1::PromptLogprob| logprob.value.as_ref().map(LogprobJson::from);
+        AnswerJson {
+            token_ids: &self.token_ids,
+            text: &self.text,
+            finish_reason: self.finish.as_ref().map(finish_name),
+            logprobs,
+            prompt_logprobs: asked.prompt_logprobs.map(|_| prompt.map(position).collect()),
+            usage: self.usage.map(|usage| UsageJson {
+                prompt_tokens: usage.prompt_tokens,
+                output_tokens: usage.output_tokens,
+            }),
+        }
     }
 }
 
-fn logprob_json(logprob: &TokenLogprob) -> Value {
-    let top: Vec<Value> = logprob.top.iter().map(|other| json!([other.token_id, other.logprob])).collect();
-    json!({ "token_id": logprob.token_id, "logprob": logprob.logprob, "top": top })
+/// An answer as it is printed; floats keep their shortest single-precision form.
+#[derive(Debug, Serialize)]
+pub struct AnswerJson<'a> {
+    token_ids: &'a [u32],
+    text: &'a str,
+    finish_reason: Option<&'static str>,
+    logprobs: Option<Vec<LogprobJson>>,
+    prompt_logprobs: Option<Vec<Option<LogprobJson>>>,
+    usage: Option<UsageJson>,
+}
+
+#[derive(Debug, Serialize)]
+struct UsageJson {
+    prompt_tokens: u32,
+    output_tokens: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct LogprobJson {
+    token_id: u32,
+    logprob: f32,
+    top: Vec<(u32, f32)>,
+}
+
+impl From<&TokenLogprob> for LogprobJson {
+    fn from(entry: &TokenLogprob) -> Self {
+        let top = entry.top.iter().map(|other| (other.token_id, other.logprob)).collect();
+        Self { token_id: entry.token_id, logprob: entry.logprob, top }
+    }
 }
 
 fn finish_name(finish: &Finish) -> &'static str {
@@ -250,7 +275,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let stream = client.generate(call).await.map_err(|status| client::explain(&status))?.into_inner();
         let answer = receive(stream, !args.json).await?;
         if args.json {
-            println!("{}", answer.to_json(&request));
+            println!("{}", serde_json::to_string(&answer.to_json(&request))?);
         } else {
             println!();
         }

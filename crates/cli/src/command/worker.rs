@@ -1,11 +1,13 @@
 //! `cohort worker`: one rank.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use settings::RankPlace;
+use tokio_util::sync::CancellationToken;
 use types::TpRank;
 use worker::{Report, Reporter};
 
@@ -83,16 +85,36 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let place = RankPlace { rank, rendezvous: args.rendezvous, listen: args.listen };
     let name = embedded::served_name(&settings);
     let config = settings.worker(place, embedded::checkpoint(&settings), name);
-    let _ = (config, reporter(rank, args.supervised), stop);
-    anyhow::bail!("TEMP")
+    let booted = Arc::new(AtomicBool::new(false));
+    end_while_booting(stop.clone(), Arc::clone(&booted))?;
+    Ok(worker::run(&config, &reporter(rank, args.supervised, booted), &stop)?)
 }
 
-fn reporter(rank: TpRank, supervised: bool) -> Arc<dyn Reporter> {
+/// Until the rank is ready nothing is open and nothing is written: an order to stop ends the process, however long
+/// reading the weights would have taken.
+fn end_while_booting(stop: CancellationToken, booted: Arc<AtomicBool>) -> anyhow::Result<()> {
+    let watch = move || {
+        futures::executor::block_on(stop.cancelled());
+        if !booted.load(Ordering::Acquire) {
+            std::process::exit(0);
+        }
+    };
+    std::thread::Builder::new()
+        .name("boot-stop".into())
+        .spawn(watch)
+        .context("watch for an order to stop")?;
+    Ok(())
+}
+
+fn reporter(rank: TpRank, supervised: bool, booted: Arc<AtomicBool>) -> Arc<dyn Reporter> {
     let throttle = Throttle::default();
     let pid = std::process::id();
     let progress = (!supervised).then(|| Mutex::new(Progress::new(1)));
     Arc::new(move |report: Report| {
         let event = Event::from(report);
+        if let Event::Ready { .. } = event {
+            booted.store(true, Ordering::Release);
+        }
         if !throttle.passes(&event, Instant::now()) {
             return;
         }

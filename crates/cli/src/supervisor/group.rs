@@ -109,6 +109,9 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
         let unexpected = !self.stopping || exit.killed() && !exit.asked;
         if unexpected {
             self.lost.push((rank, exit));
+        } else if !self.lost.is_empty() {
+            // Its peer is gone, so of course it failed.
+            tracing::debug!(rank, "after the group was lost: {exit}");
         } else if !exit.status.success() {
             tracing::warn!(rank, "while stopping: {exit}");
         }

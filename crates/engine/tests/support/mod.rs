@@ -5,6 +5,7 @@
     unreachable_pub,
     reason = "a module of every test binary, each of which uses its own part"
 )]
+#![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 pub mod random;
 pub mod world;

@@ -27,9 +27,10 @@ pub struct Conversation {
 
 impl From<&Chat> for Conversation {
     fn from(chat: &Chat) -> Self {
-        let message =
-            |m: &proto::Message| Value::from_iter([("role", m.role.name()), ("content", m.content.as_str())]);
-        let messages = Value::from_iter(chat.messages.iter().map(message));
+        let message = |m: &proto::Message| {
+            Value::from_pairs([("role", m.role.name()), ("content", m.content.as_str())])
+        };
+        let messages = chat.messages.iter().map(message).collect();
         Self { messages, tools: None, reasoning: chat.reasoning }
     }
 }

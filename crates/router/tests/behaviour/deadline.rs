@@ -15,7 +15,7 @@ fn with_deadline(millis: u64) -> Request<proto::v1::GenerateRequest> {
 async fn a_deadline_ends_a_request_that_waits_for_its_first_token() {
     let mut leader = Leader::serving().await;
     let router = TestRouter::ready(&[&leader.address]).await;
-    let call = tokio::spawn(async move { all(&router, with_deadline(300)).await });
+    let call = tokio::spawn(async move { all(&router, with_deadline(800)).await });
     let open = leader.next().await;
     assert!(open.headers.get("grpc-timeout").is_some(), "the leader is told the deadline");
     soon(open.chunks.closed()).await;
@@ -28,7 +28,7 @@ async fn a_deadline_ends_a_request_that_waits_for_its_first_token() {
 async fn a_deadline_ends_a_request_in_the_middle_of_its_answer() {
     let mut leader = Leader::serving().await;
     let router = TestRouter::ready(&[&leader.address]).await;
-    let mut stream = soon(router.client().await.generate(with_deadline(300))).await.unwrap().into_inner();
+    let mut stream = soon(router.client().await.generate(with_deadline(800))).await.unwrap().into_inner();
     let open = leader.next().await;
     open.chunks.send(Ok(chunk(&[300]))).await.unwrap();
     assert!(soon(stream.message()).await.unwrap().is_some());

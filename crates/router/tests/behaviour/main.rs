@@ -1,4 +1,5 @@
 //! The router from outside: a real one on loopback, with scripted leaders behind it. A file per behaviour.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which clippy does not see as tests")]
 
 mod support;
 

@@ -2,21 +2,24 @@ use std::time::Duration;
 
 use proto::{Failure, Phase, v1};
 use tonic::Code;
-use tonic_health::pb::health_check_response::ServingStatus;
 
-use crate::support::{
-    Leader, TestRouter, all, answer, config, demo_files, facts, failure, from_text, soon, state,
-};
+use crate::support::{Leader, TestRouter, all, answer, facts, failure, from_text, soon, state};
 
 const WAIT: Duration = Duration::from_millis(100);
 
-/// A router that sees both groups serve.
-async fn with_both(first: &Leader, second: &Leader) -> TestRouter {
-    let router = TestRouter::ready(&[&first.address, &second.address]).await;
+/// Waits until so many groups take requests.
+async fn wait_for_ready(router: &TestRouter, groups: u32) {
     let mut client = router.client().await;
-    while soon(client.get_model_info(v1::GetModelInfoRequest {})).await.unwrap().get_ref().groups_ready < 2 {
+    while soon(client.get_model_info(v1::GetModelInfoRequest {})).await.unwrap().get_ref().groups_ready
+        != groups
+    {
         tokio::task::yield_now().await;
     }
+}
+
+async fn with_both(first: &Leader, second: &Leader) -> TestRouter {
+    let router = TestRouter::ready(&[&first.address, &second.address]).await;
+    wait_for_ready(&router, 2).await;
     router
 }
 
@@ -73,18 +76,31 @@ async fn two_requests_go_to_two_groups() {
 
 #[tokio::test]
 async fn a_group_that_serves_something_else_is_not_used() {
-    let first = Leader::serving().await;
-    let router = TestRouter::start(config(&[&first.address]), demo_files()).await;
-    router.wait_for(ServingStatus::Serving).await;
-    drop(router);
+    let (first, mut second) = (Leader::serving().await, Leader::serving().await);
+    let router = with_both(&first, &second).await;
     let mut odd = facts("demo");
     odd.config_hash = "other".to_owned();
-    let mut second = Leader::start(state(Phase::Starting, 0, None)).await;
-    let router = TestRouter::ready(&[&first.address, &second.address]).await;
     second.states.send_replace(state(Phase::Serving, 100, Some(odd)));
-    let first_address = first.play_always(answer("ok"));
+    wait_for_ready(&router, 1).await;
+    first.play_always(answer("ok"));
     for _ in 0..4 {
         all(&router, from_text("x")).await.unwrap();
     }
-    assert!(second.opened.try_recv().is_err(), "only {first_address} serves this model");
+    assert!(second.opened.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_group_that_dies_costs_no_request_that_has_no_token_yet() {
+    let (mut first, second) = (Leader::serving().await, Leader::serving().await);
+    let router = with_both(&first, &second).await;
+    let mut client = router.client().await;
+    let mut waiting = soon(client.generate(from_text("x"))).await.unwrap().into_inner();
+    first.next().await;
+    second.play_always(answer("from the second"));
+    first.kill();
+    let mut text = String::new();
+    while let Some(message) = soon(waiting.message()).await.unwrap() {
+        text.push_str(&message.text);
+    }
+    assert_eq!(text, "from the second");
 }

@@ -25,44 +25,44 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-pub const VOCAB: u32 = 4096;
-pub const CONTEXT: u32 = 64;
-pub const EOS: u32 = 9;
+pub(crate) const VOCAB: u32 = 4096;
+pub(crate) const CONTEXT: u32 = 64;
+pub(crate) const EOS: u32 = 9;
 /// Longer than anything here takes; reached only when something hangs.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Fails the test instead of hanging it.
-pub async fn soon<T>(what: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, what).await.expect("this should not take so long")
 }
 
-pub fn demo_dir() -> PathBuf {
+pub(crate) fn demo_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../cli/assets/demo")
 }
 
-pub fn demo_files() -> ModelFiles {
+pub(crate) fn demo_files() -> ModelFiles {
     ModelFiles::read_dir(&demo_dir()).unwrap()
 }
 
-pub fn demo_tokenizer() -> Tokenizer {
+pub(crate) fn demo_tokenizer() -> Tokenizer {
     Tokenizer::from_bytes(&demo_files().tokenizer_json.unwrap()).unwrap()
 }
 
 /// The token ids of `text` without BOS.
-pub fn ids(text: &str) -> Vec<u32> {
+pub(crate) fn ids(text: &str) -> Vec<u32> {
     demo_tokenizer().encode(text, false).unwrap().into_iter().map(|id| id.0).collect()
 }
 
 /// A small generator for tests (SplitMix64); its seed is printed by whoever makes one.
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn seeded(seed: u64) -> Self {
+    pub(crate) fn seeded(seed: u64) -> Self {
         println!("seed {seed}");
         Self(seed)
     }
 
-    pub fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut x = self.0;
         x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -71,7 +71,7 @@ impl Random {
     }
 }
 
-pub fn facts(name: &str) -> worker::ModelFacts {
+pub(crate) fn facts(name: &str) -> worker::ModelFacts {
     worker::ModelFacts {
         name: name.to_owned(),
         vocab_size: VOCAB,
@@ -83,35 +83,39 @@ pub fn facts(name: &str) -> worker::ModelFacts {
     }
 }
 
-pub fn state(phase: Phase, percent: u32, model: Option<worker::ModelFacts>) -> worker::WorkerState {
+pub(crate) fn state(phase: Phase, percent: u32, model: Option<worker::ModelFacts>) -> worker::WorkerState {
     worker::WorkerState { phase: worker::Phase::from(phase).into(), percent, model, load: None }
 }
 
-pub fn chunk(token_ids: &[u32]) -> worker::GenerateChunk {
+pub(crate) fn chunk(token_ids: &[u32]) -> worker::GenerateChunk {
     worker::GenerateChunk { token_ids: token_ids.to_vec(), ..worker::GenerateChunk::default() }
 }
 
-pub fn last(token_ids: &[u32], reason: worker::FinishReason, token_id: Option<u32>) -> worker::GenerateChunk {
+pub(crate) fn last(
+    token_ids: &[u32],
+    reason: worker::FinishReason,
+    token_id: Option<u32>,
+) -> worker::GenerateChunk {
     let finish = Some(worker::Finish { reason: reason.into(), token_id });
     worker::GenerateChunk { finish, ..chunk(token_ids) }
 }
 
 /// One token a chunk, then EOS.
-pub fn answer(text: &str) -> Vec<worker::GenerateChunk> {
+pub(crate) fn answer(text: &str) -> Vec<worker::GenerateChunk> {
     let mut chunks: Vec<worker::GenerateChunk> = ids(text).iter().map(|&id| chunk(&[id])).collect();
     chunks.push(last(&[EOS], worker::FinishReason::Eos, Some(EOS)));
     chunks
 }
 
 /// A request as it reached a leader. Sending on `chunks` answers it; `chunks.closed()` is its cancellation.
-pub struct Open {
-    pub request: worker::GenerateRequest,
-    pub headers: MetadataMap,
-    pub chunks: mpsc::Sender<Result<worker::GenerateChunk, Status>>,
+pub(crate) struct Open {
+    pub(crate) request: worker::GenerateRequest,
+    pub(crate) headers: MetadataMap,
+    pub(crate) chunks: mpsc::Sender<Result<worker::GenerateChunk, Status>>,
 }
 
 impl Open {
-    pub async fn play(&self, script: Vec<worker::GenerateChunk>) {
+    pub(crate) async fn play(&self, script: Vec<worker::GenerateChunk>) {
         for chunk in script {
             if self.chunks.send(Ok(chunk)).await.is_err() {
                 return;
@@ -156,21 +160,21 @@ impl Worker for Service {
 }
 
 /// A leader in its own runtime, so that [`Leader::kill`] cuts its connections as the death of a process would.
-pub struct Leader {
-    pub address: String,
-    pub states: watch::Sender<worker::WorkerState>,
-    pub opened: mpsc::UnboundedReceiver<Open>,
+pub(crate) struct Leader {
+    pub(crate) address: String,
+    pub(crate) states: watch::Sender<worker::WorkerState>,
+    pub(crate) opened: mpsc::UnboundedReceiver<Open>,
     refusal: Refusal,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl Leader {
     /// One that serves the model `demo`.
-    pub async fn serving() -> Self {
+    pub(crate) async fn serving() -> Self {
         Self::start(state(Phase::Serving, 100, Some(facts("demo")))).await
     }
 
-    pub async fn start(first: worker::WorkerState) -> Self {
+    pub(crate) async fn start(first: worker::WorkerState) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (states, states_seen) = watch::channel(first);
@@ -189,22 +193,22 @@ impl Leader {
     }
 
     /// The next request that reaches it.
-    pub async fn next(&mut self) -> Open {
+    pub(crate) async fn next(&mut self) -> Open {
         soon(self.opened.recv()).await.unwrap()
     }
 
     /// Refuses every further request with `failure` before its first chunk.
-    pub fn refuse(&self, failure: Failure) {
+    pub(crate) fn refuse(&self, failure: Failure) {
         *self.refusal.lock().unwrap() = Some(failure);
     }
 
     /// Ends it without a word.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.runtime.take().unwrap().shutdown_background();
     }
 
     /// Answers every request with `script` from now on.
-    pub fn play_always(mut self, script: Vec<worker::GenerateChunk>) -> String {
+    pub(crate) fn play_always(mut self, script: Vec<worker::GenerateChunk>) -> String {
         let address = self.address.clone();
         tokio::spawn(async move {
             while let Some(open) = self.opened.recv().await {
@@ -224,17 +228,17 @@ impl Drop for Leader {
 }
 
 /// A running router; dropping it ends it.
-pub struct TestRouter {
-    pub bound: Bound,
-    pub shutdown: CancellationToken,
-    pub served: JoinHandle<Result<(), router::Error>>,
+pub(crate) struct TestRouter {
+    pub(crate) bound: Bound,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) served: JoinHandle<Result<(), router::Error>>,
 }
 
-pub fn any_port() -> SocketAddr {
+pub(crate) fn any_port() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
 }
 
-pub fn config(workers: &[&str]) -> Config {
+pub(crate) fn config(workers: &[&str]) -> Config {
     Config {
         grpc_listen: any_port(),
         http_listen: Some(any_port()),
@@ -248,13 +252,13 @@ pub fn config(workers: &[&str]) -> Config {
 
 impl TestRouter {
     /// With the demo's text files; waits until it serves.
-    pub async fn ready(workers: &[&str]) -> Self {
+    pub(crate) async fn ready(workers: &[&str]) -> Self {
         let router = Self::start(config(workers), demo_files()).await;
         router.wait_for(ServingStatus::Serving).await;
         router
     }
 
-    pub async fn start(config: Config, files: ModelFiles) -> Self {
+    pub(crate) async fn start(config: Config, files: ModelFiles) -> Self {
         let shutdown = CancellationToken::new();
         let (tell, told) = oneshot::channel();
         let bound = move |bound| tell.send(bound).unwrap();
@@ -262,15 +266,15 @@ impl TestRouter {
         Self { bound: soon(told).await.unwrap(), shutdown, served }
     }
 
-    pub async fn channel(&self) -> Channel {
+    pub(crate) async fn channel(&self) -> Channel {
         Channel::from_shared(format!("http://{}", self.bound.grpc)).unwrap().connect().await.unwrap()
     }
 
-    pub async fn client(&self) -> CohortClient<Channel> {
+    pub(crate) async fn client(&self) -> CohortClient<Channel> {
         CohortClient::new(self.channel().await)
     }
 
-    pub async fn wait_for(&self, wanted: ServingStatus) {
+    pub(crate) async fn wait_for(&self, wanted: ServingStatus) {
         let mut health = HealthClient::new(self.channel().await);
         let request = HealthCheckRequest { service: "cohort.v1.Cohort".to_owned() };
         let mut states = health.watch(request).await.unwrap().into_inner();
@@ -285,24 +289,24 @@ impl Drop for TestRouter {
 }
 
 /// A request to continue these tokens.
-pub fn from_ids(ids: &[u32]) -> v1::GenerateRequest {
+pub(crate) fn from_ids(ids: &[u32]) -> v1::GenerateRequest {
     let prompt = v1::generate_request::Prompt::TokenIds(v1::TokenIds { ids: ids.to_vec() });
     v1::GenerateRequest { prompt: Some(prompt), ..v1::GenerateRequest::default() }
 }
 
 /// A request to continue this text.
-pub fn from_text(text: &str) -> v1::GenerateRequest {
+pub(crate) fn from_text(text: &str) -> v1::GenerateRequest {
     let prompt = v1::generate_request::Prompt::Text(text.to_owned());
     v1::GenerateRequest { prompt: Some(prompt), ..v1::GenerateRequest::default() }
 }
 
-pub fn with_stop(request: v1::GenerateRequest, stop: &[&str]) -> v1::GenerateRequest {
+pub(crate) fn with_stop(request: v1::GenerateRequest, stop: &[&str]) -> v1::GenerateRequest {
     let stop = stop.iter().map(|&text| text.to_owned()).collect();
     v1::GenerateRequest { stopping: Some(v1::Stopping { stop, ..v1::Stopping::default() }), ..request }
 }
 
 /// All messages of a stream, or the status it ended with.
-pub async fn all(
+pub(crate) async fn all(
     router: &TestRouter,
     request: impl tonic::IntoRequest<v1::GenerateRequest>,
 ) -> Result<Vec<v1::GenerateResponse>, Status> {
@@ -315,12 +319,12 @@ pub async fn all(
 }
 
 /// The failure inside a status.
-pub fn failure(status: &Status) -> Failure {
+pub(crate) fn failure(status: &Status) -> Failure {
     Failure::from_status(status).unwrap_or_else(|| panic!("no details in {status:?}"))
 }
 
 /// The refused fields of a status.
-pub fn fields(status: &Status) -> Vec<String> {
+pub(crate) fn fields(status: &Status) -> Vec<String> {
     match failure(status) {
         Failure::Invalid(wrong) => wrong.into_iter().map(|v| v.field.into_owned()).collect(),
         other => panic!("not a refusal of fields: {other}"),

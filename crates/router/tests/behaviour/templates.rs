@@ -1,4 +1,5 @@
 use minijinja::Value;
+use proto::{Chat, v1};
 use router::text::{Conversation, Template, Tokenizer, strftime};
 use router::{Error, ModelFiles};
 use serde::Deserialize;
@@ -39,6 +40,18 @@ fn every_reference_conversation_renders_and_tokenizes_exactly() {
         assert_eq!(rendered, case.rendered);
         let ids: Vec<u32> = tokenizer.encode(&rendered, false).unwrap().iter().map(|id| id.0).collect();
         assert_eq!(ids, case.prompt_ids, "{rendered}");
+    }
+}
+
+#[test]
+fn a_chat_from_the_wire_renders_as_the_reference_does() {
+    let (cases, template, _) = reference();
+    for case in cases.into_iter().filter(|case| case.tools.is_none()) {
+        let text = |message: &Value, key: &str| message.get_attr(key).unwrap().as_str().unwrap().to_owned();
+        let message = |m: Value| v1::ChatMessage { role: text(&m, "role"), content: text(&m, "content") };
+        let messages = case.messages.try_iter().unwrap().map(message).collect();
+        let chat = Chat::try_from(v1::ChatPrompt { messages, reasoning: case.reasoning }).unwrap();
+        assert_eq!(template.render(Conversation::from(&chat)).unwrap(), case.rendered);
     }
 }
 
