@@ -281,15 +281,39 @@ impl From<&Settings> for RouterFlags {
     }
 }
 
+/// Who chose a process's configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartedBy {
+    /// A person or a service manager: variables count.
+    User,
+    /// A supervisor, which has read the variables itself and passes what it made of them as flags.
+    Supervisor,
+}
+
+impl StartedBy {
+    /// From the hidden flag of supervised processes.
+    #[must_use]
+    pub const fn supervised(supervised: bool) -> Self {
+        if supervised { Self::Supervisor } else { Self::User }
+    }
+}
+
 /// All layers of a subcommand's configuration: its file, this process's variables, its flags.
 ///
 /// # Errors
 /// Everything that is wrong with them, at once.
-pub fn load(file: &FileFlag, flags: &[&dyn ConfigFlags]) -> Result<Settings, settings::Error> {
+pub fn load(by: StartedBy, file: &FileFlag, flags: &[&dyn ConfigFlags]) -> Result<Settings, settings::Error> {
     let mut sources = Sources { file: file.config.clone(), ..Sources::default() };
-    sources.environment = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect();
     sources.flags = flags.iter().flat_map(|group| group.flags()).collect();
+    if by == StartedBy::User {
+        sources.environment = environment();
+    }
     Settings::load(&sources)
+}
+
+/// The variables of this process that are text; no other can be one of ours.
+fn environment() -> Vec<(String, String)> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
 }

@@ -15,6 +15,8 @@ use types::limits::MESSAGE_BYTES_MAX;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a server may take to tell that a deadline has passed.
+const DEADLINE_SLACK: Duration = Duration::from_secs(1);
 /// Where `cohort up` serves unless told otherwise.
 pub(crate) const SERVER_DEFAULT: &str = "http://127.0.0.1:50051";
 
@@ -71,6 +73,14 @@ pub(crate) async fn wait_until_answering(channel: Channel) -> anyhow::Result<()>
     let request = HealthCheckRequest { service: String::new() };
     HealthClient::new(channel).check(request).await.map_err(|status| explain(&status))?;
     Ok(())
+}
+
+/// A server keeps the deadline itself; this is for one that does not, and waits a little longer.
+pub(crate) async fn within<F: Future>(
+    deadline: Duration,
+    call: F,
+) -> Result<F::Output, tokio::time::error::Elapsed> {
+    tokio::time::timeout(deadline.saturating_add(DEADLINE_SLACK), call).await
 }
 
 /// A status as a person reads it: the code, the message, and each refused field on its own line.

@@ -58,6 +58,14 @@ impl Progress {
         }
     }
 
+    /// Prints a line on stdout, for people and scripts.
+    pub(crate) fn announce(&self, text: &str) {
+        match &self.bars {
+            Some(bars) => bars.suspend(|| println!("{text}")),
+            None => println!("{text}"),
+        }
+    }
+
     /// Takes a group's bars away: it is gone.
     pub(crate) fn forget(&mut self, group: u32) {
         let keys: Vec<Key> = self.ranks.keys().filter(|(of, _)| *of == group).copied().collect();
@@ -72,11 +80,17 @@ impl Progress {
     }
 
     fn phase(&mut self, key: Key, phase: Phase, done: u64, total: u64) {
+        let started = matches!(phase, Phase::Serving | Phase::Draining);
+        if started && self.bars.is_some() {
+            self.settle(key);
+            return;
+        }
         let name = self.name(key);
         let rank = self.ranks.entry(key).or_default();
         if let Some(bars) = &self.bars {
             let bar = rank.bar.get_or_insert_with(|| new_bar(bars, name));
             bar.set_message(phase.name());
+            bar.set_style(style(total > 0));
             if total > 0 {
                 bar.set_length(total);
                 bar.set_position(done);
@@ -116,8 +130,16 @@ impl Progress {
 }
 
 fn new_bar(bars: &MultiProgress, name: String) -> ProgressBar {
-    let template =
-        "{prefix}  {bar:24.cyan/dim}  {bytes:>10} of {total_bytes:<10} {binary_bytes_per_sec:>12}  {msg}";
+    bars.add(ProgressBar::new(0)).with_style(style(false)).with_prefix(name)
+}
+
+/// A phase that counts bytes is shown with how many, others by name only.
+fn style(counted: bool) -> ProgressStyle {
+    let template = if counted {
+        "{prefix}  {bar:24.cyan/dim}  {bytes:>10} of {total_bytes:<10}  {binary_bytes_per_sec:>12}  {msg}"
+    } else {
+        "{prefix}  {msg}"
+    };
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    bars.add(ProgressBar::new(0)).with_style(style.progress_chars("━╸─")).with_prefix(name)
+    style.progress_chars("━╸─")
 }

@@ -152,17 +152,35 @@ fn a_follower_without_a_rendezvous_says_what_it_needs() {
 }
 
 #[test]
-fn a_model_that_is_not_there_ends_up_with_an_error_naming_the_rank() {
-    let args = [
-        "up",
-        "--model",
-        "/nonexistent/model",
-        "--device=cpu",
-        "--grpc-listen=127.0.0.1:0",
-        "--http-listen=off",
-    ];
+fn an_order_to_stop_ends_a_rank_that_still_waits_for_the_others() {
+    let args = ["worker", "--tensor-parallel=2", "--device=cpu", "--supervised", "--log-level=error"];
+    let mut child = cohort(&args).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let waits =
+        |line: &str| matches!(serde_json::from_str(line), Ok(Line { event: Event::Rendezvous { .. }, .. }));
+    assert!(lines.by_ref().any(|line| waits(&line.unwrap())), "rank 0 never waited");
+    signal(&child, Signal::TERM);
+    assert_eq!(end(&mut child).code(), Some(0));
+}
+
+#[test]
+fn variables_do_not_reach_past_the_supervisor() {
+    let mut child =
+        cohort(&["router", "--supervised"]).env("COHORT__ROUTER__WORKERS", "http://a:1").spawn().unwrap();
+    let mut said = String::new();
+    child.stdout.as_mut().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.contains("needs at least one worker group"), "{said}");
+    assert_eq!(end(&mut child).code(), Some(1));
+}
+
+#[test]
+fn a_model_without_weights_ends_up_with_an_error_naming_the_rank() {
+    // An empty directory is enough for a router (token ids only), so it is the rank that fails.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_str().unwrap();
+    let args = ["up", "--model", path, "--device=cpu", "--grpc-listen=127.0.0.1:0", "--http-listen=off"];
     let (output, errors) = output(&args);
     assert_eq!(output.status.code(), Some(1));
     assert!(errors.contains("error: group 0") && errors.contains("rank 0 of 1"), "{errors}");
-    assert!(errors.contains("/nonexistent/model"), "{errors}");
+    assert!(errors.contains(path), "{errors}");
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cli::report::{Event, Phase};
 use cli::supervisor::child::spawn;
-use cli::supervisor::{Exit, Spec, Update};
+use cli::supervisor::{Exit, Spec, Told, Update};
 use support::{alive, gone, saying, shell, within_reason};
 use tokio::sync::mpsc;
 
@@ -37,7 +37,7 @@ fn reports_arrive_in_order_and_the_exit_is_last() {
     let script: Vec<_> = events.iter().map(saying).collect();
     let (said, exit) = run(&script.join(";"));
     assert_eq!(said, events);
-    assert!(exit.status.success() && !exit.asked);
+    assert!(exit.status.success() && exit.told == Told::Nothing);
 }
 
 #[test]
@@ -52,7 +52,10 @@ fn an_exit_tells_code_signal_and_error() {
     let (_, exit) = run("exit 3");
     assert!(exit.to_string().ends_with("exited with code 3"), "{exit}");
     let (_, exit) = run("kill -9 $$");
-    assert!(exit.killed() && exit.to_string().ends_with("was killed by signal 9 (SIGKILL)"), "{exit}");
+    assert!(
+        exit.killed_by_others() && exit.to_string().ends_with("was killed by signal 9 (SIGKILL)"),
+        "{exit}"
+    );
     let (_, exit) = run(":");
     assert!(exit.to_string().ends_with("ended though nobody asked it to"), "{exit}");
     let failed = saying(&Event::Failed { error: "config.json: no hidden_size".into() });
@@ -83,7 +86,7 @@ fn a_child_that_is_asked_to_stop_may_finish() {
         let (handle, mut inbox) = ready("trap 'exit 0' TERM; READY; while :; do read -r line; done").await;
         handle.stop(Duration::from_secs(10));
         let exit = exit(&mut inbox).await;
-        assert!(exit.asked && exit.status.success(), "{exit}");
+        assert!(exit.told == Told::Stop && exit.status.success(), "{exit}");
     });
 }
 
@@ -93,7 +96,7 @@ fn a_child_that_does_not_stop_in_time_is_killed() {
         let (handle, mut inbox) = ready("trap '' TERM; READY; read -r line; while :; do sleep 1; done").await;
         handle.stop(Duration::from_millis(50));
         let exit = exit(&mut inbox).await;
-        assert!(exit.asked && exit.killed(), "{exit}");
+        assert!(exit.told == Told::Kill && !exit.killed_by_others(), "{exit}");
     });
 }
 
@@ -114,7 +117,7 @@ fn a_dropped_handle_ends_the_child() {
         let pid = handle.pid();
         assert!(alive(pid));
         drop(handle);
-        assert!(exit(&mut inbox).await.killed());
+        assert_eq!(exit(&mut inbox).await.told, Told::Kill);
         gone(pid).await;
     });
 }

@@ -1,19 +1,10 @@
 //! The mirror image of the plans: every rank's block tables, kept from step to step so that a plan only carries
 //! what changed.
 
-use types::{BlockId, SlotId};
+use types::{BlockTable, SlotId};
 
 use crate::kv::Geometry;
 use crate::{Config, Error, KvGroup, PlannedSequence, StepPlan};
-
-/// The physical blocks of one slot in one group.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SlotTable {
-    /// Logical index (position / block size) of the first entry; blocks before it were given back.
-    pub first: u32,
-    /// Physical blocks from logical block `first` on.
-    pub blocks: Vec<BlockId>,
-}
 
 /// What one slot holds; empty when no sequence uses it.
 #[derive(Debug, Clone, Default)]
@@ -22,7 +13,7 @@ struct Slot {
     step: u64,
     /// Tokens cached: the position the next row must have.
     computed: u32,
-    tables: [SlotTable; 2],
+    tables: [BlockTable; 2],
 }
 
 /// The block tables of every slot, as they follow from the plans executed so far.
@@ -74,7 +65,7 @@ impl SlotTables {
     /// # Panics
     /// When there is no such slot; [`SlotTables::apply`] refuses plans that name one.
     #[must_use]
-    pub fn tables(&self, slot: SlotId) -> &[SlotTable; 2] {
+    pub fn tables(&self, slot: SlotId) -> &[BlockTable; 2] {
         &self.slots[slot.0 as usize].tables
     }
 

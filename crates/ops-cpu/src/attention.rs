@@ -6,9 +6,9 @@
 use std::ops::Range;
 
 use ops::{BatchSequence, Error, KvLayerSpec, Rope, Window};
-use pulp::Arch;
 
 use crate::element::{Element, round_all_bf16};
+use crate::lanes::{Kernel, LANES, Lanes, Loadable, dispatch, eight};
 use crate::kv::{KvLayer, Planes, Store, block_offset};
 use crate::math::exp;
 use crate::matmul::dot;
@@ -128,7 +128,7 @@ fn narrow_into<E: Element>(stored: &mut [E], values: &[f32]) {
     }
 }
 
-fn attend<E: Element>(
+fn attend<E: Loadable>(
     step: &Step<'_>,
     query: &Tensor,
     planes: &Planes<E>,
@@ -150,7 +150,7 @@ fn attend<E: Element>(
             let table = &sequence.tables[spec.group.index()];
             let cached = Cached { planes, spec, table, head, keys: visible(position, window) };
             let q = &query.row(row)[head * shared..(head + 1) * shared];
-            Arch::new().dispatch(|| one_head(q, &cached, &mut scores, out));
+            dispatch(SharedHead { q, cached: &cached, scores: &mut scores, out });
         }
     });
 }
@@ -179,34 +179,93 @@ impl<E: Element> Cached<'_, E> {
     }
 }
 
+/// The query heads of one row that share a key/value head.
+struct SharedHead<'a, E> {
+    q: &'a [f32],
+    cached: &'a Cached<'a, E>,
+    scores: &'a mut Vec<f32>,
+    out: &'a mut [f32],
+}
+
+impl<E: Loadable> Kernel for SharedHead<'_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let Self { q, cached, scores, out } = self;
+        let d = cached.spec.head_dim;
+        let scale = 1.0 / (d as f32).sqrt();
+        scores.resize(cached.keys.len(), 0.0);
+        for head in 0..q.len() / d {
+            let q = &q[head * d..(head + 1) * d];
+            let out = &mut out[head * d..(head + 1) * d];
+            let mut next = 0;
+            for (at, count) in cached.runs() {
+                for key in 0..count {
+                    let key = &cached.planes.keys[at + key * d..at + (key + 1) * d];
+                    scores[next] = dot(lanes, q, key) * scale;
+                    next += 1;
+                }
+            }
+            let factor = 1.0 / exponentials(scores);
+            weigh_values(lanes, cached, scores, out);
+            for o in out {
+                *o *= factor;
+            }
+        }
+    }
+}
+
+/// Replaces scores by their exponentials relative to the largest, and returns the sum.
 #[inline(always)]
-fn one_head<E: Element>(q: &[f32], cached: &Cached<'_, E>, scores: &mut Vec<f32>, out: &mut [f32]) {
-    let d = cached.spec.head_dim;
-    let scale = 1.0 / (d as f32).sqrt();
-    for (q, out) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
-        scores.clear();
-        for (at, count) in cached.runs() {
-            let keys = &cached.planes.keys[at..at + count * d];
-            scores.extend(keys.chunks_exact(d).map(|key| dot(q, key) * scale));
-        }
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        for score in scores.iter_mut() {
-            *score = exp(*score - max);
-        }
-        let sum: f32 = scores.iter().sum();
-        out.fill(0.0);
+fn exponentials(scores: &mut [f32]) -> f32 {
+    let mut max = f32::NEG_INFINITY;
+    for &score in scores.iter() {
+        max = if score > max { score } else { max };
+    }
+    for score in scores.iter_mut() {
+        *score = exp(*score - max);
+    }
+    let mut sum = 0.0;
+    for &score in scores.iter() {
+        sum += score;
+    }
+    sum
+}
+
+/// Σ weight · value over the visible keys, a few registers of the head at a time.
+#[inline(always)]
+fn weigh_values<L: Lanes, E: Loadable>(lanes: L, cached: &Cached<'_, E>, weights: &[f32], out: &mut [f32]) {
+    /// Registers of one head kept while all values pass: 32 numbers.
+    const TILE: usize = 4;
+    let d = out.len();
+    let mut first = 0;
+    while first + TILE * LANES <= d {
+        let mut sums = [lanes.zero(); TILE];
         let mut next = 0;
         for (at, count) in cached.runs() {
-            let values = &cached.planes.values[at..at + count * d];
-            for value in values.chunks_exact(d) {
-                let weight = scores[next];
+            for value in 0..count {
+                let value = &cached.planes.values[at + value * d..at + (value + 1) * d];
+                let weight = lanes.splat(weights[next]);
                 next += 1;
-                for i in 0..d {
-                    out[i] = weight.mul_add(value[i].widen(), out[i]);
+                for t in 0..TILE {
+                    sums[t] = lanes.mul_add(weight, eight(lanes, value, first + t * LANES), sums[t]);
                 }
             }
         }
-        let factor = 1.0 / sum;
-        out.iter_mut().for_each(|o| *o *= factor);
+        for t in 0..TILE {
+            out[first + t * LANES..first + (t + 1) * LANES].copy_from_slice(&lanes.store(sums[t]));
+        }
+        first += TILE * LANES;
+    }
+    let out = &mut out[first..];
+    out.fill(0.0);
+    let mut next = 0;
+    for (at, count) in cached.runs() {
+        for value in 0..count {
+            let value = &cached.planes.values[at + value * d + first..at + (value + 1) * d];
+            for i in 0..out.len() {
+                out[i] = weights[next].mul_add(value[i].widen(), out[i]);
+            }
+            next += 1;
+        }
     }
 }

@@ -6,9 +6,10 @@ use ops::{Backend, Batch, BatchSequence, Error, HostTensor, KvLayerSpec, Norm, R
 use types::{DType, TokenId};
 
 use crate::attention::{Step, attention};
-use crate::element::{Element, Elements, round_all_bf16};
+use crate::element::round_all_bf16;
 use crate::experts::{Stack, routed_experts};
 use crate::kv::KvLayer;
+use crate::lanes::{Kernel, Lanes, dispatch, widen_into};
 use crate::math::silu;
 use crate::matmul::matmul;
 use crate::norm::norm;
@@ -246,29 +247,33 @@ impl Backend for CpuBackend {
     }
 }
 
-fn widen_into(elements: Elements<'_>, out: &mut [f32]) {
-    match elements {
-        Elements::F32(data) => out.copy_from_slice(data),
-        Elements::BF16(data) => out.iter_mut().zip(data).for_each(|(o, &e)| *o = e.widen()),
-    }
-}
-
 /// silu(gate) · up for rows of `gate_up` [T, 2I]: each factor rounded as the reference stores it.
 pub(crate) fn swiglu_rows(gate_up: &[f32], width: usize, dtype: DType, out: &mut [f32]) {
     let rounds = dtype == DType::BF16;
     for (gate_up, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
         let (gate, up) = gate_up.split_at(width);
-        pulp::Arch::new().dispatch(|| {
-            for i in 0..width {
-                out[i] = silu(gate[i]);
-            }
-        });
+        dispatch(Silu { gate, out });
         if rounds {
             round_all_bf16(out);
         }
         out.iter_mut().zip(up).for_each(|(o, &u)| *o *= u);
         if rounds {
             round_all_bf16(out);
+        }
+    }
+}
+
+/// silu of each element; the loop is left to the compiler.
+struct Silu<'a> {
+    gate: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Silu<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, _lanes: L) {
+        for i in 0..self.out.len() {
+            self.out[i] = silu(self.gate[i]);
         }
     }
 }

@@ -12,6 +12,7 @@ mod comm;
 mod element;
 mod experts;
 mod kv;
+mod lanes;
 mod matmul;
 mod math;
 mod norm;

@@ -4,13 +4,9 @@
 //! depend on how many rows or outputs are computed at once, which makes results independent of the batch.
 //! Cost: T·O·K multiply-adds and, for few rows, O·K weight elements read once: bound by memory bandwidth in decode.
 
-use pulp::Arch;
-
-use crate::element::{Element, Elements};
+use crate::element::Elements;
+use crate::lanes::{Kernel, LANES, Lanes, Loadable, add_lanes, dispatch, eight};
 use crate::threads::Threads;
-
-/// Lanes summed side by side: one 256-bit register.
-const LANES: usize = 8;
 
 /// Rows computed together when there are that many: x and w registers are used twice as often as loaded.
 const ROW_TILE: usize = 4;
@@ -29,13 +25,13 @@ pub(crate) fn matmul(threads: &Threads, x: &[f32], w: Elements<'_>, y: &mut [f32
     }
 }
 
-fn matmul_of<E: Element>(threads: &Threads, x: &[f32], w: &[E], y: &mut [f32], inner: usize) {
+fn matmul_of<E: Loadable>(threads: &Threads, x: &[f32], w: &[E], y: &mut [f32], inner: usize) {
     let (rows, outs) = (x.len() / inner, w.len() / inner);
     let work = rows * outs * inner;
     if rows == 1 {
         threads.split(y, OUT_TILE_SINGLE, work, |first, y| {
             let w = &w[first * inner..(first + y.len()) * inner];
-            Arch::new().dispatch(|| rows_times::<E, 1, OUT_TILE_SINGLE>(x, w, y, Shape { inner, outs: w.len() / inner }));
+            dispatch(OneRow { x, w, y, inner });
         });
         return;
     }
@@ -44,104 +40,135 @@ fn matmul_of<E: Element>(threads: &Threads, x: &[f32], w: &[E], y: &mut [f32], i
         let first_row = first / outs;
         let rows = y.len() / outs;
         let x = &x[first_row * inner..(first_row + rows) * inner];
-        Arch::new().dispatch(|| blocked(x, w, y, Shape { inner, outs }));
+        dispatch(ManyRows { x, w, y, inner });
     });
+}
+
+/// One row against all of `w`.
+struct OneRow<'a, E> {
+    x: &'a [f32],
+    w: &'a [E],
+    y: &'a mut [f32],
+    inner: usize,
+}
+
+impl<E: Loadable> Kernel for OneRow<'_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let Self { x, w, y, inner } = self;
+        let outs = y.len();
+        tile::<L, E, 1, OUT_TILE_SINGLE>((lanes, x), w, y, Shape { inner, outs, count: outs });
+    }
+}
+
+/// All rows against one cache-sized block of weights after the other.
+struct ManyRows<'a, E> {
+    x: &'a [f32],
+    w: &'a [E],
+    y: &'a mut [f32],
+    inner: usize,
+}
+
+impl<E: Loadable> Kernel for ManyRows<'_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let Self { x, w, y, inner } = self;
+        let (rows, outs) = (x.len() / inner, w.len() / inner);
+        let block = (WEIGHT_CACHE / inner).max(OUT_TILE) / OUT_TILE * OUT_TILE;
+        let mut first = 0;
+        while first < outs {
+            let shape = Shape { inner, outs, count: block.min(outs - first) };
+            let w = &w[first * inner..];
+            let mut row = 0;
+            while row + ROW_TILE <= rows {
+                tile::<L, E, ROW_TILE, OUT_TILE>((lanes, &x[row * inner..]), w, &mut y[row * outs + first..], shape);
+                row += ROW_TILE;
+            }
+            while row < rows {
+                tile::<L, E, 1, OUT_TILE_SINGLE>((lanes, &x[row * inner..]), w, &mut y[row * outs + first..], shape);
+                row += 1;
+            }
+            first += shape.count;
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
 struct Shape {
+    /// Length of the sums.
     inner: usize,
+    /// Width of a row of y.
     outs: usize,
+    /// Rows of w to meet.
+    count: usize,
 }
 
-/// All rows against one cache-sized block of weights after the other.
+/// R rows of x times the first `count` rows of w.
 #[inline(always)]
-fn blocked<E: Element>(x: &[f32], w: &[E], y: &mut [f32], shape: Shape) {
-    let Shape { inner, outs } = shape;
-    let rows = x.len() / inner;
-    let block = (WEIGHT_CACHE / inner).max(OUT_TILE) / OUT_TILE * OUT_TILE;
-    let mut first = 0;
-    while first < outs {
-        let count = block.min(outs - first);
-        let mut row = 0;
-        while row + ROW_TILE <= rows {
-            tile::<E, ROW_TILE, OUT_TILE>(&x[row * inner..], &w[first * inner..], &mut y[row * outs + first..], count, shape);
-            row += ROW_TILE;
-        }
-        while row < rows {
-            tile::<E, 1, OUT_TILE_SINGLE>(&x[row * inner..], &w[first * inner..], &mut y[row * outs + first..], count, shape);
-            row += 1;
-        }
-        first += count;
-    }
-}
-
-/// A few rows against all of `w`.
-#[inline(always)]
-fn rows_times<E: Element, const R: usize, const O: usize>(x: &[f32], w: &[E], y: &mut [f32], shape: Shape) {
-    tile::<E, R, O>(x, w, y, shape.outs, shape);
-}
-
-/// R rows of x times `count` rows of w; y has rows of `shape.outs`.
-#[inline(always)]
-fn tile<E: Element, const R: usize, const O: usize>(x: &[f32], w: &[E], y: &mut [f32], count: usize, shape: Shape) {
-    let Shape { inner, outs } = shape;
+fn tile<L: Lanes, E: Loadable, const R: usize, const O: usize>(
+    (lanes, x): (L, &[f32]),
+    w: &[E],
+    y: &mut [f32],
+    shape: Shape,
+) {
+    let Shape { inner, outs, count } = shape;
     let mut out = 0;
     while out + O <= count {
-        let sums = dots::<E, R, O>(x, &w[out * inner..], inner);
-        for (r, sums) in sums.iter().enumerate() {
-            y[r * outs + out..r * outs + out + O].copy_from_slice(sums);
+        let sums = dots::<L, E, R, O>(lanes, x, &w[out * inner..], inner);
+        for r in 0..R {
+            y[r * outs + out..r * outs + out + O].copy_from_slice(&sums[r]);
         }
         out += O;
     }
     while out < count {
-        let sums = dots::<E, R, 1>(x, &w[out * inner..], inner);
-        for (r, sums) in sums.iter().enumerate() {
-            y[r * outs + out] = sums[0];
+        let sums = dots::<L, E, R, 1>(lanes, x, &w[out * inner..], inner);
+        for r in 0..R {
+            y[r * outs + out] = sums[r][0];
         }
         out += 1;
     }
 }
 
-/// R × O dot products of length `inner`.
+/// R × O dot products of length `inner`. Loops and not iterators with closures, which might not be inlined.
 #[inline(always)]
-fn dots<E: Element, const R: usize, const O: usize>(x: &[f32], w: &[E], inner: usize) -> [[f32; O]; R] {
-    let mut lanes = [[[0.0_f32; LANES]; O]; R];
-    let xs: [&[f32]; R] = std::array::from_fn(|r| &x[r * inner..(r + 1) * inner]);
-    let ws: [&[E]; O] = std::array::from_fn(|o| &w[o * inner..(o + 1) * inner]);
+fn dots<L: Lanes, E: Loadable, const R: usize, const O: usize>(
+    lanes: L,
+    x: &[f32],
+    w: &[E],
+    inner: usize,
+) -> [[f32; O]; R] {
+    let mut sums = [[lanes.zero(); O]; R];
+    let (x, w) = (&x[..R * inner], &w[..O * inner]);
     let whole = inner / LANES * LANES;
     let mut k = 0;
     while k < whole {
-        let wide: [[f32; LANES]; O] = std::array::from_fn(|o| {
-            let w = &ws[o][k..k + LANES];
-            std::array::from_fn(|l| w[l].widen())
-        });
+        let mut ws = [lanes.zero(); O];
+        for o in 0..O {
+            ws[o] = eight(lanes, w, o * inner + k);
+        }
         for r in 0..R {
-            let x = &xs[r][k..k + LANES];
+            let x = eight(lanes, x, r * inner + k);
             for o in 0..O {
-                for l in 0..LANES {
-                    lanes[r][o][l] = x[l].mul_add(wide[o][l], lanes[r][o][l]);
-                }
+                sums[r][o] = lanes.mul_add(x, ws[o], sums[r][o]);
             }
         }
         k += LANES;
     }
-    std::array::from_fn(|r| {
-        std::array::from_fn(|o| {
-            let tail: f32 = (whole..inner).map(|k| xs[r][k] * ws[o][k].widen()).sum();
-            add_lanes(lanes[r][o]) + tail
-        })
-    })
-}
-
-/// The lanes' sum, always in the same order.
-#[inline(always)]
-fn add_lanes(l: [f32; LANES]) -> f32 {
-    ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
+    let mut out = [[0.0; O]; R];
+    for r in 0..R {
+        for o in 0..O {
+            let mut tail = 0.0;
+            for k in whole..inner {
+                tail += x[r * inner + k] * w[o * inner + k].widen();
+            }
+            out[r][o] = add_lanes(lanes.store(sums[r][o])) + tail;
+        }
+    }
+    out
 }
 
 /// One dot product of fp32 with stored elements, in the same order as [`matmul`].
 #[inline(always)]
-pub(crate) fn dot<E: Element>(x: &[f32], w: &[E]) -> f32 {
-    dots::<E, 1, 1>(x, w, x.len())[0][0]
+pub(crate) fn dot<L: Lanes, E: Loadable>(lanes: L, x: &[f32], w: &[E]) -> f32 {
+    dots::<L, E, 1, 1>(lanes, x, w, x.len())[0][0]
 }

@@ -1,9 +1,9 @@
 //! RMSNorm (T5 style) and mean-subtracting LayerNorm, both with a weight and no bias.
 
 use ops::Norm;
-use pulp::Arch;
 
 use crate::element::{Element, Elements};
+use crate::lanes::{Kernel, Lanes, dispatch};
 
 /// Normalises rows of `x` [T, H] into `y`; `round` is applied where the contract rounds to the compute dtype.
 pub(crate) fn norm(x: &[f32], weight: Elements<'_>, kind: Norm, rounds: bool, y: &mut [f32]) {
@@ -16,10 +16,27 @@ pub(crate) fn norm(x: &[f32], weight: Elements<'_>, kind: Norm, rounds: bool, y:
 fn rows<E: Element>(x: &[f32], weight: &[E], kind: Norm, rounds: bool, y: &mut [f32]) {
     let width = weight.len();
     for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-        Arch::new().dispatch(|| match kind {
+        dispatch(Row { x, weight, kind, rounds, y });
+    }
+}
+
+/// One row; its loops are left to the compiler.
+struct Row<'a, E> {
+    x: &'a [f32],
+    weight: &'a [E],
+    kind: Norm,
+    rounds: bool,
+    y: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for Row<'_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, _lanes: L) {
+        let Self { x, weight, kind, rounds, y } = self;
+        match kind {
             Norm::Rms { eps } => rms(x, weight, eps, rounds, y),
             Norm::Layer { eps } => layer(x, weight, eps, y),
-        });
+        }
     }
 }
 

@@ -2,40 +2,7 @@
 
 use std::ops::Range;
 
-use types::{BlockId, Position, TokenId};
-
-/// Layers whose KV blocks live and die together. Full-attention layers keep every block of a sequence; sliding
-/// layers give back blocks that fell out of the window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum KvGroup {
-    /// Layers that attend to the whole sequence.
-    Full,
-    /// Layers that attend to a window.
-    Sliding,
-}
-
-impl KvGroup {
-    /// Both groups, in index order.
-    pub const ALL: [Self; 2] = [Self::Full, Self::Sliding];
-
-    /// Place in per-group arrays.
-    #[must_use]
-    pub const fn index(self) -> usize {
-        match self {
-            Self::Full => 0,
-            Self::Sliding => 1,
-        }
-    }
-}
-
-/// The physical blocks of one sequence in one group.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct BlockTable {
-    /// Logical index (position / block size) of the first entry; blocks before it were given back.
-    pub first: u32,
-    /// Physical blocks from logical block `first` on.
-    pub blocks: Vec<BlockId>,
-}
+use types::{BlockTable, Position, TokenId};
 
 /// One sequence's part of a step: a run of consecutive rows at consecutive positions.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,7 +11,7 @@ pub struct BatchSequence {
     pub rows: Range<usize>,
     /// Position of the first of these rows.
     pub start: Position,
-    /// Block tables by [`KvGroup::index`]; they cover every position attended to and written in this step.
+    /// Block tables by [`types::KvGroup::index`]; they cover every position attended to and written in this step.
     pub tables: [BlockTable; 2],
 }
 

@@ -11,6 +11,7 @@ pub mod conformance;
 pub mod sample;
 
 pub use backend::{Backend, KvLayerSpec, Norm, Rope, Routing, Scoring, Window};
-pub use batch::{Batch, BatchSequence, BlockTable, KvGroup};
+pub use batch::{Batch, BatchSequence};
+pub use types::{BlockTable, KvGroup};
 pub use error::Error;
 pub use host::HostTensor;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use futures::Stream;
 use futures::stream::unfold;
 use proto::{Failure, RETRY_AFTER, v1, worker};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use types::TokenId;
 
 use crate::call::Call;
 use crate::forward::{Placed, WorkerStream};
+use crate::pipeline::Permit;
 use crate::text::{Detokenizer, Matched, StopStrings, Tokenizer};
 
 /// One request's answer as it comes. Dropping it cancels the request at its group and gives the permit back.
@@ -19,7 +19,7 @@ pub(crate) struct Answer {
     call: Call,
     work: Work,
     assembler: Assembler,
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Option<Permit>,
     closing: CancellationToken,
 }
 
@@ -34,7 +34,8 @@ impl Answer {
         call: Call,
         placed: Placed,
         assembler: Assembler,
-        (permit, closing): (OwnedSemaphorePermit, CancellationToken),
+        permit: Permit,
+        closing: CancellationToken,
     ) -> Self {
         Self { call, work: Work::Placed(placed), assembler, permit: Some(permit), closing }
     }

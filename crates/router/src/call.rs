@@ -13,7 +13,7 @@ pub(crate) const REQUEST_ID: &str = "x-request-id";
 const REQUEST_ID_BYTES_MAX: usize = 128;
 /// A request ends this much before its deadline, so that our status with its details is out before the transport's
 /// own timer ends the call with a bare CANCELLED.
-const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
+pub(crate) const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
 
 /// One call's identity and time.
 #[derive(Debug, Clone)]

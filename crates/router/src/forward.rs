@@ -6,6 +6,7 @@ use proto::{Failure, RETRY_AFTER, worker};
 use tokio::time::Instant;
 use tonic::{Code, Request, Status, Streaming};
 
+use crate::call::DEADLINE_MARGIN;
 use crate::workers::{Groups, InFlight, describe};
 
 /// A request with its place at a group, not sent yet.
@@ -72,7 +73,8 @@ async fn attempt(
 ) -> Result<WorkerStream, Refused> {
     let mut request = Request::new(request);
     if let Some(deadline) = deadline {
-        request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+        // The leader gets the caller's own deadline: ours comes first and is the one that is reported.
+        request.set_timeout(deadline.saturating_duration_since(Instant::now()) + DEADLINE_MARGIN);
     }
     let group = place.group().address();
     let answer = place.group().client().generate(request).await;

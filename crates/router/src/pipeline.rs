@@ -14,6 +14,10 @@ use crate::forward::Placed;
 use crate::text::Text;
 use crate::workers::{Facts, Groups};
 
+/// A place among the admitted requests, given back when its last holder is done: the answer, or work for it on
+/// another thread, which goes on for a while after a caller has left.
+pub(crate) type Permit = Arc<OwnedSemaphorePermit>;
+
 /// What all requests share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -31,7 +35,7 @@ pub(crate) struct Shared {
 
 /// A request that holds its permit and whose every field is right, but for the prompt's tokens.
 struct Admitted {
-    permit: OwnedSemaphorePermit,
+    permit: Permit,
     facts: Facts,
     prompt: Prompt,
     generation: Generation,
@@ -41,7 +45,7 @@ struct Admitted {
 
 /// A request whose prompt fits the model.
 struct Tokenized {
-    permit: OwnedSemaphorePermit,
+    permit: Permit,
     prompt: Vec<TokenId>,
     generation: Generation,
     stop: Vec<String>,
@@ -68,8 +72,8 @@ impl Shared {
     ///
     /// # Errors
     /// [`Failure::Overloaded`] when all are taken.
-    pub(crate) fn permit(&self) -> Result<OwnedSemaphorePermit, Failure> {
-        Arc::clone(&self.permits).try_acquire_owned().map_err(|_| Failure::Overloaded {
+    pub(crate) fn permit(&self) -> Result<Permit, Failure> {
+        Arc::clone(&self.permits).try_acquire_owned().map(Arc::new).map_err(|_| Failure::Overloaded {
             what: "requests".to_owned(),
             max: u64::from(self.limits.requests_max),
             retry_after: proto::RETRY_AFTER,
@@ -94,11 +98,15 @@ impl Shared {
         Ok((name, facts))
     }
 
-    /// Renders and tokenizes on a thread that may block; the caller holds a permit, which bounds those.
+    /// Renders and tokenizes on a thread that may block; `permit` bounds how many do so at once.
     ///
     /// # Errors
     /// [`Failure::NoTokenizer`] and what [`Text::tokenize`] refuses.
-    pub(crate) async fn tokenize(&self, prompt: Prompt) -> Result<(String, Vec<TokenId>), Failure> {
+    pub(crate) async fn tokenize(
+        &self,
+        prompt: Prompt,
+        permit: &Permit,
+    ) -> Result<(String, Vec<TokenId>), Failure> {
         let needed_for = match prompt {
             Prompt::TokenIds(ids) => return Ok((String::new(), ids)),
             Prompt::Text(_) => "text",
@@ -106,7 +114,12 @@ impl Shared {
         };
         self.check_length(&prompt)?;
         let text = self.text(needed_for)?.clone();
-        let work = tokio::task::spawn_blocking(move || text.tokenize(prompt));
+        let permit = Arc::clone(permit);
+        let work = tokio::task::spawn_blocking(move || {
+            let result = text.tokenize(prompt);
+            drop(permit);
+            result
+        });
         work.await.unwrap_or_else(|error| {
             Err(Failure::Internal { why: format!("tokenizing the prompt failed: {error}") })
         })
@@ -135,34 +148,25 @@ impl Shared {
         let keep_special = request.response.unwrap_or_default().keep_special_tokens;
         let stop = request.stopping.take().unwrap_or_default().stop;
         let mut wrong = Vec::new();
-        let mut listed = |failure| match failure {
-            Failure::Invalid(violations) => {
-                wrong.extend(violations);
-                Ok(())
-            }
-            other => Err(other),
-        };
         let prompt = Prompt::try_from(request.prompt).and_then(|prompt| facts.check_ids(prompt));
-        let prompt = prompt.map_err(&mut listed);
+        let prompt = unless_invalid(prompt, &mut wrong)?;
         let generation = spec
             .validate(random_u64(), facts.vocab_size)
-            .map_err(|error| listed(GenerationFields::Public.refuse(error)));
+            .map_err(|error| GenerationFields::Public.refuse(error));
+        let generation = unless_invalid(generation, &mut wrong)?;
         wrong.extend(stop_strings(&stop));
-        match (prompt, generation) {
-            (Ok(prompt), Ok(generation)) if wrong.is_empty() => {
-                if !stop.is_empty() {
-                    self.text("stopping.stop")?;
-                }
-                Ok(Admitted { permit, facts, prompt, generation, stop, keep_special })
-            }
-            (Err(Err(failure)), _) | (_, Err(Err(failure))) => Err(failure),
-            _ => Err(Failure::Invalid(wrong)),
+        let (Some(prompt), Some(generation), true) = (prompt, generation, wrong.is_empty()) else {
+            return Err(Failure::Invalid(wrong));
+        };
+        if !stop.is_empty() {
+            self.text("stopping.stop")?;
         }
+        Ok(Admitted { permit, facts, prompt, generation, stop, keep_special })
     }
 
     async fn tokenize_admitted(&self, admitted: Admitted) -> Result<Tokenized, Failure> {
         let Admitted { permit, facts, prompt, generation, stop, keep_special } = admitted;
-        let (_, prompt) = self.tokenize(prompt).await?;
+        let (_, prompt) = self.tokenize(prompt, &permit).await?;
         let too_long = || Failure::PromptTooLong {
             prompt_tokens: prompt.len() as u64,
             context_tokens_max: facts.context_tokens_max,
@@ -197,7 +201,7 @@ impl Shared {
         let tokenizer = self.text.as_ref().map(|text| Arc::clone(text.tokenizer()));
         let assembler =
             Assembler::new(call.request_id.clone(), prompt, tokenizer).with_text(keep_special, stop);
-        Answer::new(call, placed, assembler, (permit, self.closing.clone()))
+        Answer::new(call, placed, assembler, permit, self.closing.clone())
     }
 }
 
@@ -220,3 +224,15 @@ impl Facts {
 }
 
 const VIOLATIONS_MAX: usize = 16;
+
+/// Sets violations aside, so that all fields are looked at before the request is refused.
+fn unless_invalid<T>(result: Result<T, Failure>, wrong: &mut Vec<Violation>) -> Result<Option<T>, Failure> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(Failure::Invalid(violations)) => {
+            wrong.extend(violations);
+            Ok(None)
+        }
+        Err(other) => Err(other),
+    }
+}

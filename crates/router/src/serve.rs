@@ -78,7 +78,8 @@ pub async fn serve(
     let mut grpc = AbortOnDropHandle::new(tokio::spawn(serve_grpc(
         grpc,
         Arc::clone(&shared),
-        (refuse.clone(), stop.clone()),
+        refuse.clone(),
+        stop.clone(),
     )));
     let mut http =
         AbortOnDropHandle::new(tokio::spawn(serve_http(http, Arc::clone(&shared), refuse.clone())));
@@ -128,7 +129,8 @@ async fn turn_away(shutdown: CancellationToken, shared: Arc<Shared>) {
 async fn serve_grpc(
     listener: TcpListener,
     shared: Arc<Shared>,
-    (refuse, stop): (CancellationToken, CancellationToken),
+    refuse: CancellationToken,
+    stop: CancellationToken,
 ) -> Result<(), Error> {
     let broken = |reason: String| Error::Serve { what: "gRPC", reason };
     let reporter = HealthReporter::new();

@@ -28,9 +28,9 @@ impl Service {
     }
 
     async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, Failure> {
-        let _permit = self.shared.permit()?;
+        let permit = self.shared.permit()?;
         self.shared.text("Tokenize")?;
-        let (rendered, ids) = self.shared.tokenize(Prompt::try_from(request.prompt)?).await?;
+        let (rendered, ids) = self.shared.tokenize(Prompt::try_from(request.prompt)?, &permit).await?;
         Ok(v1::TokenizeResponse { token_ids: ids.into_iter().map(|id| id.0).collect(), rendered })
     }
 
@@ -75,7 +75,7 @@ fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, St
             Ok(response)
         }
         Err(failure) => {
-            tracing::info!(request = %call.request_id, %failure, "refused");
+            tracing::debug!(request = %call.request_id, %failure, "refused");
             Err(call.status(&failure))
         }
     }

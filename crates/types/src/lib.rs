@@ -5,6 +5,7 @@
 mod dtype;
 mod error;
 mod ids;
+mod kv;
 pub mod limits;
 mod sampling;
 mod tokens;
@@ -14,6 +15,7 @@ mod units;
 pub use dtype::DType;
 pub use error::{Error, FieldViolation};
 pub use ids::{SeqId, SlotId};
+pub use kv::{BlockTable, KvGroup};
 pub use sampling::{Generation, GenerationSpec, Logprobs, SamplingParams};
 pub use tokens::{BlockId, BlockSize, Position, TokenId};
 pub use tp::{TpRank, TpSize};

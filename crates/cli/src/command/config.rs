@@ -1,6 +1,6 @@
 //! `cohort config`: checks and shows configurations.
 
-use crate::args::{self, FileFlag};
+use crate::args::{self, FileFlag, StartedBy};
 use settings::Settings;
 
 /// Flags of `cohort config`.
@@ -24,10 +24,10 @@ pub enum Action {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     match &args.action {
         Action::Check(file) => {
-            args::load(file, &[])?;
+            args::load(StartedBy::User, file, &[])?;
             println!("no mistakes found");
         }
-        Action::Show(file) => show(&args::load(file, &[])?),
+        Action::Show(file) => show(&args::load(StartedBy::User, file, &[])?),
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use proto::v1::{
     ChatMessage, ChatPrompt, Finish, FinishReason, GenerateRequest, GenerateResponse, PromptInfo, Response,
     Sampling, Stopping, TokenIds, TokenLogprob, Usage, generate_request,
@@ -264,16 +264,22 @@ fn finish_name(finish: &Finish) -> &'static str {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let request = args.to_request()?;
     let mut call = Request::new(request.clone());
-    if let Some(seconds) = args.timeout {
-        let Ok(timeout) = Duration::try_from_secs_f64(seconds) else {
-            bail!("--timeout {seconds}: must be a number of seconds of at least 0");
-        };
+    let timeout = args.timeout.map(seconds).transpose()?;
+    if let Some(timeout) = timeout {
         call.set_timeout(timeout);
     }
     super::runtime()?.block_on(async {
         let mut client = client::client(client::channel(&args.server).await?);
-        let stream = client.generate(call).await.map_err(|status| client::explain(&status))?.into_inner();
-        let answer = receive(stream, !args.json).await?;
+        let answer = async {
+            let stream = client.generate(call).await.map_err(|status| client::explain(&status))?.into_inner();
+            receive(stream, !args.json).await
+        };
+        let answer = match timeout {
+            None => answer.await?,
+            Some(timeout) => {
+                client::within(timeout, answer).await.context("the server did not keep the deadline")??
+            }
+        };
         if args.json {
             println!("{}", serde_json::to_string(&answer.to_json(&request))?);
         } else {
@@ -281,6 +287,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
         Ok(())
     })
+}
+
+fn seconds(seconds: f64) -> anyhow::Result<Duration> {
+    Duration::try_from_secs_f64(seconds)
+        .with_context(|| format!("--timeout {seconds}: must be a number of seconds of at least 0"))
 }
 
 /// Reads the stream to its end; with `print`, text goes to stdout as it comes.

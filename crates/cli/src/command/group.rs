@@ -6,7 +6,7 @@ use std::time::Duration;
 use settings::Settings;
 
 use super::worker;
-use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags};
+use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy};
 use crate::progress::Progress;
 use crate::report::{self, Event, Line};
 use crate::supervisor::group::{self, Group};
@@ -101,7 +101,11 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         lifeline::hold()?;
     }
     let stop = signals::stop_token(args.supervised)?;
-    let settings = args::load(&args.file, &[&args.model, &args.compute, &args.group])?;
+    let settings = args::load(
+        StartedBy::supervised(args.supervised),
+        &args.file,
+        &[&args.model, &args.compute, &args.group],
+    )?;
     let log = log.to_argv();
     let group = Group {
         size: settings.group.tensor_parallel,

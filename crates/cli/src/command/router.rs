@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use settings::{HttpListen, Settings};
 
-use crate::args::{self, ConfigFlags, FileFlag, ModelFlags, RouterFlags};
+use crate::args::{self, ConfigFlags, FileFlag, ModelFlags, RouterFlags, StartedBy};
 use crate::report::{self, Event, Line, Serving};
 use crate::supervisor::{lifeline, signals};
 use crate::{client, embedded};
@@ -89,7 +89,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         lifeline::hold()?;
     }
     let stop = signals::stop_token(args.supervised)?;
-    let settings = args::load(&args.file, &[&WorkersFlag(&args.workers), &args.model, &args.router])?;
+    let settings = args::load(
+        StartedBy::supervised(args.supervised),
+        &args.file,
+        &[&WorkersFlag(&args.workers), &args.model, &args.router],
+    )?;
     if settings.router.workers.is_empty() {
         bail!(
             "a router needs at least one worker group: --workers http://HOST:PORT, or router.workers in the file"

@@ -8,7 +8,9 @@ use settings::Settings;
 use tokio_util::sync::CancellationToken;
 
 use super::{demo, group, router};
-use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, RouterFlags};
+use crate::args::{
+    self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, RouterFlags, StartedBy,
+};
 use crate::progress::Progress;
 use crate::report::Serving;
 use crate::style::Paint;
@@ -69,6 +71,7 @@ impl ConfigFlags for GroupsFlag {
 pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let stop = signals::stop_token(false)?;
     let settings = args::load(
+        StartedBy::User,
         &args.file,
         &[&GroupsFlag(args.groups), &args.model, &args.compute, &args.group, &args.router],
     )?;
@@ -117,7 +120,7 @@ async fn tell_when_serving(serving: Serving, display: Arc<Display>) {
     let address = client::reachable(serving.grpc).to_string();
     let served = async { client::wait_until_serving(client::channel(&address).await?).await };
     match served.await {
-        Ok(()) => display.print(&display.banner(serving)),
+        Ok(()) => display.progress().announce(&display.banner(serving)),
         Err(error) => tracing::warn!("router at {address}: {error:#}"),
     }
 }
@@ -168,7 +171,7 @@ impl Display {
 
     /// Where the cluster serves, and a first command to try.
     fn banner(&self, serving: Serving) -> String {
-        let paint = self.paint;
+        let paint = Paint::stdout();
         let server = match format!("http://{}", client::reachable(serving.grpc)) {
             default if default == client::SERVER_DEFAULT => String::new(),
             other => format!(" --server {other}"),

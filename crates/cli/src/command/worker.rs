@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use types::TpRank;
 use worker::{Report, Reporter};
 
-use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, ModelFlags};
+use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, ModelFlags, StartedBy};
 use crate::embedded;
 use crate::progress::Progress;
 use crate::report::{self, Event, Line, Throttle};
@@ -77,7 +77,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         lifeline::hold()?;
     }
     let stop = signals::stop_token(args.supervised)?;
-    let settings = args::load(&args.file, &[&args.model, &args.compute, &args.group])?;
+    let settings = args::load(
+        StartedBy::supervised(args.supervised),
+        &args.file,
+        &[&args.model, &args.compute, &args.group],
+    )?;
     let rank = TpRank::new(args.rank, settings.group.tensor_parallel)?;
     if !rank.is_leader() && args.rendezvous.port() == 0 {
         bail!("{rank} needs --rendezvous with the address that rank 0 listens at");

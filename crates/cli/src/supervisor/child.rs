@@ -49,6 +49,17 @@ pub enum Update {
     Exited(Exit),
 }
 
+/// What a child was told before it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Nothing.
+    Nothing,
+    /// To stop (SIGTERM).
+    Stop,
+    /// To stop, and then it was killed (SIGKILL).
+    Kill,
+}
+
 /// How a child ended.
 #[derive(Debug, Clone)]
 pub struct Exit {
@@ -56,17 +67,22 @@ pub struct Exit {
     pub pid: u32,
     /// What the kernel says.
     pub status: ExitStatus,
-    /// Whether it was asked to stop.
-    pub asked: bool,
+    /// What it was told before.
+    pub told: Told,
     /// The error it reported.
     pub error: Option<String>,
 }
 
 impl Exit {
-    /// Whether the child was ended by a signal.
+    /// Whether the child was ended by a signal that its supervisor did not send. It may have been told to stop all
+    /// the same, a moment too late.
     #[must_use]
-    pub fn killed(&self) -> bool {
-        self.status.signal().is_some()
+    pub fn killed_by_others(&self) -> bool {
+        match (self.status.signal(), self.told) {
+            (None, _) | (_, Told::Kill) => false,
+            (Some(signal), Told::Stop) => signal != Signal::TERM.as_raw(),
+            (Some(_), Told::Nothing) => true,
+        }
     }
 }
 
@@ -156,7 +172,7 @@ async fn follow<K: Copy + Send + 'static>(
     // Held until the child is gone: closing it is what tells the child to end. `wait` would close it at once.
     let lifeline = child.stdin.take();
     let mut reader = tokio::spawn(read(stdout, (key, updates.clone())));
-    let (status, asked) = wait(&mut child, pid, &mut orders).await;
+    let (status, told) = wait(&mut child, pid, &mut orders).await;
     drop(lifeline);
     let error = match tokio::time::timeout(LAST_WORDS, &mut reader).await {
         Ok(last_words) => last_words.ok().flatten(),
@@ -166,7 +182,7 @@ async fn follow<K: Copy + Send + 'static>(
         }
     };
     match status {
-        Ok(status) => _ = updates.send((key, Update::Exited(Exit { pid, status, asked, error }))).await,
+        Ok(status) => _ = updates.send((key, Update::Exited(Exit { pid, status, told, error }))).await,
         Err(error) => tracing::error!(pid, %error, "cannot wait for a child"),
     }
 }
@@ -175,10 +191,10 @@ async fn wait(
     child: &mut Child,
     pid: u32,
     orders: &mut watch::Receiver<Option<Duration>>,
-) -> (std::io::Result<ExitStatus>, bool) {
+) -> (std::io::Result<ExitStatus>, Told) {
     let order = tokio::select! {
         biased;
-        status = child.wait() => return (status, false),
+        status = child.wait() => return (status, Told::Nothing),
         order = orders.changed() => order,
     };
     // A dropped handle leaves nobody to wait for a graceful end.
@@ -187,11 +203,11 @@ async fn wait(
         let _ = kill_process(pid, Signal::TERM);
     }
     if let Ok(status) = tokio::time::timeout(grace, child.wait()).await {
-        return (status, true);
+        return (status, Told::Stop);
     }
     tracing::warn!(pid, grace_s = grace.as_secs_f64(), "killed: it did not stop in time");
     let _ = child.start_kill();
-    (child.wait().await, true)
+    (child.wait().await, Told::Kill)
 }
 
 /// Passes on what the child says until its stdout ends; returns the error it reported.

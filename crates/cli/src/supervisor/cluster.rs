@@ -237,7 +237,7 @@ where
         state.running = None;
         let healthy = state.ready_since.take().map(|since| since.elapsed()).unwrap_or_default();
         if stopping {
-            if !exit.status.success() {
+            if !exit.status.success() && self.failure.is_none() {
                 tracing::warn!("while stopping: {member} {exit}");
             }
             if member == Member::Router {

@@ -106,7 +106,7 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
 
     fn exited(&mut self, rank: u32, exit: Exit) {
         self.running.remove(&rank);
-        let unexpected = !self.stopping || exit.killed() && !exit.asked;
+        let unexpected = !self.stopping || exit.killed_by_others();
         if unexpected {
             self.lost.push((rank, exit));
         } else if !self.lost.is_empty() {
@@ -122,7 +122,7 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
 
     fn verdict(self) -> anyhow::Result<()> {
         // A rank that loses a peer fails too, and may be seen first: the one that was killed is the cause.
-        let killed = self.lost.iter().find(|(_, exit)| exit.killed());
+        let killed = self.lost.iter().find(|(_, exit)| exit.killed_by_others());
         match killed.or(self.lost.first()) {
             None => Ok(()),
             Some((rank, exit)) => Err(anyhow!("rank {rank} of {} {exit}", self.group.size)),

@@ -15,4 +15,4 @@ pub mod lifeline;
 pub mod signals;
 
 pub use backoff::Backoff;
-pub use child::{Exit, Handle, Spec, Update};
+pub use child::{Exit, Handle, Spec, Told, Update};

@@ -6,46 +6,12 @@
 mod pool;
 mod table;
 
-use std::fmt;
-
-use types::{BlockId, BlockSize};
+use types::{BlockId, BlockSize, KvGroup};
 
 use crate::Config;
 
 pub use pool::{Block, Pool};
 pub use table::Table;
-
-/// Layers whose KV blocks live and die together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvGroup {
-    /// Layers that attend to the whole sequence.
-    Full,
-    /// Layers that attend to a window.
-    Sliding,
-}
-
-impl KvGroup {
-    /// Both groups, in index order.
-    pub const ALL: [Self; 2] = [Self::Full, Self::Sliding];
-
-    /// Place in per-group arrays.
-    #[must_use]
-    pub const fn index(self) -> usize {
-        match self {
-            Self::Full => 0,
-            Self::Sliding => 1,
-        }
-    }
-}
-
-impl fmt::Display for KvGroup {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Full => "full",
-            Self::Sliding => "sliding",
-        })
-    }
-}
 
 /// How positions map to blocks, the same for every sequence and on every rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,7 +12,7 @@ async fn a_group_lost_in_the_middle_ends_the_stream_with_its_name() {
     let open = leader.next().await;
     open.chunks.send(Ok(chunk(&[300]))).await.unwrap();
     assert!(soon(stream.message()).await.unwrap().is_some());
-    leader.kill();
+    leader.kill().await;
     let status = soon(stream.message()).await.unwrap_err();
     assert_eq!(status.code(), Code::Aborted);
     match failure(&status) {
@@ -34,7 +34,7 @@ async fn a_group_lost_before_the_first_token_with_no_other_is_unavailable() {
     let router = TestRouter::ready(&[&leader.address]).await;
     let mut stream = soon(router.client().await.generate(from_text("x"))).await.unwrap().into_inner();
     let open = leader.next().await;
-    leader.kill();
+    leader.kill().await;
     drop(open);
     let status = soon(stream.message()).await.unwrap_err();
     assert!(matches!(status.code(), Code::Unavailable | Code::Aborted), "{status:?}");

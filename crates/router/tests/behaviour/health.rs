@@ -62,10 +62,23 @@ async fn a_group_that_comes_back_is_used_again() {
     let mut first = Leader::serving().await;
     let second = Leader::start(state(Phase::Warming, 0, Some(facts("demo")))).await;
     let router = TestRouter::ready(&[&first.address, &second.address]).await;
-    first.kill();
+    first.kill().await;
     router.wait_for(ServingStatus::NotServing).await;
     second.states.send_replace(state(Phase::Serving, 100, Some(facts("demo"))));
     router.wait_for(ServingStatus::Serving).await;
     second.play_always(answer("ok"));
+    assert!(all(&router, from_text("x")).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_restarted_group_is_found_again_at_its_address() {
+    let mut leader = Leader::serving().await;
+    let router = TestRouter::ready(&[&leader.address]).await;
+    leader.kill().await;
+    router.wait_for(ServingStatus::NotServing).await;
+    let address = leader.address.trim_start_matches("http://").parse().unwrap();
+    let again = Leader::start_at(address, state(Phase::Serving, 100, Some(facts("demo")))).await;
+    router.wait_for(ServingStatus::Serving).await;
+    again.play_always(answer("ok"));
     assert!(all(&router, from_text("x")).await.is_ok());
 }

@@ -97,7 +97,7 @@ async fn a_group_that_dies_costs_no_request_that_has_no_token_yet() {
     let mut waiting = soon(client.generate(from_text("x"))).await.unwrap().into_inner();
     first.next().await;
     second.play_always(answer("from the second"));
-    first.kill();
+    first.kill().await;
     let mut text = String::new();
     while let Some(message) = soon(waiting.message()).await.unwrap() {
         text.push_str(&message.text);

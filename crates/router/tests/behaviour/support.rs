@@ -57,6 +57,7 @@ pub(crate) fn ids(text: &str) -> Vec<u32> {
 pub(crate) struct Random(u64);
 
 impl Random {
+    #[allow(clippy::print_stdout, reason = "a failing test must say what it drew from")]
     pub(crate) fn seeded(seed: u64) -> Self {
         println!("seed {seed}");
         Self(seed)
@@ -175,20 +176,24 @@ impl Leader {
     }
 
     pub(crate) async fn start(first: worker::WorkerState) -> Self {
+        Self::start_at(any_port(), first).await
+    }
+
+    pub(crate) async fn start_at(address: SocketAddr, first: worker::WorkerState) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (states, states_seen) = watch::channel(first);
         let (opened_at, opened) = mpsc::unbounded_channel();
         let refusal = Refusal::default();
         let service = Service { states: states_seen, opened: opened_at, refusal: Arc::clone(&refusal) };
-        let (bound, address) = oneshot::channel();
+        let (tell, told) = oneshot::channel();
         runtime.spawn(async move {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            bound.send(listener.local_addr().unwrap()).unwrap();
+            let listener = TcpListener::bind(address).await.unwrap();
+            tell.send(listener.local_addr().unwrap()).unwrap();
             let server = Server::builder().add_service(WorkerServer::new(service));
             server.serve_with_incoming(TcpIncoming::from(listener)).await.unwrap();
         });
-        let address = format!("http://{}", address.await.unwrap());
+        let address = format!("http://{}", soon(told).await.unwrap());
         Self { address, states, opened, refusal, runtime: Some(runtime) }
     }
 
@@ -202,9 +207,10 @@ impl Leader {
         *self.refusal.lock().unwrap() = Some(failure);
     }
 
-    /// Ends it without a word.
-    pub(crate) fn kill(&mut self) {
-        self.runtime.take().unwrap().shutdown_background();
+    /// Ends it without a word; its port is free afterwards.
+    pub(crate) async fn kill(&mut self) {
+        let runtime = self.runtime.take().unwrap();
+        tokio::task::spawn_blocking(move || runtime.shutdown_timeout(PATIENCE)).await.unwrap();
     }
 
     /// Answers every request with `script` from now on.

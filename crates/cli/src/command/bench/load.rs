@@ -150,9 +150,13 @@ fn request(plan: &Plan, index: u32, vocab_size: u32) -> GenerateRequest {
 }
 
 /// Sends one request and reads its stream to the end; times count from `due`.
-async fn send(mut client: Client, request: GenerateRequest, timeout: Duration, due: Instant) -> Outcome {
+async fn send(client: Client, request: GenerateRequest, timeout: Duration, due: Instant) -> Outcome {
     let mut call = Request::new(request);
     call.set_timeout(timeout);
+    client::within(timeout, receive(client, call, due)).await.unwrap_or(Err("DEADLINE_EXCEEDED"))
+}
+
+async fn receive(mut client: Client, call: Request<GenerateRequest>, due: Instant) -> Outcome {
     let code = |status: tonic::Status| client::code_name(status.code());
     let mut stream = client.generate(call).await.map_err(code)?.into_inner();
     let mut measured = Measured::default();
