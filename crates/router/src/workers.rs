@@ -329,6 +329,9 @@ impl Groups {
     ) {
         let group = &self.groups[index].address;
         match (&before.link, &after.link) {
+            (Link::Up { phase: Phase::Draining, .. }, Link::Down { .. }) => {
+                tracing::info!(%group, "the group has ended");
+            }
             (Link::Up { .. }, Link::Down { why }) => tracing::warn!(%group, %why, "lost the group"),
             (Link::Down { .. }, Link::Up { phase, .. }) => {
                 tracing::info!(%group, %phase, "reached the group")
