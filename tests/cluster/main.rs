@@ -1,0 +1,10 @@
+//! A whole cluster, as a user starts it: the real binary, real processes, real gRPC, the embedded model.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on says where")]
+
+mod answers;
+mod bad_requests;
+mod bad_starts;
+mod deaths;
+mod endings;
+mod parity;
+mod support;
