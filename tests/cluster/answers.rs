@@ -29,7 +29,8 @@ fn requests_in_one_batch_get_the_tokens_they_get_alone() {
     let cluster = Cluster::up(&["--tensor-parallel=2"]);
     let requests: Vec<GenerateRequest> =
         prompts(12).iter().zip(0..).map(|(ids, i)| sampled(ids, 10 + i * 3, u64::from(i))).collect();
-    let alone: Vec<_> = requests.iter().map(|request| cluster.generate(request.clone()).unwrap().token_ids).collect();
+    let alone: Vec<_> =
+        requests.iter().map(|request| cluster.generate(request.clone()).unwrap().token_ids).collect();
     let client = cluster.client();
     let together = cluster.block_on(join_all(requests.into_iter().map(|request| {
         let mut client = client.clone();

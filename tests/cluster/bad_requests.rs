@@ -14,11 +14,15 @@ fn sampling(request: &mut GenerateRequest) -> &mut Sampling {
 
 const BAD: &[(&str, Code, &str, Change)] = &[
     ("no prompt", Code::InvalidArgument, "prompt", |r| r.prompt = None),
-    ("empty text", Code::InvalidArgument, "text", |r| r.prompt = Some(generate_request::Prompt::Text(String::new()))),
+    ("empty text", Code::InvalidArgument, "text", |r| {
+        r.prompt = Some(generate_request::Prompt::Text(String::new()))
+    }),
     ("no tokens", Code::InvalidArgument, "token_ids", |r| *r = tokens(&[], 4)),
     ("a token beyond the vocabulary", Code::InvalidArgument, "token_ids", |r| *r = tokens(&[5, 4096], 4)),
     ("a prompt longer than the model", Code::OutOfRange, "", |r| *r = tokens(&[5; 3000], 4)),
-    ("NaN temperature", Code::InvalidArgument, "sampling.temperature", |r| sampling(r).temperature = Some(f32::NAN)),
+    ("NaN temperature", Code::InvalidArgument, "sampling.temperature", |r| {
+        sampling(r).temperature = Some(f32::NAN)
+    }),
     ("NaN top_p", Code::InvalidArgument, "sampling.top_p", |r| sampling(r).top_p = Some(f32::NAN)),
     ("NaN min_p", Code::InvalidArgument, "sampling.min_p", |r| sampling(r).min_p = Some(f32::NAN)),
     ("max_tokens 0", Code::InvalidArgument, "stopping.max_tokens", |r| {
@@ -48,7 +52,8 @@ fn each_bad_request_is_refused_by_its_field_and_others_are_served() {
         let details = status.get_error_details();
         assert!(details.error_info().is_some(), "{what}: no ErrorInfo");
         if !field.is_empty() {
-            let violations = &details.bad_request().unwrap_or_else(|| panic!("{what}: {status:?}")).field_violations;
+            let violations =
+                &details.bad_request().unwrap_or_else(|| panic!("{what}: {status:?}")).field_violations;
             let named = violations.iter().any(|v| v.field.contains(field));
             assert!(named, "{what}: {violations:?}");
         }

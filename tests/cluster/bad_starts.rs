@@ -38,8 +38,14 @@ fn a_bad_checkpoint_is_named_by_file_and_tensor_or_field() {
     type Change = fn(&Path);
     let table: &[(Change, &[&str])] = &[
         (|d| edit_config(d, "\"logit_scale\": 0.5,", ""), &["config.json", "logit_scale"]),
-        (|d| edit_config(d, "\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\""), &["config.json", "hidden_act"]),
-        (|d| edit_config(d, "\"hidden_size\": 256", "\"hidden_size\": 512"), &["embed_tokens", "[4096, 256]"]),
+        (
+            |d| edit_config(d, "\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\""),
+            &["config.json", "hidden_act"],
+        ),
+        (
+            |d| edit_config(d, "\"hidden_size\": 256", "\"hidden_size\": 512"),
+            &["embed_tokens", "[4096, 256]"],
+        ),
         (|d| fs::remove_file(d.join("config.json")).unwrap(), &["config.json"]),
         (|d| fs::remove_file(d.join("model.safetensors")).unwrap(), &["model.safetensors"]),
         (
@@ -49,7 +55,10 @@ fn a_bad_checkpoint_is_named_by_file_and_tensor_or_field() {
             },
             &["model.safetensors"],
         ),
-        (|d| fs::write(d.join("model.safetensors"), u64::MAX.to_le_bytes()).unwrap(), &["model.safetensors", "header"]),
+        (
+            |d| fs::write(d.join("model.safetensors"), u64::MAX.to_le_bytes()).unwrap(),
+            &["model.safetensors", "header"],
+        ),
     ];
     for (change, names) in table {
         let model = model(change);
@@ -101,7 +110,8 @@ fn a_rank_that_never_comes_is_named() {
 
 #[test]
 fn two_ranks_with_different_configurations_are_told_what_differs() {
-    let mut leader = cohort(&["worker", "--rank=0", "--tensor-parallel=2", "--boot-timeout=20"]).spawn().unwrap();
+    let mut leader =
+        cohort(&["worker", "--rank=0", "--tensor-parallel=2", "--boot-timeout=20"]).spawn().unwrap();
     let mut errors = BufReader::new(leader.stderr.take().unwrap());
     let mut rendezvous = String::new();
     while !rendezvous.contains("--rendezvous ") {

@@ -30,7 +30,8 @@ fn killed_rank_ends_its_group(rank: u32) {
     assert!(matches!(status.code(), Code::Aborted | Code::Unavailable), "{status:?}");
     cluster.wait_for_line(&format!("rank {rank}"));
     // The supervisor starts the group again, and it serves.
-    let answer = cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
+    let answer =
+        cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
     assert_eq!(answer.token_ids.len(), 3);
     assert!(!runs(victim));
 }

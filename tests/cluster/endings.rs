@@ -50,9 +50,13 @@ fn the_demo_answers_tells_who_did_what_and_ends() {
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     let shown = String::from_utf8(output.stdout).unwrap();
     let flat = shown.split_whitespace().collect::<Vec<_>>().join(" ");
-    for part in
-        ["saturating at the numeric bounds instead of overflowing", "time to first token", "router", "rank 0", "rank 1"]
-    {
+    for part in [
+        "saturating at the numeric bounds instead of overflowing",
+        "time to first token",
+        "router",
+        "rank 0",
+        "rank 1",
+    ] {
         assert!(flat.contains(part), "no `{part}` in {shown}");
     }
     assert!(!shown.contains('\u{1b}'), "colours without a terminal: {shown:?}");
@@ -63,8 +67,15 @@ fn generate_prints_the_documented_json() {
     let cluster = Cluster::up(&["--tensor-parallel=1"]);
     let server = format!("--server={}", cluster.server());
     let args = [
-        "generate", &server, "--token-ids=5,600,601", "--max-tokens=4", "--temperature=0", "--ignore-eos",
-        "--logprobs=2", "--prompt-logprobs=1", "--json",
+        "generate",
+        &server,
+        "--token-ids=5,600,601",
+        "--max-tokens=4",
+        "--temperature=0",
+        "--ignore-eos",
+        "--logprobs=2",
+        "--prompt-logprobs=1",
+        "--json",
     ];
     let output = cohort(&args).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -37,8 +37,8 @@ fn check(cluster: &Cluster) {
         let answer = cluster.generate(request).unwrap();
         let sure = sure(case);
         assert_eq!(answer.token_ids[..sure], greedy[..sure], "case {i}");
-        for at in 0..sure {
-            let off = (f64::from(answer.logprobs[at].logprob) - logprobs[at]).abs();
+        for (at, (ours, theirs)) in answer.logprobs.iter().zip(&logprobs[..sure]).enumerate() {
+            let off = (f64::from(ours.logprob) - theirs).abs();
             assert!(off <= LOGPROB_TOLERANCE, "case {i}, token {at}: log-probability off by {off:e}");
         }
         compared += sure;
@@ -65,7 +65,9 @@ fn a_conversation_is_rendered_tokenized_answered_and_detokenized_as_the_referenc
         let plain = |m: &Value| Some((m["role"].as_str()?.to_owned(), m["content"].as_str()?.to_owned()));
         let Some(messages) = messages.map(plain).collect::<Option<Vec<_>>>() else { continue };
         let greedy: Vec<u32> = list(case, "greedy_ids");
-        if sure(case) < greedy.len() || case["messages"].as_array().unwrap().iter().any(|m| m["tool_calls"].is_array()) {
+        if sure(case) < greedy.len()
+            || case["messages"].as_array().unwrap().iter().any(|m| m["tool_calls"].is_array())
+        {
             continue;
         }
         let messages = messages.into_iter().map(|(role, content)| ChatMessage { role, content }).collect();
@@ -73,7 +75,10 @@ fn a_conversation_is_rendered_tokenized_answered_and_detokenized_as_the_referenc
         let request = GenerateRequest {
             prompt: Some(generate_request::Prompt::Chat(chat)),
             response: Some(Response { keep_special_tokens: true, ..Response::default() }),
-            stopping: Some(proto::v1::Stopping { max_tokens: Some(greedy.len() as u32), ..Default::default() }),
+            stopping: Some(proto::v1::Stopping {
+                max_tokens: Some(greedy.len() as u32),
+                ..Default::default()
+            }),
             sampling: Some(proto::v1::Sampling { temperature: Some(0.0), ..Default::default() }),
             ..GenerateRequest::default()
         };

@@ -10,7 +10,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use proto::v1::cohort_client::CohortClient;
-use proto::v1::{GenerateOnceResponse, GenerateRequest, Response, Sampling, Stopping, TokenIds, generate_request};
+use proto::v1::{
+    GenerateOnceResponse, GenerateRequest, Response, Sampling, Stopping, TokenIds, generate_request,
+};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -52,7 +54,8 @@ impl Cluster {
         let pipes: [Box<dyn Read + Send>; 2] =
             [Box::new(up.stdout.take().unwrap()), Box::new(up.stderr.take().unwrap())];
         let readers = pipes.map(|pipe| listen(pipe, Arc::clone(&said))).into();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut cluster = Self { up, said, readers, grpc: ([0, 0, 0, 0], 0).into(), runtime };
         let ready = cluster.wait_for_line("gRPC at ");
         let address = ready.split("gRPC at ").nth(1).unwrap().split([',', ' ']).next().unwrap();
@@ -113,7 +116,8 @@ impl Cluster {
     /// The process id of a rank of the first group.
     pub(crate) fn rank(&self, rank: u32) -> u32 {
         let flag = format!("--rank={rank}");
-        let found = self.processes().into_iter().find(|(_, line)| line.contains(" worker ") && line.contains(&flag));
+        let found =
+            self.processes().into_iter().find(|(_, line)| line.contains(" worker ") && line.contains(&flag));
         found.unwrap_or_else(|| panic!("no rank {rank} in {:?}", self.processes())).0
     }
 
@@ -152,7 +156,8 @@ fn descendants(of: u32) -> Vec<(u32, String)> {
     let children = fs::read_to_string(format!("/proc/{of}/task/{of}/children"));
     // A process started from another thread is listed there.
     let tasks = fs::read_dir(format!("/proc/{of}/task"));
-    let mut ids: Vec<u32> = children.unwrap_or_default().split_whitespace().map(|id| id.parse().unwrap()).collect();
+    let mut ids: Vec<u32> =
+        children.unwrap_or_default().split_whitespace().map(|id| id.parse().unwrap()).collect();
     for task in tasks.into_iter().flatten().flatten() {
         let text = fs::read_to_string(task.path().join("children")).unwrap_or_default();
         ids.extend(text.split_whitespace().map(|id| id.parse::<u32>().unwrap()));

@@ -114,7 +114,7 @@ pub enum Error {
         got: u64,
     },
     /// Ranks that did not join before the deadline.
-    #[error("ranks {ranks:?} did not join the group within {after:?}")]
+    #[error("{} did not join the group within {after:?}", named(ranks))]
     Absent {
         /// The missing ranks, in order.
         ranks: Vec<u32>,
@@ -230,4 +230,10 @@ impl Error {
             }
         }
     }
+}
+
+/// `rank 1`, or `ranks 1, 3`.
+fn named(ranks: &[u32]) -> String {
+    let list: Vec<String> = ranks.iter().map(ToString::to_string).collect();
+    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, list.join(", "))
 }

@@ -25,7 +25,7 @@ pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
 pub use engine::{Engine, Load};
 pub use error::Error;
 pub use event::{Effect, Event, Finish, Refusal, Request, RowOutput, StepOutput, TokenLogprob, Usage};
-pub use types::{BlockTable, KvGroup};
 pub use plan::{PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
 pub use slots::SlotTables;
+pub use types::{BlockTable, KvGroup};
 pub use wire::PLAN_VERSION;

@@ -51,9 +51,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let floor = active / bandwidth;
     println!("model       {} ({} resident), {threads} thread(s), f32", directory.display(), summary.resident);
     println!("bandwidth   {:.1} GB/s reading as much as is resident, one thread", bandwidth / 1e9);
-    println!("decode      {:.0} tok/s, {:.0} us/token, floor {:.0} us ({:.1} MB/token): {:.0} %",
-        1.0 / decode, decode * 1e6, floor * 1e6, active / 1e6, 100.0 * floor / decode);
-    println!("prefill     {:.0} tok/s, {PREFILL} tokens in {:.1} ms", PREFILL as f64 / prefill, prefill * 1e3);
+    println!(
+        "decode      {:.0} tok/s, {:.0} us/token, floor {:.0} us ({:.1} MB/token): {:.0} %",
+        1.0 / decode,
+        decode * 1e6,
+        floor * 1e6,
+        active / 1e6,
+        100.0 * floor / decode
+    );
+    println!(
+        "prefill     {:.0} tok/s, {PREFILL} tokens in {:.1} ms",
+        PREFILL as f64 / prefill,
+        prefill * 1e3
+    );
     Ok(())
 }
 

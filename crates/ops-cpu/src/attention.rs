@@ -8,8 +8,8 @@ use std::ops::Range;
 use ops::{BatchSequence, Error, KvLayerSpec, Rope, Window};
 
 use crate::element::{Element, round_all_bf16};
-use crate::lanes::{Kernel, LANES, Lanes, Loadable, dispatch, eight};
 use crate::kv::{KvLayer, Planes, Store, block_offset};
+use crate::lanes::{Kernel, LANES, Lanes, Loadable, dispatch, eight};
 use crate::math::exp;
 use crate::matmul::dot;
 use crate::rope::RopeTable;

@@ -50,7 +50,11 @@ pub(crate) fn routed_experts(
     let (down_experts, down_hidden, intermediate) = stack.down.dims3("routed_experts")?;
     x.expect_width("routed_experts", hidden)?;
     if down_experts != experts || down_hidden != hidden || double != 2 * intermediate {
-        let detail = format!("gate_up {:?} and down {:?} do not belong together", stack.gate_up.dims(), stack.down.dims());
+        let detail = format!(
+            "gate_up {:?} and down {:?} do not belong together",
+            stack.gate_up.dims(),
+            stack.down.dims()
+        );
         return Err(Error::Shape { op: "routed_experts", detail });
     }
     let mut tasks = group_by_expert(routed, stack.first_expert, experts);

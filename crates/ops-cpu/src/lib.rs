@@ -5,6 +5,7 @@
 //! whatever the number of rows or threads, so a sequence gets the same tokens alone, in a batch, and however its
 //! prompt was cut into chunks.
 #![forbid(unsafe_code)]
+#![allow(clippy::needless_range_loop, reason = "iterators with closures are not always inlined into kernels")]
 
 mod attention;
 mod backend;
@@ -13,8 +14,8 @@ mod element;
 mod experts;
 mod kv;
 mod lanes;
-mod matmul;
 mod math;
+mod matmul;
 mod norm;
 mod rope;
 mod route;

@@ -11,8 +11,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     let x = if x > 88.3 { 88.3 } else { x };
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    // ln 2 in two parts, so that n · ln2 is exact enough to subtract.
-    let r = n.mul_add(-0.693_359_375, x);
+    // ln 2 in two parts, 355/512 and the rest, so that n · ln2 is exact enough to subtract.
+    let r = n.mul_add(-355.0 / 512.0, x);
     let r = n.mul_add(2.121_944_4e-4, r);
     let mut p = 1.987_569_1e-4_f32;
     p = p.mul_add(r, 1.398_199_9e-3);

@@ -81,11 +81,21 @@ impl<E: Loadable> Kernel for ManyRows<'_, E> {
             let w = &w[first * inner..];
             let mut row = 0;
             while row + ROW_TILE <= rows {
-                tile::<L, E, ROW_TILE, OUT_TILE>((lanes, &x[row * inner..]), w, &mut y[row * outs + first..], shape);
+                tile::<L, E, ROW_TILE, OUT_TILE>(
+                    (lanes, &x[row * inner..]),
+                    w,
+                    &mut y[row * outs + first..],
+                    shape,
+                );
                 row += ROW_TILE;
             }
             while row < rows {
-                tile::<L, E, 1, OUT_TILE_SINGLE>((lanes, &x[row * inner..]), w, &mut y[row * outs + first..], shape);
+                tile::<L, E, 1, OUT_TILE_SINGLE>(
+                    (lanes, &x[row * inner..]),
+                    w,
+                    &mut y[row * outs + first..],
+                    shape,
+                );
                 row += 1;
             }
             first += shape.count;

@@ -43,7 +43,9 @@ impl Weight {
     pub(crate) fn dims3(&self, op: &'static str) -> Result<(usize, usize, usize), Error> {
         match *self.dims() {
             [experts, rows, columns] => Ok((experts, rows, columns)),
-            ref other => Err(Error::Shape { op, detail: format!("expert matrices are needed, not {other:?}") }),
+            ref other => {
+                Err(Error::Shape { op, detail: format!("expert matrices are needed, not {other:?}") })
+            }
         }
     }
 

@@ -1,4 +1,5 @@
 //! The CPU op set keeps the contract of `ops`, in both dtypes, with one thread and with several.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use ops::conformance::{Tolerance, run};
 use ops_cpu::CpuBackend;

@@ -5,13 +5,13 @@
 
 mod backend;
 mod batch;
+pub mod conformance;
 mod error;
 mod host;
-pub mod conformance;
 pub mod sample;
 
 pub use backend::{Backend, KvLayerSpec, Norm, Rope, Routing, Scoring, Window};
 pub use batch::{Batch, BatchSequence};
-pub use types::{BlockTable, KvGroup};
 pub use error::Error;
 pub use host::HostTensor;
+pub use types::{BlockTable, KvGroup};

@@ -197,7 +197,10 @@ impl GenerationSpec {
         if let Some(k) = top_k
             && k > TOP_K_MAX
         {
-            wrong.push(FieldViolation::new("top_k", format!("must be at most {TOP_K_MAX}, not {k}; 0 means all")));
+            wrong.push(FieldViolation::new(
+                "top_k",
+                format!("must be at most {TOP_K_MAX}, not {k}; 0 means all"),
+            ));
         }
         if self.max_tokens == Some(0) {
             wrong.push(FieldViolation::new("max_tokens", "must be at least 1"));
@@ -284,7 +287,14 @@ mod tests {
             ..GenerationSpec::default()
         };
         let expected = [
-            "temperature", "top_p", "min_p", "top_k", "max_tokens", "min_tokens", "stop_token_ids", "logprobs",
+            "temperature",
+            "top_p",
+            "min_p",
+            "top_k",
+            "max_tokens",
+            "min_tokens",
+            "stop_token_ids",
+            "logprobs",
             "prompt_logprobs",
         ];
         assert_eq!(refused(spec), expected);

@@ -31,7 +31,11 @@ impl BlockSize {
     /// [`Error::Count`] when `tokens` is 0 or above [`BLOCK_TOKENS_MAX`].
     pub const fn new(tokens: u32) -> Result<Self, Error> {
         if tokens == 0 || tokens > BLOCK_TOKENS_MAX {
-            return Err(Error::Count { what: "block size", got: tokens as u64, max: BLOCK_TOKENS_MAX as u64 });
+            return Err(Error::Count {
+                what: "block size",
+                got: tokens as u64,
+                max: BLOCK_TOKENS_MAX as u64,
+            });
         }
         Ok(Self(tokens))
     }

@@ -20,7 +20,11 @@ impl TpSize {
     /// [`Error::Count`] when `size` is 0 or above [`RANKS_MAX`].
     pub const fn new(size: u32) -> Result<Self, Error> {
         if size == 0 || size > RANKS_MAX {
-            return Err(Error::Count { what: "tensor parallel size", got: size as u64, max: RANKS_MAX as u64 });
+            return Err(Error::Count {
+                what: "tensor parallel size",
+                got: size as u64,
+                max: RANKS_MAX as u64,
+            });
         }
         Ok(Self(size))
     }

@@ -110,9 +110,11 @@ pub(crate) fn load(
 ) -> Result<Booted, Error> {
     let threads = device::threads(config.threads, config.rank.size());
     let rank = config.rank;
-    let mut backend = CpuBackend::new(config.dtype, threads).map_err(|source| Error::Device { rank, source })?;
+    let mut backend =
+        CpuBackend::new(config.dtype, threads).map_err(|source| Error::Device { rank, source })?;
     let started = Instant::now();
-    let progress = LoadProgress { reporter: Arc::clone(reporter), done: AtomicU64::new(0), total: AtomicU64::new(0) };
+    let progress =
+        LoadProgress { reporter: Arc::clone(reporter), done: AtomicU64::new(0), total: AtomicU64::new(0) };
     let Facts { checkpoint, model: model_config, plan, engine, .. } = facts;
     let (weights, summary) = model::load(&checkpoint, &model_config, &plan, &mut backend, &progress)?;
     reporter.report(Report::Loaded {

@@ -15,7 +15,7 @@ pub(crate) fn messages_max(prompt_tokens: usize, max_tokens: u32) -> usize {
 }
 
 /// One generated token.
-pub(crate) fn token(token: TokenId, logprob: Option<TokenLogprob>) -> GenerateChunk {
+pub(crate) fn token(token: TokenId, logprob: Option<&TokenLogprob>) -> GenerateChunk {
     GenerateChunk {
         token_ids: vec![token.0],
         logprobs: logprob.map(wire).into_iter().collect(),
@@ -26,7 +26,7 @@ pub(crate) fn token(token: TokenId, logprob: Option<TokenLogprob>) -> GenerateCh
 /// A prompt's log-probabilities, the first position without one.
 pub(crate) fn prompt_logprobs(logprobs: Vec<TokenLogprob>) -> impl Iterator<Item = GenerateChunk> {
     let first = worker::PromptLogprob { value: None };
-    let rest = logprobs.into_iter().map(|entry| worker::PromptLogprob { value: Some(wire(entry)) });
+    let rest = logprobs.into_iter().map(|entry| worker::PromptLogprob { value: Some(wire(&entry)) });
     let mut positions = std::iter::once(first).chain(rest).peekable();
     std::iter::from_fn(move || {
         positions.peek()?;
@@ -35,7 +35,7 @@ pub(crate) fn prompt_logprobs(logprobs: Vec<TokenLogprob>) -> impl Iterator<Item
     })
 }
 
-fn wire(entry: TokenLogprob) -> worker::TokenLogprob {
+fn wire(entry: &TokenLogprob) -> worker::TokenLogprob {
     let top = entry.top.iter().map(|&(id, logprob)| worker::Alternative { token_id: id.0, logprob });
     worker::TokenLogprob { token_id: entry.token.0, logprob: entry.logprob, top: top.collect() }
 }
@@ -49,7 +49,8 @@ pub(crate) fn finish(finish: Finish) -> Result<GenerateChunk, Failure> {
         Finish::Cancelled => return Err(Failure::Cancelled),
         Finish::DeadlineExceeded => return Err(Failure::DeadlineExceeded),
         Finish::NotANumber => {
-            let why = "a logit is not a number: the weights are damaged, or the computation overflowed".into();
+            let why =
+                "a logit is not a number: the weights are damaged, or the computation overflowed".into();
             return Err(Failure::Internal { why });
         }
     };
@@ -58,11 +59,13 @@ pub(crate) fn finish(finish: Finish) -> Result<GenerateChunk, Failure> {
 }
 
 /// Why a request was not taken.
-pub(crate) fn refusal(refusal: Refusal) -> Failure {
+pub(crate) fn refusal(refusal: &Refusal) -> Failure {
     let words = refusal.to_string();
-    match refusal {
+    match *refusal {
         Refusal::EmptyPrompt => Violation::new("prompt", words).into(),
-        Refusal::TokenOutOfVocabulary { index, .. } => Violation::new(format!("prompt[{index}]"), words).into(),
+        Refusal::TokenOutOfVocabulary { index, .. } => {
+            Violation::new(format!("prompt[{index}]"), words).into()
+        }
         Refusal::PromptTooLong { tokens, context } => {
             Failure::PromptTooLong { prompt_tokens: tokens as u64, context_tokens_max: context }
         }
@@ -71,8 +74,10 @@ pub(crate) fn refusal(refusal: Refusal) -> Failure {
         Refusal::QueueFull { max, .. } => {
             Failure::Overloaded { what: "waiting requests".into(), max: max.into(), retry_after: RETRY_AFTER }
         }
-        Refusal::QueueTokensFull { max, .. } => {
-            Failure::Overloaded { what: "waiting prompt tokens".into(), max: max.into(), retry_after: RETRY_AFTER }
-        }
+        Refusal::QueueTokensFull { max, .. } => Failure::Overloaded {
+            what: "waiting prompt tokens".into(),
+            max: max.into(),
+            retry_after: RETRY_AFTER,
+        },
     }
 }

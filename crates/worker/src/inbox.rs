@@ -1,6 +1,6 @@
 //! What the engine thread is told, and where its answers go.
 
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Instant;
 
 use engine::Request;
@@ -78,9 +78,6 @@ impl Outlet {
 
     /// The next message that is there already.
     pub(crate) fn next(&self) -> Option<Message> {
-        match self.0.try_recv() {
-            Ok(message) => Some(message),
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-        }
+        self.0.try_recv().ok()
     }
 }

@@ -69,7 +69,8 @@ impl Leader {
     /// One token from start to end, so that whatever is slow the first time is not a caller's first token, and a
     /// group that cannot compute never says it can.
     pub(crate) fn warm_up(&mut self) -> Result<(), Error> {
-        let spec = GenerationSpec { max_tokens: Some(2), temperature: Some(0.0), ..GenerationSpec::default() };
+        let spec =
+            GenerationSpec { max_tokens: Some(2), temperature: Some(0.0), ..GenerationSpec::default() };
         let generation = match spec.validate(0, self.engine.config().vocab_size) {
             Ok(generation) => generation,
             Err(error) => unreachable!("the warm-up request is valid: {error}"),
@@ -86,7 +87,9 @@ impl Leader {
     pub(crate) fn run(&mut self, config: &Config, shutdown: &CancellationToken) -> Result<(), Error> {
         let outcome = self.serve(config, shutdown);
         let why = match &outcome {
-            Ok(()) => Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER },
+            Ok(()) => {
+                Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
+            }
             Err(error) => Failure::GroupLost { group: config.model_name.clone(), why: error.to_string() },
         };
         self.end_all(&why);
@@ -150,7 +153,8 @@ impl Leader {
 
     /// Cancels what nobody waits for any more; the blocks are free before the next step is planned.
     fn cancel_abandoned(&mut self) {
-        let gone: Vec<SeqId> = self.open.iter().filter(|(_, sink)| sink.is_closed()).map(|(&seq, _)| seq).collect();
+        let gone: Vec<SeqId> =
+            self.open.iter().filter(|(_, sink)| sink.is_closed()).map(|(&seq, _)| seq).collect();
         for seq in gone {
             self.open.remove(&seq);
             self.apply(Event::Cancel(seq));
@@ -186,7 +190,7 @@ impl Leader {
             match effect {
                 Effect::Token { seq, token, logprob } => {
                     if let Some(sink) = self.open.get(&seq) {
-                        let _ = sink.try_send(Ok(chunk::token(token, logprob)));
+                        let _ = sink.try_send(Ok(chunk::token(token, logprob.as_ref())));
                     }
                 }
                 Effect::PromptLogprobs { seq, logprobs } => {
@@ -204,7 +208,7 @@ impl Leader {
                 }
                 Effect::Refused { seq, refusal } => {
                     if let Some(sink) = self.open.remove(&seq) {
-                        let _ = sink.try_send(Err(chunk::refusal(refusal).into()));
+                        let _ = sink.try_send(Err(chunk::refusal(&refusal).into()));
                     }
                 }
             }

@@ -24,7 +24,11 @@ use crate::{Config, Error, Phase, Report, Reporter, follower};
 /// Whatever keeps the rank from starting, or ends its group. The process should then exit: the group is the unit of
 /// recovery.
 pub fn run(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
-    if config.rank.is_leader() { lead(config, reporter, shutdown) } else { follow(config, reporter, shutdown) }
+    if config.rank.is_leader() {
+        lead(config, reporter, shutdown)
+    } else {
+        follow(config, reporter, shutdown)
+    }
 }
 
 fn phase(reporter: &Arc<dyn Reporter>, phase: Phase) {

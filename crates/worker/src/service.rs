@@ -41,7 +41,10 @@ impl Worker for Service {
         Ok(Response::new(Box::pin(states)))
     }
 
-    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = proto::timeout(request.metadata())?;
         let GenerateRequest { prompt, generation, .. } = request.into_inner();
         let state = self.state.subscribe().borrow().clone();

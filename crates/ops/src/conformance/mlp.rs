@@ -22,12 +22,22 @@ pub(super) fn routes<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
         for (rows, experts, top_k) in [(1, 8, 3), (9, 16, 4), (4, 4, 4)] {
             let routing = Routing { top_k, scoring };
             let logits = bench.values(rows * experts);
-            run(bench, routing, &logits, &Sizes { rows, experts, hidden: 16, intermediate: 8, first: 0, local: experts })?;
+            run(
+                bench,
+                routing,
+                &logits,
+                &Sizes { rows, experts, hidden: 16, intermediate: 8, first: 0, local: experts },
+            )?;
         }
     }
     // Equal logits: the lowest experts win.
     let routing = Routing { top_k: 2, scoring: Scoring::Softmax };
-    run(bench, routing, &[0.5; 6], &Sizes { rows: 1, experts: 6, hidden: 16, intermediate: 8, first: 0, local: 6 })
+    run(
+        bench,
+        routing,
+        &[0.5; 6],
+        &Sizes { rows: 1, experts: 6, hidden: 16, intermediate: 8, first: 0, local: 6 },
+    )
 }
 
 pub(super) fn experts<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
@@ -35,15 +45,30 @@ pub(super) fn experts<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
         for scoring in SCORINGS {
             let logits = bench.values(rows * 8);
             let routing = Routing { top_k: 3, scoring };
-            run(bench, routing, &logits, &Sizes { rows, experts: 8, hidden, intermediate, first: 0, local: 8 })?;
+            run(
+                bench,
+                routing,
+                &logits,
+                &Sizes { rows, experts: 8, hidden, intermediate, first: 0, local: 8 },
+            )?;
             // An expert-parallel rank: choices elsewhere are skipped.
-            run(bench, routing, &logits, &Sizes { rows, experts: 8, hidden, intermediate, first: 2, local: 3 })?;
+            run(
+                bench,
+                routing,
+                &logits,
+                &Sizes { rows, experts: 8, hidden, intermediate, first: 2, local: 3 },
+            )?;
         }
     }
     // Every token to the same experts, and none to others.
     let logits: Vec<f32> = (0..20 * 8).map(|i| if i % 8 < 2 { 3.0 - (i % 8) as f32 } else { -3.0 }).collect();
     let routing = Routing { top_k: 2, scoring: SCORINGS[0] };
-    run(bench, routing, &logits, &Sizes { rows: 20, experts: 8, hidden: 32, intermediate: 16, first: 0, local: 8 })
+    run(
+        bench,
+        routing,
+        &logits,
+        &Sizes { rows: 20, experts: 8, hidden: 32, intermediate: 16, first: 0, local: 8 },
+    )
 }
 
 struct Sizes {
@@ -57,12 +82,14 @@ struct Sizes {
 
 fn run<B: Backend>(bench: &mut Bench<B>, routing: Routing, logits: &[f32], s: &Sizes) -> Result<(), Error> {
     let x = bench.values(s.rows * s.hidden);
-    let scaled = |v: Vec<f32>| -> Vec<f32> { v.iter().map(|v| half::bf16::from_f32(v * 0.2).to_f32()).collect() };
+    let scaled =
+        |v: Vec<f32>| -> Vec<f32> { v.iter().map(|v| half::bf16::from_f32(v * 0.2).to_f32()).collect() };
     let gate_up = scaled(bench.values(s.experts * 2 * s.intermediate * s.hidden));
     let down = scaled(bench.values(s.experts * s.hidden * s.intermediate));
     let (up_size, down_size) = (2 * s.intermediate * s.hidden, s.hidden * s.intermediate);
     let local = |data: &[f32], size: usize| data[s.first * size..(s.first + s.local) * size].to_vec();
-    let device_up = bench.expert_weight(&[s.local, 2 * s.intermediate, s.hidden], &local(&gate_up, up_size))?;
+    let device_up =
+        bench.expert_weight(&[s.local, 2 * s.intermediate, s.hidden], &local(&gate_up, up_size))?;
     let device_down = bench.expert_weight(&[s.local, s.hidden, s.intermediate], &local(&down, down_size))?;
     let device_logits = bench.rows(s.experts, logits)?;
     let routed = bench.backend.route(&device_logits, routing)?;

@@ -65,7 +65,8 @@ pub fn run<B: Backend>(
     tolerance: Tolerance,
     seed: u64,
 ) -> Result<Report, Error> {
-    let mut bench = Bench { backend: make()?, random: Random::new(seed), tolerance, report: Report::default() };
+    let mut bench =
+        Bench { backend: make()?, random: Random::new(seed), tolerance, report: Report::default() };
     rows::embed(&mut bench)?;
     rows::norms(&mut bench)?;
     rows::linears(&mut bench)?;
@@ -118,7 +119,8 @@ impl<B: Backend> Bench<B> {
 
     /// Puts rows on the device as the rows of `batch`.
     fn rows_of(&mut self, batch: &Batch, width: usize, data: &[f32]) -> Result<B::Tensor, Error> {
-        let numbered = Batch { tokens: (0..batch.tokens.len()).map(|i| TokenId(i as u32)).collect(), ..batch.clone() };
+        let numbered =
+            Batch { tokens: (0..batch.tokens.len()).map(|i| TokenId(i as u32)).collect(), ..batch.clone() };
         let table = self.weight(&[data.len() / width, width], data)?;
         self.backend.begin_step(&numbered)?;
         let rows = self.backend.embed(&table, TokenId(0))?;

@@ -33,7 +33,8 @@ pub(super) fn sigmoid(x: f64) -> f64 {
 
 /// silu(gate) · up over rows [2I]
 pub(super) fn swiglu(gate_up: &[f64], width: usize) -> Vec<f64> {
-    let row = |row: &[f64]| -> Vec<f64> { (0..width).map(|i| row[i] * sigmoid(row[i]) * row[width + i]).collect() };
+    let row =
+        |row: &[f64]| -> Vec<f64> { (0..width).map(|i| row[i] * sigmoid(row[i]) * row[width + i]).collect() };
     gate_up.chunks(2 * width).flat_map(row).collect()
 }
 

@@ -37,7 +37,9 @@ fn one_sequence(rows: usize) -> Vec<crate::BatchSequence> {
 }
 
 pub(super) fn norms<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
-    for kind in [Norm::Rms { eps: 1e-6 }, Norm::Layer { eps: 1e-5 }, Norm::Rms { eps: 0.5 }, Norm::Layer { eps: 0.5 }] {
+    for kind in
+        [Norm::Rms { eps: 1e-6 }, Norm::Layer { eps: 1e-5 }, Norm::Rms { eps: 0.5 }, Norm::Layer { eps: 0.5 }]
+    {
         for (rows, width) in [(1, 64), (3, 67), (9, 256)] {
             // A mean far from zero tells the two kinds apart.
             let x: Vec<f32> = bench.values(rows * width).iter().map(|v| v + 2.0).collect();
@@ -72,7 +74,8 @@ pub(super) fn sums<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
     for scale in [1.0_f32, 0.5] {
         let (device_a, device_b) = (bench.rows(width, &a)?, bench.rows(width, &b)?);
         let out = bench.backend.add_scaled(device_a, &device_b, scale)?;
-        let expected: Vec<f64> = a.iter().zip(&b).map(|(a, b)| f64::from(*a) + f64::from(scale * b)).collect();
+        let expected: Vec<f64> =
+            a.iter().zip(&b).map(|(a, b)| f64::from(*a) + f64::from(scale * b)).collect();
         bench.compare(&format!("add_scaled by {scale}"), &out, &expected)?;
     }
     let (device_a, device_b) = (bench.rows(width, &a)?, bench.rows(width, &b)?);
@@ -91,6 +94,7 @@ pub(super) fn logit_rows<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> 
     };
     let device = bench.rows_of(&batch, width, &x)?;
     let out = bench.backend.logit_rows(&device, 1..3)?;
-    let expected: Vec<f32> = [2, 5].iter().flat_map(|&row: &usize| x[row * width..(row + 1) * width].to_vec()).collect();
+    let expected: Vec<f32> =
+        [2, 5].iter().flat_map(|&row: &usize| x[row * width..(row + 1) * width].to_vec()).collect();
     bench.compare("logit_rows", &out, &r::wide(&expected))
 }
