@@ -98,3 +98,13 @@ fn generate_prints_the_documented_json() {
     let prompt = answer["prompt_logprobs"].as_array().unwrap();
     assert!(prompt.len() == 3 && prompt[0].is_null() && prompt[2]["token_id"] == 601, "{prompt:?}");
 }
+
+#[test]
+fn a_reader_that_stops_early_ends_the_demo_quietly() {
+    let mut demo = cohort(&["demo"]).spawn().unwrap();
+    drop(demo.stdout.take());
+    let output = demo.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{errors}");
+    assert!(!errors.contains("panicked"), "{errors}");
+}

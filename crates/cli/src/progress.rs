@@ -1,7 +1,7 @@
 //! What a person sees while ranks start: bars on a terminal, plain lines elsewhere. All of it on stderr.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -34,7 +34,7 @@ struct Rank {
 impl Progress {
     /// For this many groups.
     pub(crate) fn new(groups: u32) -> Self {
-        let bars = std::io::stderr().is_terminal().then(MultiProgress::new);
+        let bars = io::stderr().is_terminal().then(MultiProgress::new);
         Self { bars, ranks: BTreeMap::new(), paint: Paint::stderr(), one_group: groups == 1 }
     }
 
@@ -58,11 +58,12 @@ impl Progress {
         }
     }
 
-    /// Prints a line on stdout, for people and scripts.
+    /// Prints a line on stdout, for people and scripts. A cluster goes on when nobody reads it.
     pub(crate) fn announce(&self, text: &str) {
+        let print = || _ = writeln!(io::stdout(), "{text}");
         match &self.bars {
-            Some(bars) => bars.suspend(|| println!("{text}")),
-            None => println!("{text}"),
+            Some(bars) => bars.suspend(print),
+            None => print(),
         }
     }
 

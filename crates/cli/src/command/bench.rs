@@ -9,6 +9,7 @@ use anyhow::bail;
 use proto::v1::GetModelInfoRequest;
 
 use crate::client;
+use crate::out::say;
 use crate::table::{Align, Table};
 
 pub use load::Random;
@@ -84,7 +85,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let plan = load::Plan::try_from(args)?;
     let summary = super::runtime()?.block_on(measure(args, plan))?;
     if args.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        say!("{}", serde_json::to_string(&summary)?);
     } else {
         print(args, &summary);
     }
@@ -144,9 +145,12 @@ fn print(args: &ServeArgs, summary: &Summary) {
         None => format!("{} client(s)", args.clients),
         Some(rate) => format!("{rate} requests/s"),
     };
-    println!(
+    say!(
         "{arrivals}, {} requests of {} prompt and {} output tokens, {:.2} s",
-        args.requests, args.prompt_tokens, args.output_tokens, summary.duration_s
+        args.requests,
+        args.prompt_tokens,
+        args.output_tokens,
+        summary.duration_s
     );
     let mut latency = Table::new([Align::Left, Align::Right, Align::Right, Align::Right, Align::Right]);
     latency.row(["ms".into(), "mean".into(), "p50".into(), "p90".into(), "p99".into()]);
@@ -170,10 +174,10 @@ fn print(args: &ServeArgs, summary: &Summary) {
         totals.row([format!("failed with {code}"), count.to_string()]);
     }
     for line in latency.lines() {
-        println!("{line}");
+        say!("{line}");
     }
-    println!();
+    say!();
     for line in totals.lines() {
-        println!("{line}");
+        say!("{line}");
     }
 }

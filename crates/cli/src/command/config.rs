@@ -1,6 +1,7 @@
 //! `cohort config`: checks and shows configurations.
 
 use crate::args::{self, FileFlag, StartedBy};
+use crate::out::say;
 use settings::Settings;
 
 /// Flags of `cohort config`.
@@ -25,7 +26,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     match &args.action {
         Action::Check(file) => {
             args::load(StartedBy::User, file, &[])?;
-            println!("no mistakes found");
+            say!("no mistakes found");
         }
         Action::Show(file) => show(&args::load(StartedBy::User, file, &[])?),
     }
@@ -35,8 +36,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 fn show(settings: &Settings) {
     for (key, value) in settings.entries() {
         match value {
-            serde_json::Value::Null => println!("# {key} is not set"),
-            value => println!("{key} = {value}"),
+            serde_json::Value::Null => say!("# {key} is not set"),
+            value => say!("{key} = {value}"),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! `cohort demo`: the whole house in one command.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +15,7 @@ use worker::Device;
 
 use super::up;
 use crate::args::LogFlags;
+use crate::out::{self, say};
 use crate::report::{Event, Line, Serving};
 use crate::style::Paint;
 use crate::supervisor::cluster::{Happening, Member};
@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let settings = settings()?;
     let log = super::quiet(log);
     let paint = Paint::stdout();
-    println!(
+    say!(
         "{}  one router and {RANKS} tensor-parallel CPU workers serve {}",
         paint.bold("cohort demo"),
         embedded::NAME
@@ -144,7 +144,7 @@ async fn converse(
 
 async fn ask(mut client: client::Client, question: &str, started: Instant) -> anyhow::Result<Answered> {
     let paint = Paint::stdout();
-    println!("\n{} {}\n", paint.accent(">"), paint.bold(question));
+    say!("\n{} {}\n", paint.accent(">"), paint.bold(question));
     let message = ChatMessage { role: "user".into(), content: question.to_owned() };
     let chat = ChatPrompt { messages: vec![message], reasoning: Some(false) };
     let request = GenerateRequest {
@@ -157,17 +157,15 @@ async fn ask(mut client: client::Client, question: &str, started: Instant) -> an
     let mut stream = client.generate(request).await.map_err(|status| client::explain(&status))?.into_inner();
     let mut first = None;
     let (mut last, mut tokens) = (Duration::ZERO, 0);
-    let mut stdout = std::io::stdout();
     while let Some(message) = stream.message().await.map_err(|status| client::explain(&status))? {
         if !message.token_ids.is_empty() {
             last = sent.elapsed();
             tokens += message.token_ids.len();
             first.get_or_insert((last, started.elapsed()));
         }
-        stdout.write_all(message.text.as_bytes())?;
-        stdout.flush()?;
+        out::write_text(&message.text);
     }
-    println!("\n");
+    say!("\n");
     let Some((first, first_since_start)) = first else { bail!("the answer has no tokens") };
     Ok(Answered { first, last, tokens, first_since_start })
 }
@@ -200,10 +198,10 @@ fn print_summary(facts: &Facts, serving: Serving, answered: &Answered, paint: Pa
         processes.row([format!("rank {rank}"), pid.to_string(), Bytes(*bytes).to_string(), role.into()]);
     }
     for line in numbers.lines() {
-        println!("{line}");
+        say!("{line}");
     }
-    println!();
+    say!();
     for (index, line) in processes.lines().enumerate() {
-        println!("{}", if index == 0 { paint.dim(line) } else { line });
+        say!("{}", if index == 0 { paint.dim(line) } else { line });
     }
 }

@@ -1,6 +1,5 @@
 //! `cohort generate`: one prompt to a running cluster.
 
-use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -12,6 +11,7 @@ use serde::Serialize;
 use tonic::{Request, Streaming};
 
 use crate::client;
+use crate::out::{self, say};
 
 const MORE: &str = "\
 Examples:
@@ -281,9 +281,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             }
         };
         if args.json {
-            println!("{}", serde_json::to_string(&answer.to_json(&request))?);
+            say!("{}", serde_json::to_string(&answer.to_json(&request))?);
         } else {
-            println!();
+            say!();
         }
         Ok(())
     })
@@ -297,21 +297,19 @@ fn seconds(seconds: f64) -> anyhow::Result<Duration> {
 /// Reads the stream to its end; with `print`, text goes to stdout as it comes.
 async fn receive(mut stream: Streaming<GenerateResponse>, print: bool) -> anyhow::Result<Answer> {
     let mut answer = Answer::default();
-    let mut stdout = std::io::stdout();
     loop {
         let message = match stream.message().await {
             Ok(Some(message)) => message,
             Ok(None) => break,
             Err(status) => {
                 if print && !answer.text.is_empty() {
-                    println!();
+                    say!();
                 }
                 return Err(client::explain(&status));
             }
         };
         if print {
-            stdout.write_all(message.text.as_bytes())?;
-            stdout.flush()?;
+            out::write_text(&message.text);
         }
         answer.add(message);
     }

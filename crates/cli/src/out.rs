@@ -1,0 +1,29 @@
+//! Writing answers to stdout. Whoever reads may stop early (`cohort demo | head`): that ends the command quietly.
+
+use std::fmt::Arguments;
+use std::io::{self, ErrorKind, Write};
+
+/// Prints a line to stdout as `println!` does; see [`write_line`].
+macro_rules! say {
+    () => { $crate::out::write_line(format_args!("")) };
+    ($($arguments:tt)*) => { $crate::out::write_line(format_args!($($arguments)*)) };
+}
+pub(crate) use say;
+
+/// Writes a line to stdout; ends the process when nobody reads any more.
+pub(crate) fn write_line(line: Arguments<'_>) {
+    end_if_unread(writeln!(io::stdout(), "{line}"));
+}
+
+/// Writes text as it is and shows it at once; ends the process when nobody reads any more.
+pub(crate) fn write_text(text: &str) {
+    let mut stdout = io::stdout().lock();
+    end_if_unread(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()));
+}
+
+/// Ends the process when a write failed because nobody reads any more. Children see their lifelines end.
+fn end_if_unread(written: io::Result<()>) {
+    if written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) {
+        std::process::exit(0);
+    }
+}
