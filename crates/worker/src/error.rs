@@ -63,6 +63,12 @@ pub enum Error {
         /// The system's words.
         source: std::io::Error,
     },
+    /// The model is loaded and cannot produce a token.
+    #[error("the warm-up token failed, so this model cannot serve: {why}")]
+    WarmUp {
+        /// What the engine reported.
+        why: String,
+    },
     /// The gRPC server ended by itself.
     #[error("the gRPC server failed: {0}")]
     Server(String),

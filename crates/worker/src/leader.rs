@@ -77,9 +77,12 @@ impl Leader {
         };
         let prompt = vec![TokenId(0)];
         let request = engine::Request { prompt, generation, deadline: None };
-        let (sink, _answers) = tokio::sync::mpsc::channel(8);
+        let (sink, mut answers) = tokio::sync::mpsc::channel(8);
         self.submit(Submission { request, deadline: None, sink });
         while self.step()? {}
+        while let Ok(answer) = answers.try_recv() {
+            answer.map_err(|status| Error::WarmUp { why: status.message().to_owned() })?;
+        }
         Ok(())
     }
 

@@ -47,8 +47,8 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
         PlanChannel::Follower(plans) => plans,
         PlanChannel::Leader(_) => unreachable!("only rank 0 is given the leader's end"),
     };
-    reporter.report(Report::Ready { elapsed: started.elapsed() });
     phase(reporter, Phase::Serving);
+    reporter.report(Report::Ready { elapsed: started.elapsed() });
     follower::run_until_stopped(config, shutdown, abort, || follower::run(config.rank, executor, plans))
 }
 
@@ -127,8 +127,8 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
     phase(&reporter, Phase::Warming);
     leader.warm_up()?;
     wake_on(shutdown, inbox.clone(), ended)?;
-    reporter.report(Report::Ready { elapsed: started.elapsed() });
     phase(&reporter, Phase::Serving);
+    reporter.report(Report::Ready { elapsed: started.elapsed() });
     leader.run(config, shutdown)
 }
 
