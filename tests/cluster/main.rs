@@ -6,5 +6,6 @@ mod bad_requests;
 mod bad_starts;
 mod deaths;
 mod endings;
+mod examples;
 mod parity;
 mod support;
