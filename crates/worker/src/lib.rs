@@ -19,5 +19,6 @@ mod state;
 
 pub use config::{Config, Device, Limits};
 pub use error::Error;
-pub use report::{Phase, Report, Reporter};
+pub use proto::Phase;
+pub use report::{Report, Reporter};
 pub use run::run;

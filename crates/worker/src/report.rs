@@ -3,22 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use proto::Phase;
 use types::Bytes;
-
-/// Start-up phases, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// Reading the configuration and meeting the other ranks.
-    Starting,
-    /// Reading weights.
-    Loading,
-    /// Producing the warm-up token.
-    Warming,
-    /// Taking requests (leader) or steps (follower).
-    Serving,
-    /// Finishing open requests before the end.
-    Draining,
-}
 
 /// One event of a rank's life.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -83,23 +83,13 @@ impl Reporter for Both {
             let percent = u32::try_from(percent).unwrap_or(100);
             match phase {
                 Phase::Starting | Phase::Loading | Phase::Warming => {
-                    self.state.set(State::Booting { phase: wire(*phase), percent });
+                    self.state.set(State::Booting { phase: *phase, percent });
                 }
                 Phase::Serving => self.state.set(State::Serving),
                 Phase::Draining => self.state.set(State::Draining),
             }
         }
         self.reporter.report(event);
-    }
-}
-
-const fn wire(phase: Phase) -> proto::Phase {
-    match phase {
-        Phase::Starting => proto::Phase::Starting,
-        Phase::Loading => proto::Phase::Loading,
-        Phase::Warming => proto::Phase::Warming,
-        Phase::Serving => proto::Phase::Serving,
-        Phase::Draining => proto::Phase::Draining,
     }
 }
 
