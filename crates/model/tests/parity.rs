@@ -94,3 +94,16 @@ fn bf16_stays_near_the_reference() {
         }
     }
 }
+
+/// Attention, routed and shared experts are added up before they are reduced; the embedding is one more.
+#[test]
+fn every_layer_takes_part_in_exactly_one_all_reduce() {
+    for name in CASES {
+        let golden = load(name);
+        let run = Run { chunks: vec![9], continued: 3, ..Run::whole(2) };
+        for output in golden.run(&run) {
+            let expected = output.steps * (golden.config.layers.len() as u64 + 1);
+            assert_eq!(output.all_reduces, expected, "{name}, {} steps", output.steps);
+        }
+    }
+}

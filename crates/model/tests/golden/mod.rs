@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use collectives::InProcess;
+use collectives::{InProcess, Op};
 use model::{Checkpoint, Files, KvBudget, Model, ModelConfig, Parts, ShardPlan};
 use ops::conformance::Random;
 use ops::{Backend, Batch, BatchSequence, BlockTable};
@@ -49,6 +49,15 @@ pub(crate) struct Output {
     pub(crate) hidden: Vec<Vec<f32>>,
     /// The greedy continuation.
     pub(crate) greedy: Vec<u32>,
+    /// Steps taken, and all-reduces this rank took part in meanwhile.
+    pub(crate) steps: u64,
+    pub(crate) all_reduces: u64,
+}
+
+impl Output {
+    fn new(layers: usize) -> Self {
+        Self { logits: vec![], hidden: vec![vec![]; layers + 1], greedy: vec![], steps: 0, all_reduces: 0 }
+    }
 }
 
 /// How to run a prompt.
@@ -152,7 +161,8 @@ struct Rank<B: Backend> {
 impl<B: Backend<Tensor = Tensor>> Rank<B> {
     fn run(&mut self, ids: &[u32], run: &Run) -> Output {
         let layers = self.model.config().layers.len();
-        let mut output = Output { logits: vec![], hidden: vec![vec![]; layers + 1], greedy: vec![] };
+        let mut output = Output::new(layers);
+        let before = self.all_reduces();
         // Blocks in a shuffled order: a table that is not followed reads the wrong keys.
         let order = Random::new(7).shuffled(BLOCKS as usize);
         let (mut done, mut chunk) = (0, 0);
@@ -165,15 +175,21 @@ impl<B: Backend<Tensor = Tensor>> Rank<B> {
             let row = &output.logits[output.logits.len() - self.vocab..];
             let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a))).unwrap();
             output.greedy.push(best as u32);
-            let mut rest = Output { logits: vec![], hidden: vec![vec![]; layers + 1], greedy: vec![] };
+            let mut rest = Output::new(layers);
             self.step(&[best as u32], ids.len() + at, &order, &mut rest);
             let keep = output.logits.len() - self.vocab;
             // Only the prompt's logits are compared; the newest row stays at the end for the next choice.
             output.logits.truncate(if at == 0 { keep + self.vocab } else { keep });
             output.logits.extend(rest.logits);
+            output.steps += rest.steps;
         }
+        output.all_reduces = self.all_reduces() - before;
         output.logits.truncate(ids.len() * self.vocab);
         output
+    }
+
+    fn all_reduces(&mut self) -> u64 {
+        self.model.comm_mut().0.counters().of(Op::AllReduce).ops
     }
 
     fn step(&mut self, tokens: &[u32], start: usize, order: &[usize], output: &mut Output) {
@@ -193,6 +209,7 @@ impl<B: Backend<Tensor = Tensor>> Rank<B> {
             }],
             logit_rows: (0..tokens.len() as u32).collect(),
         };
+        output.steps += 1;
         let Output { logits, hidden, .. } = output;
         let sink = |_first: usize, rows: &[f32]| {
             logits.extend_from_slice(rows);
