@@ -73,6 +73,30 @@ fn a_killed_router_comes_back_at_the_same_address() {
     assert_eq!(again.into_inner().token_ids.len(), 3);
 }
 
+/// A rank that hangs keeps its connections; only the deadline of the collective finds it.
+#[test]
+fn a_rank_that_hangs_is_named_by_the_step_deadline_and_the_group_comes_back() {
+    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--step-timeout=1"]);
+    let mut client = cluster.client();
+    let victim = cluster.rank(1);
+    let status = cluster.block_on(async {
+        let mut stream = client.generate(tokens(&[5, 600], 2000)).await.unwrap().into_inner();
+        stream.message().await.unwrap().unwrap();
+        signal(victim, Signal::STOP);
+        loop {
+            match stream.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("a stream without an end"),
+                Err(status) => return status,
+            }
+        }
+    });
+    assert!(status.message().contains("rank 1"), "{status:?}");
+    let answer = cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
+    assert_eq!(answer.token_ids.len(), 3);
+    assert!(!runs(victim), "the hanging rank is still there");
+}
+
 /// Kills one supervisor and expects everything below it gone in time.
 fn leaves_nothing_behind(victim: u32, below: &[(u32, String)]) {
     signal(victim, Signal::KILL);
