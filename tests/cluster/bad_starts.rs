@@ -70,6 +70,7 @@ fn a_bad_checkpoint_is_named_by_file_and_tensor_or_field() {
 #[test]
 fn ranks_that_do_not_divide_the_model_are_refused_with_the_numbers() {
     refused(&["--tensor-parallel=3"], &["8 query heads", "3 ranks"]);
+    refused(&["--tensor-parallel=3", "--experts=expert"], &["16 routed experts", "3 ranks"]);
 }
 
 #[test]

@@ -92,7 +92,8 @@ fn a_rank_that_hangs_is_named_by_the_step_deadline_and_the_group_comes_back() {
         }
     });
     assert!(status.message().contains("rank 1"), "{status:?}");
-    let answer = cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
+    let answer =
+        cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
     assert_eq!(answer.token_ids.len(), 3);
     assert!(!runs(victim), "the hanging rank is still there");
 }

@@ -57,6 +57,11 @@ fn two_ranks_give_the_references_tokens_and_log_probabilities() {
 }
 
 #[test]
+fn two_ranks_with_whole_experts_give_the_references_tokens_and_log_probabilities() {
+    check(&Cluster::up(&["--tensor-parallel=2", "--experts=expert"]));
+}
+
+#[test]
 fn a_conversation_is_rendered_tokenized_answered_and_detokenized_as_the_reference_does() {
     let cluster = Cluster::up(&["--tensor-parallel=2"]);
     let mut asked = 0;

@@ -89,6 +89,9 @@ pub struct GroupFlags {
     /// Ranks that share the model [default: 1]
     #[arg(long, value_name = "N")]
     pub tensor_parallel: Option<u32>,
+    /// How the routed experts are shared out: tensor (a part of each) or expert (some of them whole) [default: tensor]
+    #[arg(long, value_parser = ["tensor", "expert"])]
+    pub experts: Option<String>,
     /// CPU threads of each rank [default: the machine's cores shared among the ranks]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -189,6 +192,7 @@ impl ConfigFlags for GroupFlags {
     fn flags(&self) -> Vec<Flag> {
         [
             given("--tensor-parallel", "group.tensor_parallel", self.tensor_parallel.as_ref()),
+            given("--experts", "group.experts", self.experts.as_ref()),
             given("--threads", "group.threads", self.threads.as_ref()),
             given("--kv-tokens", "group.kv_tokens", self.kv_tokens.as_ref()),
             given("--block-size", "group.block_size", self.block_size.as_ref()),
@@ -253,6 +257,7 @@ impl From<&Settings> for GroupFlags {
         let group = &settings.group;
         Self {
             tensor_parallel: Some(group.tensor_parallel.get()),
+            experts: Some(group.experts.name().to_owned()),
             threads: group.threads,
             kv_tokens: Some(group.kv_tokens),
             block_size: Some(group.block_size.tokens()),

@@ -120,11 +120,12 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     }
 
     fn layer(&mut self, index: usize, x: B::Tensor) -> Result<B::Tensor, Error> {
-        let Self { config, backend, comm, weights, kv, .. } = self;
+        let Self { config, plan, backend, comm, weights, kv } = self;
         let (layer, weights) = (config.layers[index], &weights.layers[index]);
         let n = backend.norm(&x, &weights.norm, config.norm)?;
         let attended = attention(backend, config, layer, weights, &mut kv[index], &n)?;
-        let sum = mlp(backend, config, &weights.mlp, &n, attended)?;
+        let first_expert = plan.experts.as_ref().map_or(0, |shard| shard.experts.start);
+        let sum = mlp((backend, config), &weights.mlp, first_expert, &n, attended)?;
         let sum: Reduced<B::Tensor> = sum.reduce(comm)?;
         Ok(backend.residual_add(x, sum.get())?)
     }
@@ -182,9 +183,9 @@ fn attention<B: Backend>(
 
 /// Adds the MLP's part to the attention's.
 fn mlp<B: Backend>(
-    backend: &mut B,
-    config: &ModelConfig,
+    (backend, config): (&mut B, &ModelConfig),
     weights: &MlpWeights<B>,
+    first_expert: usize,
     n: &B::Tensor,
     attended: Partial<B::Tensor>,
 ) -> Result<Partial<B::Tensor>, Error> {
@@ -199,7 +200,7 @@ fn mlp<B: Backend>(
             };
             let logits = backend.linear(n, router)?;
             let routed = backend.route(&logits, moe.routing)?;
-            let routed = Partial::new(backend.routed_experts(n, &routed, gate_up, down, 0)?);
+            let routed = Partial::new(backend.routed_experts(n, &routed, gate_up, down, first_expert)?);
             let scale = match moe.shared.as_ref().map(|s| s.combination) {
                 Some(Combination::Average) => 0.5,
                 Some(Combination::Sum) | None => 1.0,

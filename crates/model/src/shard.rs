@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use types::limits::RANKS_MAX;
-use types::{TokenId, TpRank, TpSize};
+use types::{ExpertSharding, TokenId, TpRank, TpSize};
 
 use crate::config::ModelConfig;
 use crate::error::Error;
@@ -29,8 +29,8 @@ pub struct ShardPlan {
     pub shared: Option<Range<usize>>,
 }
 
-/// A rank's part of the routed experts: these columns of these experts. Sharding by width takes some columns of
-/// every expert.
+/// A rank's part of the routed experts: these columns of these experts. [`ExpertSharding::Tensor`] takes some columns
+/// of every expert, [`ExpertSharding::Expert`] every column of some.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExpertShard {
     /// Experts held.
@@ -40,41 +40,58 @@ pub struct ExpertShard {
 }
 
 impl ShardPlan {
+    /// The part of `rank` with the experts shared out by width.
+    ///
+    /// # Errors
+    /// As [`ShardPlan::sharded`].
+    pub fn new(config: &ModelConfig, rank: TpRank) -> Result<Self, Error> {
+        Self::sharded(config, rank, ExpertSharding::Tensor)
+    }
+
     /// The part of `rank`.
     ///
     /// # Errors
     /// [`Error::Split`] with every count that does not divide by the number of ranks, and the sizes that do.
-    pub fn new(config: &ModelConfig, rank: TpRank) -> Result<Self, Error> {
+    pub fn sharded(config: &ModelConfig, rank: TpRank, experts: ExpertSharding) -> Result<Self, Error> {
         let mut split = Split { rank, problems: Vec::new() };
         let query_heads = split.evenly("query heads", config.query_heads);
         let kv_heads = split.kv_heads(config.kv_heads);
         let dense =
             config.dense_intermediate_size.map(|width| split.evenly("columns of the dense MLP", width));
         let moe = config.moe.as_ref();
-        let experts = moe.map(|moe| ExpertShard {
-            experts: 0..moe.experts,
-            width: split.evenly("columns of a routed expert", moe.intermediate_size),
+        let routed = moe.map(|moe| match experts {
+            ExpertSharding::Tensor => ExpertShard {
+                experts: 0..moe.experts,
+                width: split.evenly("columns of a routed expert", moe.intermediate_size),
+            },
+            ExpertSharding::Expert => ExpertShard {
+                experts: split.evenly("routed experts", moe.experts),
+                width: 0..moe.intermediate_size,
+            },
         });
         let shared = moe
             .and_then(|moe| moe.shared)
             .map(|shared| split.evenly("columns of the shared experts", shared.intermediate_size));
         if !split.problems.is_empty() {
-            return Err(Error::Split { rank, problems: split.problems, works: Self::sizes(config) });
+            return Err(Error::Split { rank, problems: split.problems, works: Self::sizes(config, experts) });
         }
         let vocab_rows = config.vocab_size.div_ceil(rank.size().as_usize());
         let first = (rank.as_usize() * vocab_rows).min(config.vocab_size);
         let vocab = first..(first + vocab_rows).min(config.vocab_size);
-        Ok(Self { rank, query_heads, kv_heads, vocab_rows, vocab, dense, experts, shared })
+        Ok(Self { rank, query_heads, kv_heads, vocab_rows, vocab, dense, experts: routed, shared })
     }
 
     /// Every number of ranks this model divides by, ascending.
     #[must_use]
-    pub fn sizes(config: &ModelConfig) -> Vec<u32> {
+    pub fn sizes(config: &ModelConfig, experts: ExpertSharding) -> Vec<u32> {
         let divides = |size: usize| {
             let kv = config.kv_heads;
             let kv_fits = if size > kv { size.is_multiple_of(kv) } else { kv.is_multiple_of(size) };
             let dense = config.dense_intermediate_size;
-            let routed = config.moe.map(|moe| moe.intermediate_size);
+            let routed = config.moe.map(|moe| match experts {
+                ExpertSharding::Tensor => moe.intermediate_size,
+                ExpertSharding::Expert => moe.experts,
+            });
             let shared = config.moe.and_then(|moe| moe.shared).map(|shared| shared.intermediate_size);
             let even = [Some(config.query_heads), dense, routed, shared];
             kv_fits && even.into_iter().flatten().all(|count| count.is_multiple_of(size))

@@ -5,7 +5,7 @@
 mod golden;
 
 use golden::{CASES, Golden, Output, Run, distance, load, log_probabilities};
-use types::DType;
+use types::{DType, ExpertSharding};
 
 /// Largest |Δ log-probability| allowed in f32.
 const LOGPROB_TOLERANCE: f64 = 2e-4;
@@ -15,7 +15,10 @@ const HIDDEN_TOLERANCE: f64 = 1e-4;
 fn check(golden: &Golden, run: &Run) {
     let outputs = golden.run(run);
     for (i, (prompt, output)) in golden.prompts.iter().zip(&outputs).enumerate() {
-        let place = format!("{} prompt {i} on {} ranks, cut {:?}", golden.name, run.ranks, run.chunks);
+        let place = format!(
+            "{} prompt {i} on {} ranks, experts by {}, cut {:?}",
+            golden.name, run.ranks, run.experts, run.chunks
+        );
         check_hidden(golden, &prompt.hidden, output, &place);
         let vocab = golden.config.vocab_size;
         let (ours, theirs) =
@@ -63,6 +66,14 @@ fn eight_ranks_agree_with_the_reference() {
 }
 
 #[test]
+fn whole_experts_on_each_rank_agree_with_the_reference() {
+    for ranks in [2, 4, 8] {
+        let run = Run { experts: ExpertSharding::Expert, ..Run::whole(ranks) };
+        CASES.iter().for_each(|name| check(&load(name), &run));
+    }
+}
+
+#[test]
 fn a_prompt_in_chunks_or_token_by_token_gives_the_same_bits_as_in_one_go() {
     for name in CASES {
         let golden = load(name);
@@ -100,10 +111,16 @@ fn bf16_stays_near_the_reference() {
 fn every_layer_takes_part_in_exactly_one_all_reduce() {
     for name in CASES {
         let golden = load(name);
-        let run = Run { chunks: vec![9], continued: 3, ..Run::whole(2) };
-        for output in golden.run(&run) {
-            let expected = output.steps * (golden.config.layers.len() as u64 + 1);
-            assert_eq!(output.all_reduces, expected, "{name}, {} steps", output.steps);
+        for experts in [ExpertSharding::Tensor, ExpertSharding::Expert] {
+            let run = Run { experts, chunks: vec![9], continued: 3, ..Run::whole(2) };
+            for output in golden.run(&run) {
+                let expected = output.steps * (golden.config.layers.len() as u64 + 1);
+                assert_eq!(
+                    output.all_reduces, expected,
+                    "{name}, experts by {experts}, {} steps",
+                    output.steps
+                );
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ mod support;
 use model::{Error, ModelConfig, ShardPlan};
 use serde_json::json;
 use support::{Rng, config_json, parse, rank, with};
-use types::{TokenId, TpSize};
+use types::{ExpertSharding, TokenId, TpSize};
 
 fn config(changes: &serde_json::Value) -> ModelConfig {
     parse(&with(config_json(), changes)).unwrap()
@@ -116,10 +116,12 @@ fn the_sizes_that_work_are_exactly_those_that_plan() {
             "num_shared_experts": 2,
         });
         let config = config(&changes);
-        let works = ShardPlan::sizes(&config);
-        for size in 1..=16 {
-            let plans = ShardPlan::new(&config, rank(size - 1, size)).is_ok();
-            assert_eq!(works.contains(&size), plans, "seed {seed}, {size} ranks, {changes}");
+        for experts in [ExpertSharding::Tensor, ExpertSharding::Expert] {
+            let works = ShardPlan::sizes(&config, experts);
+            for size in 1..=16 {
+                let plans = ShardPlan::sharded(&config, rank(size - 1, size), experts).is_ok();
+                assert_eq!(works.contains(&size), plans, "seed {seed}, {size} ranks, {experts}, {changes}");
+            }
         }
     }
 }

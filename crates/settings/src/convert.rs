@@ -47,6 +47,7 @@ impl Settings {
             device: self.model.device,
             threads: group.threads,
             rank: place.rank,
+            experts: group.experts,
             rendezvous: place.rendezvous,
             listen: place.listen,
             limits: worker::Limits {

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use types::{BlockSize, DType, TpSize};
+use types::{BlockSize, DType, ExpertSharding, TpSize};
 use worker::Device;
 
 use crate::strict;
@@ -94,6 +94,10 @@ pub struct Group {
     /// Ranks that share the model. Default: 1.
     #[serde(with = "strict::tp_size")]
     pub tensor_parallel: TpSize,
+    /// How the routed experts are shared out: `tensor` (a part of each) or `expert` (some of them whole). Default:
+    /// `tensor`.
+    #[serde(with = "strict::parsed")]
+    pub experts: ExpertSharding,
     /// CPU threads of each rank. Default: the machine's cores shared equally among the ranks.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
     pub threads: Option<usize>,
@@ -208,6 +212,7 @@ impl Default for Group {
         };
         Self {
             tensor_parallel: TpSize::ONE,
+            experts: ExpertSharding::Tensor,
             threads: None,
             kv_tokens: 32_768,
             block_size,

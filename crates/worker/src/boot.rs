@@ -46,7 +46,7 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
     if let Some(window_keys) = config.window_keys {
         model.window_keys = window_keys;
     }
-    let plan = ShardPlan::new(&model, config.rank)?;
+    let plan = ShardPlan::sharded(&model, config.rank, config.experts)?;
     let engine = engine_config(config, &model)?;
     let extra = format!("{} {engine:?}", config.model_name);
     let config_hash = model::config_hash(&checkpoint, config.rank.size(), config.dtype, extra.as_bytes())?;
@@ -86,7 +86,7 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
 /// Brings the ranks together.
 pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> Result<Joined, Error> {
     let rank = config.rank;
-    let plan = format!("tensor={}", rank.size());
+    let plan = format!("tensor={} experts={}", rank.size(), config.experts);
     let member = Member { rank, plan, config_hash: facts.config_hash };
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
     let options = RendezvousOptions { within: config.boot_timeout, tcp };

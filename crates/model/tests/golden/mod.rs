@@ -12,7 +12,7 @@ use ops::conformance::Random;
 use ops::{Backend, Batch, BatchSequence, BlockTable};
 use ops_cpu::{CpuBackend, HostCollective, Tensor};
 use safetensors::SafeTensors;
-use types::{BlockId, BlockSize, DType, Position, TokenId, TpRank, TpSize};
+use types::{BlockId, BlockSize, DType, ExpertSharding, Position, TokenId, TpRank, TpSize};
 
 /// The four variants of `tests/golden`.
 pub(crate) const CASES: [&str; 4] = ["north", "command-a-plus", "softmax-sum", "sigmoid-raw"];
@@ -64,6 +64,7 @@ impl Output {
 #[derive(Clone)]
 pub(crate) struct Run {
     pub(crate) ranks: u32,
+    pub(crate) experts: ExpertSharding,
     pub(crate) dtype: DType,
     /// Tokens in each prefill step; the last is repeated.
     pub(crate) chunks: Vec<usize>,
@@ -73,7 +74,13 @@ pub(crate) struct Run {
 
 impl Run {
     pub(crate) fn whole(ranks: u32) -> Self {
-        Self { ranks, dtype: DType::F32, chunks: vec![usize::MAX], continued: 24 }
+        Self {
+            ranks,
+            experts: ExpertSharding::Tensor,
+            dtype: DType::F32,
+            chunks: vec![usize::MAX],
+            continued: 24,
+        }
     }
 }
 
@@ -142,7 +149,7 @@ impl Golden {
         wrap: &impl Fn(CpuBackend) -> B,
     ) -> Rank<B> {
         let checkpoint = Checkpoint::open(Files::Directory(self.directory.clone())).unwrap();
-        let plan = ShardPlan::new(config, rank).unwrap();
+        let plan = ShardPlan::sharded(config, rank, run.experts).unwrap();
         let mut backend = wrap(CpuBackend::new(run.dtype, 1).unwrap());
         let (weights, _) = model::load(&checkpoint, config, &plan, &mut backend, &()).unwrap();
         let parts = Parts { config: config.clone(), plan, backend, comm: HostCollective(comm), weights };

@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
-use types::{BlockSize, DType, TpRank, TpSize};
+use types::{BlockSize, DType, ExpertSharding, TpRank, TpSize};
 use worker::{Config, Device, Error, Limits, Report, Reporter};
 
 /// Longest wait for anything that must happen.
@@ -33,6 +33,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         device: Device::Cpu,
         threads: Some(1),
         rank: TpRank::new(rank, size).unwrap(),
+        experts: ExpertSharding::Tensor,
         rendezvous: ([127, 0, 0, 1], 0).into(),
         listen: ([127, 0, 0, 1], 0).into(),
         limits: Limits {
