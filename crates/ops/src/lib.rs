@@ -5,6 +5,7 @@
 
 mod backend;
 mod batch;
+mod candidates;
 pub mod conformance;
 mod error;
 mod host;

@@ -2,14 +2,13 @@
 //! token from the same logits.
 //!
 //! Order: logits / temperature → softmax → top-k → top-p → min-p → renormalise → draw by one uniform number.
-//! Candidates are ordered by probability, lowest id first on a tie. The uniform number depends on (seed, position)
+//! Among equally likely tokens filters prefer the lowest id; the draw runs through what is left in order of ids. The uniform number depends on (seed, position)
 //! alone, so a request draws the same tokens whatever it is batched with and wherever it is resumed.
-
-use std::cmp::Ordering;
 
 use types::{SamplingParams, TokenId};
 
 use crate::Error;
+use crate::candidates::{Candidates, best_first};
 
 /// Log-probability of a token and of the most likely alternatives, from the unmodified distribution.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,16 +43,9 @@ impl<'a> Logits<'a> {
         if params.is_greedy() {
             return self.most_likely(banned);
         }
-        let mut candidates = self.candidates(params, banned);
-        if let Some(k) = params.top_k() {
-            keep_best(&mut candidates, k as usize);
-        }
-        candidates.sort_unstable_by(best_first);
-        let best = candidates.first().map_or(0.0, |c| c.1);
-        let total: f64 = candidates.iter().map(|c| c.1).sum();
-        keep_nucleus(&mut candidates, f64::from(params.top_p()) * total);
-        candidates.retain(|c| c.1 >= f64::from(params.min_p()) * best);
-        draw(&candidates, uniform(params.seed(), position)).unwrap_or_else(|| self.most_likely(banned))
+        let candidates = Candidates::new(self.0, params.temperature(), banned);
+        let kept = candidates.filter(params.top_k(), params.top_p(), params.min_p());
+        kept.draw(uniform(params.seed(), position)).unwrap_or_else(|| self.most_likely(banned))
     }
 
     fn most_likely(&self, banned: &[TokenId]) -> TokenId {
@@ -64,15 +56,6 @@ impl<'a> Logits<'a> {
             }
         }
         TokenId(best.map_or(0, |(id, _)| id))
-    }
-
-    /// Every token that may be drawn, with a weight proportional to its probability.
-    fn candidates(&self, params: &SamplingParams, banned: &[TokenId]) -> Vec<(TokenId, f64)> {
-        let temperature = f64::from(params.temperature());
-        let max = f64::from(self.max());
-        let weighed =
-            (0_u32..).zip(self.0).map(|(id, &l)| (TokenId(id), ((f64::from(l) - max) / temperature).exp()));
-        weighed.filter(|(id, weight)| *weight > 0.0 && !banned.contains(id)).collect()
     }
 
     fn max(&self) -> f32 {
@@ -91,49 +74,15 @@ impl<'a> Logits<'a> {
         } else {
             (0_u32..).zip(self.0).map(|(i, &l)| (TokenId(i), f64::from(l))).collect()
         };
-        keep_best(&mut best, top as usize);
+        if top > 0 && (top as usize) < best.len() {
+            best.select_nth_unstable_by(top as usize - 1, best_first);
+            best.truncate(top as usize);
+        }
         best.sort_unstable_by(best_first);
         let top = best.into_iter().map(|(id, logit)| (id, of(logit as f32))).collect();
         let logprob = self.0.get(token.0 as usize).map_or(f32::NEG_INFINITY, |&l| of(l));
         TokenLogprob { token, logprob, top }
     }
-}
-
-fn best_first(a: &(TokenId, f64), b: &(TokenId, f64)) -> Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-}
-
-/// Keeps the `k` best, in any order.
-fn keep_best(candidates: &mut Vec<(TokenId, f64)>, k: usize) {
-    if k > 0 && k < candidates.len() {
-        candidates.select_nth_unstable_by(k - 1, best_first);
-        candidates.truncate(k);
-    }
-}
-
-/// Keeps the shortest run of best candidates whose weights reach `mass`.
-fn keep_nucleus(candidates: &mut Vec<(TokenId, f64)>, mass: f64) {
-    let mut sum = 0.0;
-    let reached = candidates.iter().position(|c| {
-        sum += c.1;
-        sum >= mass
-    });
-    if let Some(last) = reached {
-        candidates.truncate(last + 1);
-    }
-}
-
-/// The candidate at the fraction `at` of the total weight.
-fn draw(candidates: &[(TokenId, f64)], at: f64) -> Option<TokenId> {
-    let total: f64 = candidates.iter().map(|c| c.1).sum();
-    let mut left = at * total;
-    for &(id, weight) in candidates {
-        left -= weight;
-        if left < 0.0 {
-            return Some(id);
-        }
-    }
-    candidates.last().map(|c| c.0)
 }
 
 /// A number in [0, 1) from a counter-based generator: Philox 2x32-10 (Salmon et al., 2011, "Parallel random
