@@ -77,3 +77,27 @@ fn a_checkpoint_without_a_tokenizer_serves_token_ids_only() {
     assert_eq!(status.code(), Code::FailedPrecondition);
     assert!(status.message().contains("tokenizer"), "{status:?}");
 }
+
+#[test]
+fn a_cache_smaller_than_the_context_is_the_context() {
+    let cluster = Cluster::up(&["--tensor-parallel=1", "--kv-tokens=100"]);
+    let mut client = cluster.client();
+    let info =
+        cluster.block_on(client.get_model_info(proto::v1::GetModelInfoRequest {})).unwrap().into_inner();
+    assert_eq!(info.context_tokens_max, 112, "100 tokens are seven blocks of 16");
+    let mut request = tokens(&[5, 600], 1);
+    request.stopping.as_mut().unwrap().max_tokens = None;
+    assert_eq!(cluster.generate(request).unwrap().token_ids.len(), 110);
+    let status = cluster.generate(tokens(&[5; 112], 1)).unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+}
+
+#[test]
+fn token_ids_beyond_the_vocabulary_are_not_detokenized() {
+    let cluster = Cluster::up(&["--tensor-parallel=1"]);
+    let mut client = cluster.client();
+    let request = proto::v1::DetokenizeRequest { token_ids: vec![5, 4096], keep_special_tokens: false };
+    let status = cluster.block_on(client.detokenize(request)).unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("token_ids[1]"), "{status:?}");
+}

@@ -74,6 +74,11 @@ fn ranks_that_do_not_divide_the_model_are_refused_with_the_numbers() {
 }
 
 #[test]
+fn a_kv_cache_larger_than_the_machine_is_refused_with_both_numbers() {
+    refused(&["--kv-tokens=2147483647"], &["KV cache", "TiB", "available"]);
+}
+
+#[test]
 fn a_cluster_file_with_an_unknown_key_is_refused_with_the_key() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("cluster.toml");

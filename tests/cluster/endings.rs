@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 
-use crate::support::{Cluster, cohort, runs, tokens};
+use crate::support::{Cluster, cohort, runs, signal, tokens};
 
 fn stops_cleanly(order: Signal) {
     let cluster = Cluster::up(&["--tensor-parallel=2"]);
@@ -40,6 +40,26 @@ fn open_requests_are_finished_before_the_end() {
         received
     });
     assert_eq!(tokens_received, 300);
+    assert_eq!(cluster.end().0.code(), Some(0));
+}
+
+/// systemd and `timeout` signal every process of a group at once.
+#[test]
+fn an_order_to_stop_for_every_process_at_once_finishes_open_requests_too() {
+    let cluster = Cluster::up(&["--tensor-parallel=2"]);
+    let mut client = cluster.client();
+    let below = cluster.processes();
+    let received = cluster.block_on(async {
+        let mut stream = client.generate(tokens(&[5, 600], 300)).await.unwrap().into_inner();
+        let mut received = stream.message().await.unwrap().unwrap().token_ids.len();
+        cluster.signal(Signal::TERM);
+        below.iter().for_each(|(pid, _)| signal(*pid, Signal::TERM));
+        while let Some(message) = stream.message().await.unwrap() {
+            received += message.token_ids.len();
+        }
+        received
+    });
+    assert_eq!(received, 300);
     assert_eq!(cluster.end().0.code(), Some(0));
 }
 

@@ -21,9 +21,15 @@ pub(crate) fn write_text(text: &str) {
     end_if_unread(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()));
 }
 
-/// Ends the process when a write failed because nobody reads any more. Children see their lifelines end.
+/// Ends the process when a write failed: quietly when nobody reads any more, else with the reason. Children see their
+/// lifelines end.
 fn end_if_unread(written: io::Result<()>) {
-    if written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) {
-        std::process::exit(0);
+    match written {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) => {
+            eprintln!("error: the answer cannot be written to stdout: {error}");
+            std::process::exit(1);
+        }
     }
 }

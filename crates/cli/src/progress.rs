@@ -121,6 +121,14 @@ impl Progress {
             self.paint.dim(&loaded.device),
         );
         self.print(&summary);
+        // Every rank leaves them alone; one line says so.
+        if key.1 == 0 && loaded.skipped_tensors > 0 {
+            let (count, bytes) = (loaded.skipped_tensors, Bytes(loaded.skipped_bytes));
+            self.print(&format!(
+                "{}  {count} vision tensors ({bytes}) skipped: text only",
+                self.paint.bold(self.name(key))
+            ));
+        }
     }
 
     fn settle(&mut self, key: Key) {

@@ -69,6 +69,12 @@ pub struct Loaded {
     pub read: u64,
     /// Tensors read, wholly or in part.
     pub tensors: usize,
+    /// Vision tensors that were left alone.
+    #[serde(default)]
+    pub skipped_tensors: usize,
+    /// Their size, in bytes.
+    #[serde(default)]
+    pub skipped_bytes: u64,
     /// How long it took, in milliseconds.
     pub elapsed_ms: u64,
     /// What runs the model.
@@ -134,10 +140,20 @@ impl From<worker::Report> for Event {
             worker::Report::Phase { phase, done: Bytes(done), total: Bytes(total) } => {
                 Self::Phase { phase: phase.into(), done, total }
             }
-            worker::Report::Loaded { resident, read, tensors, elapsed, device } => Self::Loaded(Loaded {
+            worker::Report::Loaded {
+                resident,
+                read,
+                tensors,
+                skipped_tensors,
+                skipped_bytes,
+                elapsed,
+                device,
+            } => Self::Loaded(Loaded {
                 resident: resident.0,
                 read: read.0,
                 tensors,
+                skipped_tensors,
+                skipped_bytes: skipped_bytes.0,
                 elapsed_ms: millis(elapsed),
                 device,
             }),

@@ -16,6 +16,8 @@ fn events() -> Vec<Event> {
             resident: 1,
             read: 2,
             tensors: 3,
+            skipped_tensors: 1,
+            skipped_bytes: 2,
             elapsed_ms: 4,
             device: "cpu, 1 thread, f32".into(),
         }),

@@ -28,24 +28,28 @@ pub(crate) struct Planes<E> {
 }
 
 impl<E: Element> Planes<E> {
-    fn new(elements: usize) -> Self {
-        let zero = E::narrow(0.0);
-        Self { keys: vec![zero; elements], values: vec![zero; elements] }
+    fn new(elements: usize) -> Result<Self, Error> {
+        let plane = || -> Result<Vec<E>, Error> {
+            let mut plane = Vec::new();
+            plane.try_reserve_exact(elements).map_err(|_| Error::Memory {
+                what: "one plane of a KV layer".into(),
+                needed: Bytes((elements * size_of::<E>()) as u64),
+                available: Bytes(0),
+            })?;
+            plane.resize(elements, E::narrow(0.0));
+            Ok(plane)
+        };
+        Ok(Self { keys: plane()?, values: plane()? })
     }
 }
 
 impl KvLayer {
     pub(crate) fn new(spec: &KvLayerSpec, dtype: DType) -> Result<Self, Error> {
         let per_block = spec.kv_heads * spec.block_size.tokens() as usize * spec.head_dim;
-        let too_large = || Error::Memory {
-            what: format!("a KV layer of {} blocks", spec.blocks),
-            needed: Bytes(u64::MAX),
-            available: Bytes(0),
-        };
-        let elements = per_block.checked_mul(spec.blocks).ok_or_else(too_large)?;
+        let elements = per_block * spec.blocks;
         let store = match dtype {
-            DType::F32 => Store::F32(Planes::new(elements)),
-            DType::BF16 => Store::BF16(Planes::new(elements)),
+            DType::F32 => Store::F32(Planes::new(elements)?),
+            DType::BF16 => Store::BF16(Planes::new(elements)?),
         };
         Ok(Self { spec: *spec, store })
     }

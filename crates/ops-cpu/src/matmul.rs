@@ -35,6 +35,9 @@ fn matmul_of<E: Loadable>(threads: &Threads, x: &[f32], w: &[E], y: &mut [f32], 
         });
         return;
     }
+    if threads.count() > 1 && rows < ROW_TILE * threads.count() {
+        return few_rows(threads, x, w, y, inner);
+    }
     // Threads share the rows; a prompt has plenty.
     threads.split(y, ROW_TILE * outs, work, |first, y| {
         let first_row = first / outs;
@@ -42,6 +45,29 @@ fn matmul_of<E: Loadable>(threads: &Threads, x: &[f32], w: &[E], y: &mut [f32], 
         let x = &x[first_row * inner..(first_row + rows) * inner];
         dispatch(ManyRows { x, w, y, inner });
     });
+}
+
+/// Too few rows to share out: the threads share the outputs. Each computes its own columns of y, which are then put
+/// in their places; the order of every sum is the same as ever.
+fn few_rows<E: Loadable>(threads: &Threads, x: &[f32], w: &[E], y: &mut [f32], inner: usize) {
+    let (rows, outs) = (x.len() / inner, w.len() / inner);
+    // [O, T]: a thread's outputs are contiguous.
+    let mut columns = vec![0.0; y.len()];
+    threads.split(&mut columns, OUT_TILE_SINGLE * rows, y.len() * inner, |first, columns| {
+        let (first, count) = (first / rows, columns.len() / rows);
+        let mut own = vec![0.0; columns.len()];
+        dispatch(ManyRows { x, w: &w[first * inner..(first + count) * inner], y: &mut own, inner });
+        for (out, column) in columns.chunks_exact_mut(rows).enumerate() {
+            for row in 0..rows {
+                column[row] = own[row * count + out];
+            }
+        }
+    });
+    for (out, column) in columns.chunks_exact(rows).enumerate() {
+        for row in 0..rows {
+            y[row * outs + out] = column[row];
+        }
+    }
 }
 
 /// One row against all of `w`.

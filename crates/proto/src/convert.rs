@@ -23,9 +23,9 @@ impl GenerationFields {
                 let name = |v: types::FieldViolation| Violation::new(self.name(v.field), v.reason);
                 Failure::Invalid(wrong.into_iter().map(name).collect())
             }
-            other @ (types::Error::Rank { .. } | types::Error::Count { .. }) => {
-                Violation::new("generation", other.to_string()).into()
-            }
+            other @ (types::Error::Rank { .. }
+            | types::Error::Count { .. }
+            | types::Error::TooMany { .. }) => Violation::new("generation", other.to_string()).into(),
         }
     }
 

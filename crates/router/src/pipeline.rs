@@ -5,6 +5,7 @@ use std::sync::Arc;
 use proto::{Failure, GenerationFields, Prompt, Violation, stop_strings, v1, worker};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
+use types::limits::MESSAGE_BYTES_MAX;
 use types::{Generation, GenerationSpec, TokenId};
 
 use crate::answer::{Answer, Assembler};
@@ -148,7 +149,12 @@ impl Shared {
         let keep_special = request.response.unwrap_or_default().keep_special_tokens;
         let stop = request.stopping.take().unwrap_or_default().stop;
         let mut wrong = Vec::new();
-        let prompt = Prompt::try_from(request.prompt).and_then(|prompt| facts.check_ids(prompt));
+        let prompt = Prompt::try_from(request.prompt).and_then(|prompt| {
+            if let Prompt::TokenIds(ids) = &prompt {
+                facts.check_ids("token_ids.ids", ids)?;
+            }
+            Ok(prompt)
+        });
         let prompt = unless_invalid(prompt, &mut wrong)?;
         let generation = spec
             .validate(random_u64(), facts.vocab_size)
@@ -184,6 +190,7 @@ impl Shared {
         if prompt.is_empty() {
             return Err(Violation::new("prompt", "has no tokens").into());
         }
+        check_prompt_logprobs(&generation, tokens)?;
         Ok(Tokenized { permit, prompt, generation: generation.limited_to(room), stop, keep_special })
     }
 
@@ -206,24 +213,45 @@ impl Shared {
 }
 
 impl Facts {
-    /// Names every token id that the model does not have.
-    fn check_ids(&self, prompt: Prompt) -> Result<Prompt, Failure> {
-        let Prompt::TokenIds(ids) = &prompt else { return Ok(prompt) };
+    /// Names every token id of `field` that the model does not have.
+    ///
+    /// # Errors
+    /// [`Failure::Invalid`] with the first of them.
+    pub(crate) fn check_ids(&self, field: &str, ids: &[TokenId]) -> Result<(), Failure> {
         let bad = ids.iter().enumerate().filter(|(_, id)| id.0 >= self.vocab_size);
         let name = |(index, id): (usize, &TokenId)| {
             let reason = format!("token id {id} is not below the vocabulary size {}", self.vocab_size);
-            Violation::new(format!("token_ids.ids[{index}]"), reason)
+            Violation::new(format!("{field}[{index}]"), reason)
         };
         // A prompt of nothing but bad ids would otherwise make a list as long as itself.
         let wrong: Vec<Violation> = bad.map(name).take(VIOLATIONS_MAX).collect();
         match wrong.is_empty() {
-            true => Ok(prompt),
+            true => Ok(()),
             false => Err(Failure::Invalid(wrong)),
         }
     }
 }
 
 const VIOLATIONS_MAX: usize = 16;
+/// Most bytes a log-probability entry or alternative takes in a message.
+const LOGPROB_BYTES_MAX: usize = 20;
+
+/// A prompt's log-probabilities come in one message; those that would not fit are refused before the prompt is
+/// computed.
+fn check_prompt_logprobs(generation: &Generation, prompt_tokens: u32) -> Result<(), Failure> {
+    let Some(asked) = generation.prompt_logprobs() else { return Ok(()) };
+    let bytes = prompt_tokens as usize * (1 + asked.top() as usize) * LOGPROB_BYTES_MAX;
+    // The rest of the message is the prompt's ids and one step's tokens.
+    if bytes <= MESSAGE_BYTES_MAX / 2 {
+        return Ok(());
+    }
+    let most = (MESSAGE_BYTES_MAX / 2 / LOGPROB_BYTES_MAX / prompt_tokens as usize).saturating_sub(1);
+    let reason = format!(
+        "{} alternatives at {prompt_tokens} positions do not fit in a message; at most {most} do",
+        asked.top()
+    );
+    Err(Violation::new("response.prompt_logprobs", reason).into())
+}
 
 /// Sets violations aside, so that all fields are looked at before the request is refused.
 fn unless_invalid<T>(result: Result<T, Failure>, wrong: &mut Vec<Violation>) -> Result<Option<T>, Failure> {

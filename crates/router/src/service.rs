@@ -38,6 +38,8 @@ impl Service {
         let _permit = self.shared.permit()?;
         let tokenizer = self.shared.text("Detokenize")?.tokenizer();
         let ids: Vec<TokenId> = request.token_ids.into_iter().map(TokenId).collect();
+        let (_, facts) = self.shared.served()?;
+        facts.check_ids("token_ids", &ids)?;
         Ok(v1::DetokenizeResponse { text: tokenizer.decode(&ids, request.keep_special_tokens) })
     }
 

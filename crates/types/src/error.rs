@@ -31,6 +31,14 @@ pub enum Error {
         /// The group size.
         size: u32,
     },
+    /// A count above its limit.
+    #[error("must be at most {max}, not {got}")]
+    TooMany {
+        /// The value that was refused.
+        got: u64,
+        /// The largest value allowed.
+        max: u64,
+    },
     /// A count that must be at least one and within its limit.
     #[error("{what} must be between 1 and {max}, not {got}")]
     Count {

@@ -65,10 +65,10 @@ impl Logprobs {
     /// The `top` most likely alternatives at each position; 0 asks for the token's own value only.
     ///
     /// # Errors
-    /// [`Error::Count`] above [`LOGPROBS_TOP_MAX`].
+    /// [`Error::TooMany`] above [`LOGPROBS_TOP_MAX`].
     pub const fn new(top: u32) -> Result<Self, Error> {
         if top > LOGPROBS_TOP_MAX {
-            return Err(Error::Count { what: "logprobs", got: top as u64, max: LOGPROBS_TOP_MAX as u64 });
+            return Err(Error::TooMany { got: top as u64, max: LOGPROBS_TOP_MAX as u64 });
         }
         Ok(Self { top })
     }

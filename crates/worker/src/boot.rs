@@ -9,7 +9,7 @@ use collectives::{AbortHandle, Joined, Member, PlanChannel, Rendezvous, Rendezvo
 use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, ShardPlan};
 use ops::KvGroup;
 use ops_cpu::{CpuBackend, HostCollective};
-use types::Bytes;
+use types::{Bytes, DType};
 
 use crate::{Config, Error, Phase, Report, Reporter, device};
 
@@ -66,11 +66,14 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
         (_, KvGroup::Full) => kv_blocks,
         (_, KvGroup::Sliding) => sliding,
     });
+    // A sequence cannot outgrow the cache, so that is what callers are told the context is.
     let engine = engine::Config {
         block_size: limits.block_size,
         blocks,
         window_keys: model.window_keys,
-        context_tokens_max: model.context_tokens_max,
+        context_tokens_max: model
+            .context_tokens_max
+            .min(kv_blocks.saturating_mul(limits.block_size.tokens())),
         vocab_size: u32::try_from(model.vocab_size).unwrap_or(u32::MAX),
         eos_token_ids: model.eos_token_ids.clone(),
         step_tokens_max: limits.step_tokens_max,
@@ -116,11 +119,18 @@ pub(crate) fn load(
     let progress =
         LoadProgress { reporter: Arc::clone(reporter), done: AtomicU64::new(0), total: AtomicU64::new(0) };
     let Facts { checkpoint, model: model_config, plan, engine, .. } = facts;
+    let kv = kv_bytes(&model_config, &plan, &engine, config.dtype);
+    if let Some(available) = device::memory_available().filter(|&available| kv > available) {
+        let what = format!("the KV cache of {} tokens", config.limits.kv_tokens);
+        return Err(Error::Device { rank, source: ops::Error::Memory { what, needed: kv, available } });
+    }
     let (weights, summary) = model::load(&checkpoint, &model_config, &plan, &mut backend, &progress)?;
     reporter.report(Report::Loaded {
         resident: summary.resident,
         read: summary.bytes_read,
         tensors: summary.tensors,
+        skipped_tensors: summary.skipped_tensors,
+        skipped_bytes: summary.skipped_bytes,
         elapsed: started.elapsed(),
         device: format!("cpu, {threads} thread{}, {}", if threads == 1 { "" } else { "s" }, config.dtype),
     });
@@ -132,6 +142,15 @@ pub(crate) fn load(
     let parts = Parts { config: model_config, plan, backend, comm, weights };
     let model = Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?;
     Ok(Booted { model, plans, abort })
+}
+
+/// Memory the KV cache of both groups takes on this rank.
+fn kv_bytes(model: &ModelConfig, plan: &ShardPlan, engine: &engine::Config, dtype: DType) -> Bytes {
+    let of = |group: KvGroup| {
+        let Bytes(block) = model::kv_bytes_per_block(model, plan, dtype, group, engine.block_size);
+        Bytes(block.saturating_mul(engine.blocks[group.index()].into()))
+    };
+    of(KvGroup::Full) + of(KvGroup::Sliding)
 }
 
 /// Passes the loader's progress on, a whole percent at a time.

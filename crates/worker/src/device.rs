@@ -3,7 +3,7 @@
 use std::num::NonZero;
 use std::thread::available_parallelism;
 
-use types::TpSize;
+use types::{Bytes, TpSize};
 
 use crate::{Device, Error};
 
@@ -25,6 +25,14 @@ pub(crate) fn choose(device: Device) -> Result<(), Error> {
             Err(Error::Cuda(ops_cuda::Error::NoKernels { found: found.to_string() }))
         }
     }
+}
+
+/// Memory this machine can still give out, or `None` where it does not say.
+pub(crate) fn memory_available() -> Option<Bytes> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(Bytes(kibibytes << 10))
 }
 
 /// Threads of one rank: what was asked for, or an equal share of the cores the ranks of this machine have.

@@ -30,6 +30,10 @@ pub enum Report {
         read: Bytes,
         /// Tensors read, wholly or in part.
         tensors: usize,
+        /// Vision tensors of the checkpoint, which are left alone.
+        skipped_tensors: usize,
+        /// Their size.
+        skipped_bytes: Bytes,
         /// How long it took.
         elapsed: Duration,
         /// What runs the model: `cpu, 2 threads, f32`.

@@ -9,7 +9,8 @@ const INTERRUPTED: i32 = 130;
 
 /// A token that is cancelled by SIGTERM, and by SIGINT when nobody supervises this process. A terminal sends Ctrl-C to
 /// every process in the foreground: a supervised one leaves it to its supervisor. A second signal ends the process at
-/// once.
+/// once, unless it is supervised: whoever signals a whole process group (systemd, `timeout`) is followed by the
+/// supervisor's own SIGTERM, and the supervisor kills what does not end in time.
 ///
 /// # Errors
 /// When the handlers or their thread cannot be set up.
@@ -39,7 +40,7 @@ async fn relay(mut interrupt: Signal, mut terminate: Signal, supervised: bool, t
             received = terminate.recv() => received,
         };
         match received {
-            Some(()) if token.is_cancelled() => std::process::exit(INTERRUPTED),
+            Some(()) if token.is_cancelled() && !supervised => std::process::exit(INTERRUPTED),
             Some(()) => token.cancel(),
             None => {}
         }
