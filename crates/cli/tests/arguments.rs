@@ -192,6 +192,8 @@ fn the_commands_of_the_readme_are_understood() {
         "bench --clients 4 --json",
         "bench serve --rate 3.5 --requests 10",
         "config check --config cluster.toml",
+        "plan --preset north-mini-code --tensor-parallel 2 --memory 139GiB --context 131072 --json",
+        "plan --model /m --config cluster.toml --experts expert",
         "worker --rank 1 --tensor-parallel 2 --rendezvous 127.0.0.1:7000",
     ];
     for line in lines {
@@ -207,5 +209,7 @@ fn contradicting_flags_are_refused() {
     assert!(refused(&["generate", "--system", "b"]).contains("--chat <TEXT>"));
     assert!(refused(&["bench", "--clients", "2", "--rate", "1"]).contains("cannot be used with"));
     assert!(refused(&["bench", "--clients", "0"]).contains("--clients"));
+    assert!(refused(&["plan", "--preset", "a", "--model", "b"]).contains("--preset"));
+    assert!(refused(&["plan", "--memory", "12 parsecs"]).contains("139GiB"));
     assert!(refused(&["up", "--device", "tpu"]).contains("possible values: auto, cpu, cuda"));
 }

@@ -4,7 +4,7 @@ mod fields;
 mod parse;
 
 use ops::{KvGroup, Norm, Rope, Routing};
-use types::TokenId;
+use types::{DType, TokenId};
 
 use crate::checkpoint::Files;
 use crate::error::Error;
@@ -42,6 +42,9 @@ pub struct ModelConfig {
     pub moe: Option<MoeConfig>,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<TokenId>,
+    /// Type the file announces for its weights, if it is one of ours. For sums made without a checkpoint: loading goes
+    /// by the type of each tensor.
+    pub stored_dtype: Option<DType>,
 }
 
 impl ModelConfig {

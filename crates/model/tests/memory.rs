@@ -3,11 +3,40 @@
 
 mod support;
 
-use model::{ModelConfig, ShardPlan, WeightBytes, kv_bytes_per_block, kv_bytes_per_token};
+use model::{
+    Attention, Mlp, ModelConfig, Preset, ShardPlan, WeightBytes, kv_bytes_per_block, kv_bytes_per_token,
+};
 use ops::KvGroup;
 use serde_json::json;
 use support::{config_json, parse, rank, with};
 use types::{BlockSize, Bytes, DType};
+
+#[test]
+fn the_presets_have_the_published_numbers_of_parameters() {
+    let parameters = |preset: Preset| {
+        let config = preset.config().unwrap();
+        assert_eq!(config.stored_dtype, Some(DType::BF16), "{preset}");
+        let plan = ShardPlan::new(&config, rank(0, 1)).unwrap();
+        WeightBytes::new(&config, &plan, DType::BF16).total().0 / 2
+    };
+    assert_eq!(parameters(Preset::NorthMiniCode), 30_484_303_872);
+    // Routed, shared, attention, routers, embedding; and 33 norms.
+    let norms = 33 * 4096;
+    assert_eq!(parameters(Preset::CommandAPlus), 218_254_802_944 + norms);
+}
+
+#[test]
+fn the_presets_are_the_published_models() {
+    let north = Preset::NorthMiniCode.config().unwrap();
+    let full = |config: &ModelConfig, at: usize| config.layers[at].attention == Attention::Full;
+    assert!((0..49).all(|at| full(&north, at) == (at % 4 == 0)));
+    assert!((0..49).all(|at| (north.layers[at].mlp == Mlp::Dense) == (at == 0)));
+    assert!(north.layers[0].rope && !north.layers[4].rope && north.layers[1].rope);
+    let command = Preset::CommandAPlus.config().unwrap();
+    assert!((0..32).all(|at| full(&command, at) == (at % 4 == 3)));
+    assert!(command.layers.iter().all(|layer| layer.mlp == Mlp::Sparse));
+    assert_eq!(command.moe.unwrap().shared.unwrap().intermediate_size, 16_384);
+}
 
 /// 49 layers of 128 experts: 30,484,303,872 parameters.
 fn north() -> ModelConfig {

@@ -36,6 +36,20 @@ impl Settings {
         }
     }
 
+    /// Bounds of each group's engine.
+    #[must_use]
+    pub const fn limits(&self) -> worker::Limits {
+        let group = &self.group;
+        worker::Limits {
+            block_size: group.block_size,
+            kv_tokens: group.kv_tokens,
+            step_tokens_max: group.step_tokens_max,
+            running_max: group.running_max,
+            waiting_requests_max: group.waiting_requests_max,
+            waiting_tokens_max: group.waiting_tokens_max,
+        }
+    }
+
     /// What one rank is started with, serving `files` under `name`.
     #[must_use]
     pub fn worker(&self, place: RankPlace, files: model::Files, name: String) -> worker::Config {
@@ -50,14 +64,7 @@ impl Settings {
             experts: group.experts,
             rendezvous: place.rendezvous,
             listen: place.listen,
-            limits: worker::Limits {
-                block_size: group.block_size,
-                kv_tokens: group.kv_tokens,
-                step_tokens_max: group.step_tokens_max,
-                running_max: group.running_max,
-                waiting_requests_max: group.waiting_requests_max,
-                waiting_tokens_max: group.waiting_tokens_max,
-            },
+            limits: self.limits(),
             window_keys: self.model.window_keys,
             boot_timeout: group.boot_timeout_s,
             step_timeout: group.step_timeout_s,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::{Add, AddAssign};
+use std::str::FromStr;
 use std::time::Duration;
 
 /// A number of bytes; prints in binary units (`1.5 MiB`).
@@ -35,6 +36,36 @@ impl fmt::Display for Bytes {
             0 => write!(f, "{} B", self.0),
             _ => write!(f, "{value:.1} {}", UNITS[unit]),
         }
+    }
+}
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    /// A number and a unit: `139GiB`, `80 GB`, `1.5TiB`, `4096`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        const UNITS: [(&str, u64); 10] = [
+            ("", 1),
+            ("B", 1),
+            ("KiB", 1 << 10),
+            ("MiB", 1 << 20),
+            ("GiB", 1 << 30),
+            ("TiB", 1 << 40),
+            ("KB", 1_000),
+            ("MB", 1_000_000),
+            ("GB", 1_000_000_000),
+            ("TB", 1_000_000_000_000),
+        ];
+        let wrong = || format!("`{text}` is no size in bytes; write one as 139GiB, 80GB or 1.5TiB");
+        let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = (&text[..end], text[end..].trim());
+        let (_, each) = UNITS.into_iter().find(|(name, _)| *name == unit).ok_or_else(wrong)?;
+        if let Ok(whole) = number.parse::<u64>() {
+            return whole.checked_mul(each).map(Self).ok_or_else(wrong);
+        }
+        let bytes = number.parse::<f64>().map_err(|_| wrong())? * each as f64;
+        // Every size below 2^53 is exact in 64-bit floats, and no memory is larger.
+        if bytes < (1_u64 << 53) as f64 { Ok(Self(bytes as u64)) } else { Err(wrong()) }
     }
 }
 

@@ -7,11 +7,10 @@ use std::time::Instant;
 
 use collectives::{AbortHandle, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions};
 use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, ShardPlan};
-use ops::KvGroup;
 use ops_cpu::{CpuBackend, HostCollective};
-use types::{Bytes, DType};
+use types::{Bytes, DType, KvGroup};
 
-use crate::{Config, Error, Phase, Report, Reporter, device};
+use crate::{Config, Error, Phase, Report, Reporter, capacity, device};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
 const SPIN: std::time::Duration = std::time::Duration::from_micros(20);
@@ -56,24 +55,13 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
 /// The engine's budgets for this model.
 fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config, Error> {
     let limits = &config.limits;
-    let kv_blocks = limits.block_size.blocks_for(limits.kv_tokens);
-    // A sliding layer never holds more of a sequence than its window and the step's chunk, and a block at each end.
-    let span = model.window_keys.saturating_add(limits.step_tokens_max);
-    let sliding_each = limits.block_size.blocks_for(span).saturating_add(2);
-    let sliding = kv_blocks.min(limits.running_max.saturating_mul(sliding_each));
-    let blocks = KvGroup::ALL.map(|group| match (model.layers_in(group), group) {
-        (0, _) => 0,
-        (_, KvGroup::Full) => kv_blocks,
-        (_, KvGroup::Sliding) => sliding,
-    });
     // A sequence cannot outgrow the cache, so that is what callers are told the context is.
+    let kv_tokens = limits.block_size.blocks_for(limits.kv_tokens).saturating_mul(limits.block_size.tokens());
     let engine = engine::Config {
         block_size: limits.block_size,
-        blocks,
+        blocks: capacity::pools(model, limits),
         window_keys: model.window_keys,
-        context_tokens_max: model
-            .context_tokens_max
-            .min(kv_blocks.saturating_mul(limits.block_size.tokens())),
+        context_tokens_max: model.context_tokens_max.min(kv_tokens),
         vocab_size: u32::try_from(model.vocab_size).unwrap_or(u32::MAX),
         eos_token_ids: model.eos_token_ids.clone(),
         step_tokens_max: limits.step_tokens_max,
@@ -146,11 +134,9 @@ pub(crate) fn load(
 
 /// Memory the KV cache of both groups takes on this rank.
 fn kv_bytes(model: &ModelConfig, plan: &ShardPlan, engine: &engine::Config, dtype: DType) -> Bytes {
-    let of = |group: KvGroup| {
-        let Bytes(block) = model::kv_bytes_per_block(model, plan, dtype, group, engine.block_size);
-        Bytes(block.saturating_mul(engine.blocks[group.index()].into()))
-    };
-    of(KvGroup::Full) + of(KvGroup::Sliding)
+    let per_block =
+        KvGroup::ALL.map(|group| model::kv_bytes_per_block(model, plan, dtype, group, engine.block_size));
+    capacity::kv_bytes(per_block, engine.blocks)
 }
 
 /// Passes the loader's progress on, a whole percent at a time.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod capacity;
 mod chunk;
 mod config;
 mod device;
@@ -17,6 +18,7 @@ mod server;
 mod service;
 mod state;
 
+pub use capacity::{Capacity, CollectiveCosts, GroupShape, KvCosts, Memory, RankBytes};
 pub use config::{Config, Device, Limits};
 pub use error::Error;
 pub use proto::Phase;

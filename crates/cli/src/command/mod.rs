@@ -5,6 +5,7 @@ pub mod config;
 pub mod demo;
 pub mod generate;
 pub mod group;
+pub mod plan;
 pub mod router;
 pub mod up;
 pub mod worker;
@@ -46,6 +47,8 @@ pub enum Command {
     Bench(bench::Args),
     /// Check or show a configuration
     Config(config::Args),
+    /// Say whether a group would fit and what it would serve; needs no weights and no GPU
+    Plan(Box<plan::Args>),
     /// Run a router for worker groups that run elsewhere
     Router(Box<router::Args>),
     /// Run the ranks of one worker group on this machine
@@ -66,6 +69,7 @@ impl Command {
             Self::Generate(args) => generate::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
+            Self::Plan(args) => plan::run(&args),
             Self::Router(args) => router::run(&args),
             Self::Group(args) => group::run(&args, log),
             Self::Worker(args) => worker::run(&args),
@@ -79,7 +83,12 @@ impl Command {
             Self::Router(args) => args.supervised,
             Self::Group(args) => args.supervised,
             Self::Worker(args) => args.supervised,
-            Self::Demo(_) | Self::Up(_) | Self::Generate(_) | Self::Bench(_) | Self::Config(_) => false,
+            Self::Demo(_)
+            | Self::Up(_)
+            | Self::Generate(_)
+            | Self::Bench(_)
+            | Self::Config(_)
+            | Self::Plan(_) => false,
         }
     }
 
@@ -88,7 +97,12 @@ impl Command {
     pub fn log_level_default(&self) -> &'static str {
         match self {
             Self::Router(_) | Self::Group(_) | Self::Worker(_) => "info",
-            Self::Demo(_) | Self::Up(_) | Self::Generate(_) | Self::Bench(_) | Self::Config(_) => "warn",
+            Self::Demo(_)
+            | Self::Up(_)
+            | Self::Generate(_)
+            | Self::Bench(_)
+            | Self::Config(_)
+            | Self::Plan(_) => "warn",
         }
     }
 }

@@ -100,6 +100,18 @@ impl Tcp {
         AbortHandle { links: Arc::clone(&self.links) }
     }
 
+    /// Elements `rank` sends in an all-reduce of `len` elements; it receives as many.
+    #[must_use]
+    pub const fn all_reduce_sends(rank: TpRank, len: usize) -> usize {
+        let ranks = rank.size().as_usize();
+        if at_once(rank, len) {
+            return len * (ranks - 1);
+        }
+        // Out: everyone else's parts, and this rank's sum to everyone. In: the same two, the other way round.
+        let mine = part_of(rank.as_usize(), ranks, len);
+        len - mine + mine * (ranks - 1)
+    }
+
     /// A barrier that may take longer than other operations: for work at start that ranks finish far apart, such as
     /// reading weights.
     ///
@@ -240,7 +252,7 @@ impl Tcp {
     /// Each rank sums one part and gives it to everyone.
     fn reduce_in_parts(&mut self, call: Call, data: &mut [f32]) -> Result<(), Error> {
         let (me, ranks, len) = (self.rank.as_usize(), self.lanes.len(), data.len());
-        let count = |peer: usize| len / ranks + usize::from(peer < len % ranks);
+        let count = |peer: usize| part_of(peer, ranks, len);
         let mut room = std::mem::take(&mut self.part);
         let part = grown(&mut room, count(me));
         let mut outcome = self.scatter((call, Phase::Scatter), data, part, count);
@@ -265,6 +277,16 @@ impl Tcp {
     }
 }
 
+/// Whether an all-reduce of `len` elements takes one exchange.
+const fn at_once(rank: TpRank, len: usize) -> bool {
+    rank.size().get() <= 2 || len * size_of::<f32>() <= ONE_SHOT_BYTES_MAX
+}
+
+/// Elements that rank `index` sums in an all-reduce of `len` elements that goes in parts.
+const fn part_of(index: usize, ranks: usize, len: usize) -> usize {
+    len / ranks + (index < len % ranks) as usize
+}
+
 /// The first `len` elements of `buffer`, which grows to the largest length seen and then stays.
 fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
@@ -281,16 +303,11 @@ impl Collective<[f32]> for Tcp {
     fn all_reduce_sum(&mut self, data: &mut [f32]) -> Result<(), Error> {
         self.run(Op::AllReduce, |this| {
             let call = this.call(Op::AllReduce, 0, data.len());
-            if this.others() <= 1 || size_of_val(data) <= ONE_SHOT_BYTES_MAX {
-                this.reduce_at_once(call, data)?;
-                let moved = data.len() * this.others();
-                return Ok((moved, moved));
+            let moved = Self::all_reduce_sends(this.rank, data.len());
+            match at_once(this.rank, data.len()) {
+                true => this.reduce_at_once(call, data)?,
+                false => this.reduce_in_parts(call, data)?,
             }
-            this.reduce_in_parts(call, data)?;
-            // Out: everyone else's parts, and this rank's sum to everyone. In: the same two, the other way round.
-            let own = this.lanes.len();
-            let mine = data.len() / own + usize::from(this.rank.as_usize() < data.len() % own);
-            let moved = data.len() - mine + mine * this.others();
             Ok((moved, moved))
         })
     }

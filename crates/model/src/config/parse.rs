@@ -5,8 +5,8 @@
 
 use ops::{Norm, Rope, Routing, Scoring};
 use serde_json::{Map, Value, json};
-use types::TokenId;
 use types::limits::CONTEXT_TOKENS_MAX;
+use types::{DType, TokenId};
 
 use super::fields::{Complaints, Fields};
 use super::{Attention, Combination, LayerConfig, Mlp, ModelConfig, MoeConfig, SharedExperts};
@@ -101,6 +101,7 @@ fn from_objects(
             None => None,
         },
         eos_token_ids: eos_token_ids?,
+        stored_dtype: stored_dtype(&scopes),
     })
 }
 
@@ -256,6 +257,13 @@ fn eos(
         })
     };
     items.iter().map(id).collect()
+}
+
+/// A type we do not know is no complaint here: the tensors say what they are, and are refused by name.
+fn stored_dtype(scopes: &Scopes<'_>) -> Option<DType> {
+    let scoped = [Some(scopes.text), scopes.outer].into_iter().flatten();
+    let named = scoped.flat_map(|scope| ["dtype", "torch_dtype"].map(|name| scope.get(name)));
+    named.flatten().find_map(|value| value.as_str()?.parse().ok())
 }
 
 fn layers(text: &Fields<'_>, complaints: &mut Complaints) -> Option<Vec<LayerConfig>> {
