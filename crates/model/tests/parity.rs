@@ -5,6 +5,8 @@
 mod golden;
 
 use golden::{CASES, Golden, Output, Run, distance, load, log_probabilities};
+use model::{Files, ModelConfig};
+use safetensors::SafeTensors;
 use types::{DType, ExpertSharding};
 
 /// Largest |Δ log-probability| allowed in f32.
@@ -123,4 +125,24 @@ fn every_layer_takes_part_in_exactly_one_all_reduce() {
             }
         }
     }
+}
+
+/// The same numbers under another name: a head of its own that equals the embedding.
+#[test]
+fn an_untied_head_is_loaded_and_used() {
+    let mut golden = load("north");
+    let bytes = std::fs::read(golden.directory.join("model.safetensors")).unwrap();
+    let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let embedding = tensors.iter().find(|(name, _)| name == "model.embed_tokens.weight").unwrap().1.clone();
+    tensors.push(("lm_head.weight".into(), embedding));
+    let untied = tempfile::tempdir().unwrap();
+    let written = safetensors::serialize(tensors, None).unwrap();
+    std::fs::write(untied.path().join("model.safetensors"), written).unwrap();
+    let config = std::fs::read_to_string(golden.directory.join("config.json")).unwrap();
+    let config = config.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
+    std::fs::write(untied.path().join("config.json"), config).unwrap();
+    golden.directory = untied.path().into();
+    golden.config = ModelConfig::from_files(&Files::Directory(untied.path().into())).unwrap();
+    assert!(!golden.config.tied_head);
+    check(&golden, &Run::whole(2));
 }
