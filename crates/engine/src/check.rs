@@ -93,9 +93,9 @@ impl Engine {
                 assert!(one.logit_rows.is_empty(), "{id} expects rows of a step that does not run");
             }
         }
-        let waiting: u64 = self.waiting.iter().map(|sequence| u64::from(sequence.len())).sum();
+        let waiting: u64 = self.waiting.values().map(|sequence| u64::from(sequence.len())).sum();
         assert_eq!(waiting, self.waiting_tokens, "waiting tokens");
-        let ids = self.waiting.iter().map(|s| s.id).chain(self.running.iter().map(|one| one.sequence.id));
+        let ids = self.waiting.values().map(|s| s.id).chain(self.running.iter().map(|one| one.sequence.id));
         let unique: BTreeSet<_> = ids.collect();
         assert_eq!(unique.len(), self.waiting.len() + self.running.len(), "a sequence is in two places");
     }

@@ -1,12 +1,13 @@
 //! The engine's state, and what events do to it.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::mem;
 use std::sync::Arc;
 
 use types::{Generation, Micros, SeqId, SlotId, TokenId};
 
 use crate::kv::Kv;
+use crate::rank::Rank;
 use crate::sequence::{Running, Sequence};
 use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, StepOutput};
 
@@ -18,10 +19,11 @@ use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, Ste
 pub struct Engine {
     pub(crate) config: Config,
     pub(crate) kv: Kv,
-    /// Preempted sequences first, then in order of arrival.
-    pub(crate) waiting: VecDeque<Sequence>,
+    /// Those that wait, preempted ones included.
+    pub(crate) waiting: BTreeMap<Rank, Sequence>,
     pub(crate) waiting_tokens: u64,
-    /// Oldest first. Only `plan` adds to it, so while a step runs its order is that of the step's rows.
+    /// Ordered by rank when a step is planned; what that step starts comes last. So while it runs the order is that of
+    /// its rows.
     pub(crate) running: Vec<Running>,
     pub(crate) slots_free: Vec<SlotId>,
     /// Slots to name in the next plan.
@@ -64,7 +66,7 @@ impl Engine {
         config.check()?;
         Ok(Self {
             kv: Kv::new(&config),
-            waiting: VecDeque::new(),
+            waiting: BTreeMap::new(),
             waiting_tokens: 0,
             running: Vec::with_capacity(config.running_max as usize),
             // Reversed, so that the lowest slot is taken first.
@@ -158,9 +160,13 @@ impl Engine {
             effects.push(Effect::Refused { seq, refusal });
             return;
         }
-        let sequence = Sequence::new(seq, request, &self.config);
+        self.wait(Sequence::new(seq, request, now, &self.config));
+    }
+
+    /// Puts a sequence into the queue, at its place.
+    pub(crate) fn wait(&mut self, sequence: Sequence) {
         self.waiting_tokens += u64::from(sequence.len());
-        self.waiting.push_back(sequence);
+        self.waiting.insert(sequence.rank, sequence);
     }
 
     fn admissible(&self, request: &Request, now: Micros) -> Result<(), Refusal> {
@@ -212,7 +218,7 @@ impl Engine {
         effects: &mut Vec<Effect>,
         ends: impl Fn(&Sequence) -> Option<Finish>,
     ) {
-        self.waiting.retain(|sequence| {
+        self.waiting.retain(|_, sequence| {
             let Some(finish) = ends(sequence) else { return true };
             self.waiting_tokens -= u64::from(sequence.len());
             effects.push(Effect::Finished { seq: sequence.id, finish, usage: sequence.usage() });

@@ -1,6 +1,6 @@
 //! What goes into the engine and what comes out of it.
 
-use types::{Generation, Micros, SeqId, TokenId};
+use types::{Generation, Micros, Priority, SeqId, TokenId};
 
 use crate::KvGroup;
 
@@ -13,6 +13,15 @@ pub struct Request {
     pub generation: Generation,
     /// When the caller stops caring.
     pub deadline: Option<Micros>,
+    /// What most requests leave alone.
+    pub options: RequestOptions,
+}
+
+/// Fields of a request with a default.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RequestOptions {
+    /// Higher goes first; waiting makes up for it, see [`crate::AGEING_MAX`].
+    pub priority: Priority,
 }
 
 /// Something that happened outside.
@@ -94,7 +103,12 @@ pub enum Effect {
         /// Its log-probability, when asked for.
         logprob: Option<TokenLogprob>,
     },
-    /// The sequence lost its blocks to older ones and will be computed again; the caller sees a pause, no repeat.
+    /// The sequence got a place in the running batch; again after each [`Effect::Preempted`].
+    Started {
+        /// The sequence.
+        seq: SeqId,
+    },
+    /// The sequence lost its blocks to ones that go before it and will be computed again; the caller sees a pause, no repeat.
     Preempted {
         /// The sequence.
         seq: SeqId,

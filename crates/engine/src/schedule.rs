@@ -1,10 +1,11 @@
 //! How a step is made.
 //!
-//! Running sequences come first, oldest first; each gets at least the one row its next token needs, and the oldest
-//! that still has prompt to compute takes what the others leave. When a block is missing, the youngest sequence
-//! gives up all of its own and will be computed again later. Then waiting requests are admitted in order, as long
-//! as their whole prompt fits beside what runs. So the oldest sequence always advances, and every sequence becomes
-//! the oldest one day.
+//! Sequences are ordered by priority and age ([`crate::AGEING_MAX`]). Running ones come first, in that order; each
+//! gets at least the one row its next token needs, and the first that still has prompt to compute takes what the
+//! others leave. When a block is missing, the last sequence gives up all of its own and will be computed again later.
+//! Then waiting requests are admitted in order, as long as their whole prompt fits beside what runs; nobody is
+//! preempted to make room for one. So the first sequence always advances, and every sequence becomes the first one
+//! day.
 
 use types::{Micros, Position};
 
@@ -38,6 +39,7 @@ impl Engine {
         if self.is_idle() {
             return false;
         }
+        self.running.sort_unstable_by_key(|one| one.sequence.rank);
         let decodes = self.running.iter().filter(|one| one.is_decoding()).count();
         let mut draft = Draft {
             step,
@@ -46,7 +48,7 @@ impl Engine {
             decodes: u32::try_from(decodes).expect("bounded by running_max"),
         };
         self.schedule_running(&mut draft, effects);
-        self.admit_waiting(&mut draft);
+        self.admit_waiting(&mut draft, effects);
         assert!(!step.plan.sequences.is_empty(), "an engine with work always finds a row to run");
         self.steps += 1;
         step.plan.step = self.steps;
@@ -76,7 +78,7 @@ impl Engine {
             if wanted > 0 {
                 let dropped = self.kv.return_passed(&mut one.tables, one.computed);
                 while self.room(index) == Some(0) {
-                    self.preempt_youngest(effects);
+                    self.preempt_last(effects);
                 }
                 if let Some(room) = self.room(index) {
                     self.place(index, wanted.min(room), dropped, draft);
@@ -91,30 +93,30 @@ impl Engine {
         self.running.get(index).map(|one| self.kv.room(&one.tables, one.computed))
     }
 
-    /// Sends the youngest running sequence back to the front of the queue. It keeps its tokens, so it goes on where
-    /// it was once they have been computed again. It has not been given rows in this step: the sequence that lacks a
-    /// block is never younger. (It does not come back in the same step either: one of its blocks is taken by then.)
-    fn preempt_youngest(&mut self, effects: &mut Vec<Effect>) {
+    /// Sends the last running sequence back to its place in the queue. It keeps its tokens, so it goes on where it was
+    /// once they have been computed again. It has not been given rows in this step: the sequence that lacks a block
+    /// is never after it. (It does not come back in the same step either: one of its blocks is taken by then.)
+    fn preempt_last(&mut self, effects: &mut Vec<Effect>) {
         assert!(self.running.len() > 1, "a sequence that runs alone fits: it was checked when it came");
         let mut one = self.running.pop().expect("there are at least two");
         self.vacate(&mut one);
         effects.push(Effect::Preempted { seq: one.sequence.id });
-        self.waiting_tokens += u64::from(one.sequence.len());
-        self.waiting.push_front(one.sequence);
+        self.wait(one.sequence);
     }
 
     /// Starts waiting requests while rows, slots and blocks last.
-    fn admit_waiting(&mut self, draft: &mut Draft<'_>) {
+    fn admit_waiting(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
         let mut promised = self.promised();
-        while let Some(head) = self.waiting.front() {
+        while let Some((_, head)) = self.waiting.first_key_value() {
             let wanted = head.longest(0, draft.tokens, draft.logits);
             if wanted == 0 || self.slots_free.is_empty() || !self.fits(head.len(), promised) {
                 return;
             }
-            let mut sequence = self.waiting.pop_front().expect("it is the front");
+            let (_, mut sequence) = self.waiting.pop_first().expect("it is the first");
             self.waiting_tokens -= u64::from(sequence.len());
             sequence.reserve();
             let slot = self.slots_free.pop().expect("checked above");
+            effects.push(Effect::Started { seq: sequence.id });
             self.running.push(Running::new(sequence, slot));
             let index = self.running.len() - 1;
             let room = self.kv.room(&self.running[index].tables, 0);

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use types::{Generation, Logprobs, Micros, Position, SeqId, SlotId, TokenId};
 
 use crate::kv::Tables;
+use crate::rank::Rank;
 use crate::{Config, Effect, Finish, Request, RowOutput, RowPurpose, TokenLogprob, Usage};
 
 /// Tokens and progress of one request; nothing in here depends on when or beside what it runs.
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) id: SeqId,
+    pub(crate) rank: Rank,
     /// Prompt, then what was generated: after a preemption all of it is computed again.
     tokens: Vec<TokenId>,
     prompt_tokens: u32,
@@ -33,14 +35,15 @@ struct OwedLogprobs {
 
 impl Sequence {
     /// A request that has been checked; its output is limited to what the context holds.
-    pub(crate) fn new(id: SeqId, request: Request, config: &Config) -> Self {
-        let Request { prompt, generation, deadline } = request;
+    pub(crate) fn new(id: SeqId, request: Request, now: Micros, config: &Config) -> Self {
+        let Request { prompt, generation, deadline, options } = request;
+        let rank = Rank::new(id, now, options.priority);
         let prompt_tokens = u32::try_from(prompt.len()).expect("the prompt is checked to fit the context");
         let generation = generation.limited_to(config.context_tokens_max - prompt_tokens);
         let eos = if generation.ignore_eos() { &[] } else { config.eos_token_ids.as_slice() };
         let stops = eos.iter().chain(generation.stop_token_ids()).copied().collect();
         let owed = generation.prompt_logprobs().map(|top| OwedLogprobs { top, gathered: Vec::new() });
-        Self { id, tokens: prompt, prompt_tokens, generation, deadline, stops, owed }
+        Self { id, rank, tokens: prompt, prompt_tokens, generation, deadline, stops, owed }
     }
 
     /// Tokens known, prompt and generated.

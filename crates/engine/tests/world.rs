@@ -6,11 +6,11 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use engine::{Config, Effect, Engine, Event, Finish, Refusal, Request, Step, TokenLogprob};
+use engine::{Config, Effect, Engine, Event, Finish, Refusal, Request, RequestOptions, Step, TokenLogprob};
 use support::random::Random;
 use support::world::{Expected, FakeRank, oracle};
 use support::{EOS, VOCAB};
-use types::{BlockSize, GenerationSpec, Micros, SeqId, TokenId};
+use types::{BlockSize, GenerationSpec, Micros, Priority, SeqId, TokenId};
 
 /// Seeds tried, and steps of arrivals in each.
 const SEEDS: u64 = 400;
@@ -58,6 +58,7 @@ fn request(random: &mut Random, config: &Config, now: Micros) -> Request {
         prompt: (0..len).map(|_| TokenId(random.range(20, VOCAB - 1))).collect(),
         generation: spec.validate(0, VOCAB).unwrap(),
         deadline: random.one_in(5).then(|| now.after(Micros(random.range(1, 40).into()))),
+        options: RequestOptions { priority: Priority::new(random.signed(3)).unwrap() },
     }
 }
 
@@ -178,6 +179,7 @@ impl World {
                     seen.tokens.push(token);
                     seen.logprobs.extend(logprob);
                 }
+                Effect::Started { .. } => {}
                 Effect::Preempted { .. } => self.counts.preempted += 1,
                 Effect::Finished { seq, finish, usage } => {
                     let seen = self.seen(seq);

@@ -23,7 +23,7 @@ impl GenerationFields {
                 let name = |v: types::FieldViolation| Violation::new(self.name(v.field), v.reason);
                 Failure::Invalid(wrong.into_iter().map(name).collect())
             }
-            other @ (types::Error::Rank { .. } | types::Error::Count { .. }) => {
+            other @ (types::Error::Rank { .. } | types::Error::Priority { .. } | types::Error::Count { .. }) => {
                 Violation::new("generation", other.to_string()).into()
             }
         }
@@ -57,6 +57,7 @@ impl From<&v1::GenerateRequest> for GenerationSpec {
             ignore_eos: stopping.ignore_eos,
             logprobs: response.logprobs,
             prompt_logprobs: response.prompt_logprobs,
+            ..Self::default()
         }
     }
 }
@@ -75,6 +76,7 @@ impl From<worker::Generation> for GenerationSpec {
             ignore_eos: wire.ignore_eos,
             logprobs: wire.logprobs,
             prompt_logprobs: wire.prompt_logprobs,
+            ..Self::default()
         }
     }
 }

@@ -22,6 +22,9 @@ pub const TEMPERATURE_MAX: f32 = 100.0;
 pub const MAX_TOKENS_DEFAULT: u32 = 1024;
 /// Context length no configuration may exceed: positions and token counts fit `u32` with room for sums.
 pub const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
+/// Priorities go from minus this to this: wide enough for tiers, narrow enough that ageing overtakes every one of them
+/// in seconds.
+pub const PRIORITY_MAX: i32 = 100;
 /// Size of one gRPC message in bytes: a 1M-token prompt with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 

@@ -75,7 +75,7 @@ impl Leader {
             Err(error) => unreachable!("the warm-up request is valid: {error}"),
         };
         let prompt = vec![TokenId(0)];
-        let request = engine::Request { prompt, generation, deadline: None };
+        let request = engine::Request { prompt, generation, deadline: None, options: engine::RequestOptions::default() };
         let (sink, _answers) = tokio::sync::mpsc::channel(8);
         self.submit(Submission { request, deadline: None, sink });
         while self.step()? {}
@@ -196,6 +196,7 @@ impl Leader {
                         });
                     }
                 }
+                Effect::Started { .. } => {}
                 Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
                 Effect::Finished { seq, finish, .. } => {
                     if let Some(sink) = self.open.remove(&seq) {

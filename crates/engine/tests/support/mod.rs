@@ -11,7 +11,7 @@ pub mod random;
 pub mod world;
 
 use engine::{
-    Config, Effect, Engine, Event, Finish, Request, RowOutput, RowPurpose, Step, StepOutput, TokenLogprob,
+    Config, Effect, Engine, Event, Finish, Request, RequestOptions, RowOutput, RowPurpose, Step, StepOutput, TokenLogprob,
 };
 use types::{BlockSize, Generation, GenerationSpec, Micros, SeqId, TokenId};
 
@@ -49,7 +49,12 @@ pub fn prompt(tag: u32, len: u32) -> Vec<TokenId> {
 }
 
 pub fn request(tag: u32, prompt_tokens: u32, max_tokens: u32) -> Request {
-    Request { prompt: prompt(tag, prompt_tokens), generation: valid(spec(max_tokens)), deadline: None }
+    Request {
+        prompt: prompt(tag, prompt_tokens),
+        generation: valid(spec(max_tokens)),
+        deadline: None,
+        options: RequestOptions::default(),
+    }
 }
 
 /// An engine whose invariants are checked after every call, driven step by step with chosen tokens.
