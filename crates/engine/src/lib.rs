@@ -25,7 +25,7 @@ mod wire;
 pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
 pub use engine::{Engine, Load};
 pub use error::Error;
-pub use event::{Effect, Event, Finish, Refusal, Request, RequestOptions, RowOutput, StepOutput, TokenLogprob, Usage};
+pub use event::{Effect, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions, RowOutput, StepOutput, TokenLogprob, Usage};
 pub use types::{BlockTable, KvGroup};
 pub use plan::{PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
 pub use rank::{AGEING_MAX, AGEING_PER_LEVEL};

@@ -10,9 +10,10 @@
 use types::{Micros, Position};
 
 use crate::engine::InFlight;
-use crate::kv::Kv;
+use crate::kv::{Cursor, Kv, Tables};
 use crate::plan::SequenceEntry;
-use crate::sequence::Running;
+use crate::rank::Rank;
+use crate::sequence::{Found, Running};
 use crate::{Effect, Engine, Finish, KvGroup, RowWork, Step};
 
 /// A step while it is being made.
@@ -77,6 +78,7 @@ impl Engine {
             let wanted = one.sequence.longest(one.computed, tokens, logits);
             if wanted > 0 {
                 let dropped = self.kv.return_passed(&mut one.tables, one.computed);
+                one.announced[KvGroup::Sliding.index()] -= dropped;
                 while self.room(index) == Some(0) {
                     self.preempt_last(effects);
                 }
@@ -104,22 +106,30 @@ impl Engine {
         self.wait(one.sequence);
     }
 
-    /// Starts waiting requests while rows, slots and blocks last.
+    /// Starts waiting sequences while rows, slots and blocks last.
     fn admit_waiting(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
-        let mut promised = self.promised();
-        while let Some((_, head)) = self.waiting.first_key_value() {
-            let wanted = head.longest(0, draft.tokens, draft.logits);
-            if wanted == 0 || self.slots_free.is_empty() || !self.fits(head.len(), promised) {
+        let mut promised = None;
+        while draft.tokens > 0 && !self.slots_free.is_empty() {
+            // Sequences that will find their prompt computed by another one of their request are passed over.
+            let head = self.waiting.values().find(|sequence| sequence.held_by.is_none());
+            let Some(rank) = head.map(|sequence| sequence.rank) else { return };
+            let mut found = self.find(rank);
+            let head = &self.waiting[&rank];
+            let wanted = head.longest(found.start, draft.tokens, draft.logits);
+            let promised = promised.get_or_insert_with(|| self.promised());
+            if wanted == 0 || !self.fits(head.len(), &found.tables, *promised) {
+                self.kv.release(&mut found.tables);
+                found.cursor.into_iter().for_each(|cursor| self.kv.close(cursor));
                 return;
             }
-            let (_, mut sequence) = self.waiting.pop_first().expect("it is the first");
+            let mut sequence = self.waiting.remove(&rank).expect("it was just looked at");
             self.waiting_tokens -= u64::from(sequence.len());
-            sequence.reserve();
+            sequence.start(found.start);
+            effects.push(Effect::Started { seq: sequence.id, cached_tokens: found.start });
             let slot = self.slots_free.pop().expect("checked above");
-            effects.push(Effect::Started { seq: sequence.id });
-            self.running.push(Running::new(sequence, slot));
+            let room = self.kv.room(&found.tables, found.start);
+            self.running.push(Running::new(sequence, slot, found));
             let index = self.running.len() - 1;
-            let room = self.kv.room(&self.running[index].tables, 0);
             self.place(index, wanted.min(room), 0, draft);
             for group in KvGroup::ALL {
                 promised[group.index()] += promise(&self.kv, &self.running[index], group);
@@ -127,19 +137,35 @@ impl Engine {
         }
     }
 
+    /// What is known already of the waiting sequence at `rank`.
+    fn find(&mut self, rank: Rank) -> Found {
+        let sequence = &self.waiting[&rank];
+        let mut found = Found { cursor: sequence.root.map(Cursor::new), ..Found::default() };
+        if let Some(cursor) = &mut found.cursor {
+            let size = self.config.block_size.tokens();
+            // At least one row must be computed, and so must every row whose logits are wanted.
+            let limit = sequence.first_logit_row() / size;
+            let blocks = self.kv.reuse(&mut found.tables, cursor, sequence.all_tokens(), limit);
+            found.start = blocks * size;
+        }
+        found
+    }
+
     /// Blocks running sequences still need for tokens they already have, by [`KvGroup::index`].
     fn promised(&self) -> [u32; 2] {
         KvGroup::ALL.map(|group| self.running.iter().map(|one| promise(&self.kv, one, group)).sum())
     }
 
-    /// Whether a sequence of `tokens` can start without taking blocks that others are about to need: what they were
-    /// promised, and one more for each of them and for itself, or it would soon be preempted. Alone it always fits.
-    fn fits(&self, tokens: u32, promised: [u32; 2]) -> bool {
+    /// Whether a sequence of `tokens` that holds `tables` can start without taking blocks that others are about to
+    /// need: what they were promised, and one more for each of them and for itself, or it would soon be preempted.
+    /// Alone it always fits.
+    fn fits(&self, tokens: u32, tables: &Tables, promised: [u32; 2]) -> bool {
         let running = u32::try_from(self.running.len()).expect("bounded by running_max");
         running == 0
             || self.kv.groups().all(|group| {
-                let needed = self.kv.geometry().peak(group, tokens) + promised[group.index()] + running + 1;
-                needed <= self.kv.pool(group).free()
+                let held = tables[group.index()].len();
+                let own = self.kv.geometry().peak(group, tokens).saturating_sub(held);
+                own + promised[group.index()] + running + 1 <= self.kv.available(group)
             })
     }
 
@@ -149,7 +175,8 @@ impl Engine {
         let step = &mut *draft.step;
         let range = one.computed..one.computed + rows;
         let logit_rows = one.sequence.logit_rows(&range);
-        let new_blocks = self.kv.extend(&mut one.tables, range.end, &mut step.plan.blocks);
+        self.kv.extend(&mut one.tables, range.end);
+        let new_blocks = one.announce(&mut step.plan.blocks);
         step.plan.tokens.extend_from_slice(one.sequence.tokens(range.clone()));
         step.plan.sequences.push(SequenceEntry {
             slot: one.slot,

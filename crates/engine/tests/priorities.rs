@@ -8,7 +8,7 @@ use support::{Driver, config, request};
 use types::{Micros, Priority};
 
 fn ranked(tag: u32, prompt_tokens: u32, max_tokens: u32, level: i32) -> Request {
-    let options = RequestOptions { priority: Priority::new(level).unwrap() };
+    let options = RequestOptions { priority: Priority::new(level).unwrap(), ..RequestOptions::default() };
     Request { options, ..request(tag, prompt_tokens, max_tokens) }
 }
 
@@ -23,7 +23,7 @@ fn order(driver: &Driver, wanted: fn(&Effect) -> Option<u64>) -> Vec<u64> {
 
 fn started(driver: &Driver) -> Vec<u64> {
     order(driver, |effect| match effect {
-        Effect::Started { seq } => Some(seq.0),
+        Effect::Started { seq, .. } => Some(seq.0),
         _ => None,
     })
 }

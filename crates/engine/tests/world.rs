@@ -58,7 +58,7 @@ fn request(random: &mut Random, config: &Config, now: Micros) -> Request {
         prompt: (0..len).map(|_| TokenId(random.range(20, VOCAB - 1))).collect(),
         generation: spec.validate(0, VOCAB).unwrap(),
         deadline: random.one_in(5).then(|| now.after(Micros(random.range(1, 40).into()))),
-        options: RequestOptions { priority: Priority::new(random.signed(3)).unwrap() },
+        options: RequestOptions { priority: Priority::new(random.signed(3)).unwrap(), ..RequestOptions::default() },
     }
 }
 

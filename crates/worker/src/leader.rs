@@ -143,7 +143,7 @@ impl Leader {
         let Submission { mut request, deadline, sink } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         let seq = SeqId(self.next_id);
-        self.next_id += 1;
+        self.next_id += u64::from(request.generation.sequences());
         self.open.insert(seq, sink);
         self.apply(Event::Submit { seq, request });
     }

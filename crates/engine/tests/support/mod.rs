@@ -12,6 +12,7 @@ pub mod world;
 
 use engine::{
     Config, Effect, Engine, Event, Finish, Request, RequestOptions, RowOutput, RowPurpose, Step, StepOutput, TokenLogprob,
+    Usage,
 };
 use types::{BlockSize, Generation, GenerationSpec, Micros, SeqId, TokenId};
 
@@ -145,6 +146,23 @@ impl Driver {
     pub fn refusal(&self, seq: u64) -> Option<String> {
         self.effects.iter().find_map(|effect| match effect {
             Effect::Refused { seq: s, refusal } if s.0 == seq => Some(refusal.to_string()),
+            _ => None,
+        })
+    }
+
+    /// How many tokens were there already each time `seq` started.
+    pub fn cached(&self, seq: u64) -> Vec<u32> {
+        let starts = self.effects.iter().filter_map(|effect| match effect {
+            Effect::Started { seq: s, cached_tokens } if s.0 == seq => Some(*cached_tokens),
+            _ => None,
+        });
+        starts.collect()
+    }
+
+    /// What `seq` used, once it has ended.
+    pub fn usage(&self, seq: u64) -> Option<Usage> {
+        self.effects.iter().find_map(|effect| match effect {
+            Effect::Finished { seq: s, usage, .. } if s.0 == seq => Some(*usage),
             _ => None,
         })
     }

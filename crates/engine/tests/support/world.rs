@@ -127,7 +127,7 @@ fn entry(state: u64, token: TokenId) -> TokenLogprob {
 
 fn answer(state: u64, purpose: &RowPurpose, vocab: u32) -> RowOutput {
     match purpose {
-        RowPurpose::Sample { params, position, banned, logprobs } => {
+        RowPurpose::Sample { params, position, banned, logprobs, .. } => {
             let token = draw(state, params, *position, banned);
             assert!(token.0 < vocab);
             RowOutput::Sampled { token, logprob: logprobs.map(|_| entry(state, token)) }
