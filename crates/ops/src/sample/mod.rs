@@ -1,15 +1,29 @@
 //! The reference sampler: from one row of logits to a token, on the host. Every backend's sampler must draw the same
 //! token from the same logits.
 //!
-//! Order: logits / temperature → softmax → top-k → top-p → min-p → renormalise → draw by one uniform number.
-//! Candidates are ordered by probability, lowest id first on a tie. The uniform number depends on (seed, position)
-//! alone, so a request draws the same tokens whatever it is batched with and wherever it is resumed.
+//! The order, of which a request uses what it asks for:
+//! 1. logit bias is added;
+//! 2. repetition penalty (tokens of prompt and output), then frequency and presence penalty (tokens of the output);
+//! 3. tokens that are not allowed, that would end the sequence too early, or would complete a bad word are excluded;
+//! 4. greedy: the largest logit, lowest id on a tie. Otherwise: logits / temperature → softmax → top-k → top-p → min-p
+//!    → renormalise → draw by one uniform number.
+//!
+//! Bias and penalties come first, so that a bias cannot bring an excluded token back. Candidates are ordered by
+//! probability, lowest id first on a tie. The uniform number depends on (seed, stream, position) alone, so a request
+//! draws the same tokens whatever it is batched with and wherever it is resumed. Log-probabilities that are reported
+//! are those of the model, before all of this.
 
+mod adjust;
+mod generator;
+
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
-use types::{SamplingParams, TokenId};
+use types::{History, SamplingParams, TokenId, TokenRules};
 
 use crate::Error;
+
+pub use generator::{philox, uniform};
 
 /// Log-probability of a token and of the most likely alternatives, from the unmodified distribution.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +34,28 @@ pub struct TokenLogprob {
     pub logprob: f32,
     /// The most likely tokens, best first.
     pub top: Vec<(TokenId, f32)>,
+}
+
+/// How to draw one token.
+#[derive(Debug, Clone, Copy)]
+pub struct Draw<'a> {
+    /// Penalties, temperature and filters.
+    pub params: &'a SamplingParams,
+    /// Which tokens the request wants more, less, or not at all.
+    pub rules: &'a TokenRules,
+    /// Which of the request's sequences it is for.
+    pub stream: u32,
+    /// Tokens generated before it.
+    pub position: u32,
+    /// Tokens that must not be drawn now (stop tokens before `min_tokens`).
+    pub banned: &'a [TokenId],
+}
+
+impl Draw<'_> {
+    /// Whether the logits are used as they are.
+    fn is_plain(&self) -> bool {
+        self.banned.is_empty() && self.rules.is_empty() && !self.params.has_penalties()
+    }
 }
 
 /// One row of logits [V] (already scaled).
@@ -38,13 +74,19 @@ impl<'a> Logits<'a> {
         }
     }
 
-    /// The next token. `banned` are never drawn (stop tokens before `min_tokens`), unless nothing else is left.
+    /// The next token of a sequence with this `history`, which matters only for penalties and bad words.
     #[must_use]
-    pub fn sample(&self, params: &SamplingParams, position: u32, banned: &[TokenId]) -> TokenId {
+    pub fn sample(&self, draw: &Draw<'_>, history: &History) -> TokenId {
+        let logits = match draw.is_plain() {
+            true => Cow::Borrowed(self.0),
+            false => Cow::Owned(adjust::adjusted(self.0, draw, history)),
+        };
+        let logits = Logits(&logits);
+        let params = draw.params;
         if params.is_greedy() {
-            return self.most_likely(banned);
+            return logits.most_likely();
         }
-        let mut candidates = self.candidates(params, banned);
+        let mut candidates = logits.candidates(params);
         if let Some(k) = params.top_k() {
             keep_best(&mut candidates, k as usize);
         }
@@ -53,25 +95,27 @@ impl<'a> Logits<'a> {
         let total: f64 = candidates.iter().map(|c| c.1).sum();
         keep_nucleus(&mut candidates, f64::from(params.top_p()) * total);
         candidates.retain(|c| c.1 >= f64::from(params.min_p()) * best);
-        draw(&candidates, uniform(params.seed(), position)).unwrap_or_else(|| self.most_likely(banned))
+        let at = uniform(params.seed(), draw.stream, draw.position);
+        pick(&candidates, at).unwrap_or_else(|| logits.most_likely())
     }
 
-    fn most_likely(&self, banned: &[TokenId]) -> TokenId {
-        let mut best: Option<(u32, f32)> = None;
+    fn most_likely(&self) -> TokenId {
+        let mut best = (TokenId(0), f32::NEG_INFINITY);
         for (id, &logit) in (0_u32..).zip(self.0) {
-            if best.is_none_or(|(_, most)| logit > most) && !banned.contains(&TokenId(id)) {
-                best = Some((id, logit));
+            if logit > best.1 {
+                best = (TokenId(id), logit);
             }
         }
-        TokenId(best.map_or(0, |(id, _)| id))
+        best.0
     }
 
     /// Every token that may be drawn, with a weight proportional to its probability.
-    fn candidates(&self, params: &SamplingParams, banned: &[TokenId]) -> Vec<(TokenId, f64)> {
+    fn candidates(&self, params: &SamplingParams) -> Vec<(TokenId, f64)> {
         let temperature = f64::from(params.temperature());
         let max = f64::from(self.max());
-        let weighed = (0_u32..).zip(self.0).map(|(id, &l)| (TokenId(id), ((f64::from(l) - max) / temperature).exp()));
-        weighed.filter(|(id, weight)| *weight > 0.0 && !banned.contains(id)).collect()
+        let weight = |logit: f32| ((f64::from(logit) - max) / temperature).exp();
+        let weighed = (0_u32..).zip(self.0).map(|(id, &logit)| (TokenId(id), weight(logit)));
+        weighed.filter(|candidate| candidate.1 > 0.0).collect()
     }
 
     fn max(&self) -> f32 {
@@ -120,7 +164,7 @@ fn keep_nucleus(candidates: &mut Vec<(TokenId, f64)>, mass: f64) {
 }
 
 /// The candidate at the fraction `at` of the total weight.
-fn draw(candidates: &[(TokenId, f64)], at: f64) -> Option<TokenId> {
+fn pick(candidates: &[(TokenId, f64)], at: f64) -> Option<TokenId> {
     let total: f64 = candidates.iter().map(|c| c.1).sum();
     let mut left = at * total;
     for &(id, weight) in candidates {
@@ -130,21 +174,4 @@ fn draw(candidates: &[(TokenId, f64)], at: f64) -> Option<TokenId> {
         }
     }
     candidates.last().map(|c| c.0)
-}
-
-/// A number in [0, 1) from a counter-based generator: Philox 2x32-10 (Salmon et al., 2011, "Parallel random
-/// numbers: as easy as 1, 2, 3") keyed by the seed, counting positions.
-#[must_use]
-pub fn uniform(seed: u64, position: u32) -> f64 {
-    const MULTIPLIER: u64 = 0xD256_D193;
-    const WEYL: u32 = 0x9E37_79B9;
-    let (mut key, high) = (seed as u32, (seed >> 32) as u32);
-    let (mut left, mut right) = (position, high);
-    for _ in 0..10 {
-        let product = u64::from(left) * MULTIPLIER;
-        (left, right) = ((product >> 32) as u32 ^ key ^ right, product as u32);
-        key = key.wrapping_add(WEYL);
-    }
-    let bits = (u64::from(left) << 32) | u64::from(right);
-    (bits >> 11) as f64 / (1_u64 << 53) as f64
 }
