@@ -10,6 +10,7 @@ use types::{Generation, Micros, SeqId, SlotId, TokenId};
 use crate::kv::Kv;
 use crate::rank::Rank;
 use crate::sequence::{Running, Sequence, stops};
+use crate::sabotage::Sabotage;
 use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, StepOutput};
 
 /// The scheduler of one group: a pure state machine. The caller owns time, threads and the device.
@@ -35,6 +36,8 @@ pub struct Engine {
     pub(crate) unbanned: Arc<[TokenId]>,
     /// Sequences that have just stopped computing the prompt of others, and whether it is there.
     led: Vec<(SeqId, bool)>,
+    /// A bug a test has switched on.
+    pub(crate) sabotage: Option<Sabotage>,
     last_id: Option<SeqId>,
 }
 
@@ -81,6 +84,7 @@ impl Engine {
             steps: 0,
             unbanned: Arc::from([]),
             led: Vec::new(),
+            sabotage: None,
             last_id: None,
             config,
         })
@@ -175,7 +179,8 @@ impl Engine {
             effects.extend(ids.map(|id| Effect::Refused { seq: SeqId(id), refusal: refusal.clone() }));
             return;
         }
-        for sequence in Sequence::of(seq, request, now, &self.config) {
+        for mut sequence in Sequence::of(seq, request, now, &self.config) {
+            self.spoil_sequence(&mut sequence);
             self.wait(sequence);
         }
     }
@@ -256,7 +261,8 @@ impl Engine {
             let finish = one.take(&mut outputs, &self.config, effects);
             outputs.for_each(drop);
             if finish != Some(Finish::NotANumber) {
-                one.publish(&mut self.kv);
+                let early = u32::from(self.sabotage == Some(Sabotage::PublishEarly));
+                one.publish(&mut self.kv, early);
             }
             let drew = one.sequence.len() > known;
             if drew || finish.is_some() {
@@ -275,6 +281,9 @@ impl Engine {
     /// computes it.
     fn free_families(&mut self) {
         while let Some((leader, computed)) = self.led.pop() {
+            if self.has_bug(Sabotage::ForgetFamily) {
+                continue;
+            }
             let mut next = None;
             for sequence in self.waiting.values_mut().filter(|one| one.held_by == Some(leader)) {
                 sequence.held_by = next;
@@ -314,6 +323,12 @@ impl Engine {
     /// Frees everything a running sequence holds. A step that still runs may write to its blocks; nothing reads
     /// them, and no later step begins before that one has ended.
     pub(crate) fn vacate(&mut self, one: &mut Running) {
+        if self.has_bug(Sabotage::LeakBlocks) && self.in_flight.is_some() {
+            one.tables = crate::kv::Tables::default();
+        }
+        if self.has_bug(Sabotage::FreeSlotTwice) {
+            self.slots_free.push(one.slot);
+        }
         self.kv.release(&mut one.tables);
         if let Some(cursor) = one.cursor.take() {
             self.kv.close(cursor);

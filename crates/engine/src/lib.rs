@@ -17,6 +17,7 @@ mod event;
 pub mod kv;
 mod plan;
 mod rank;
+mod sabotage;
 mod schedule;
 mod sequence;
 mod slots;
@@ -29,5 +30,7 @@ pub use event::{Effect, Event, Finish, PrefixReuse, Refusal, Request, RequestOpt
 pub use types::{BlockTable, KvGroup};
 pub use plan::{PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
 pub use rank::{AGEING_MAX, AGEING_PER_LEVEL};
+#[doc(hidden)]
+pub use sabotage::Sabotage;
 pub use slots::SlotTables;
 pub use wire::PLAN_VERSION;

@@ -25,4 +25,8 @@ impl Rank {
         let ahead = i128::from(priority.level()) * i128::from(AGEING_PER_LEVEL.0);
         Self { due: i128::from(arrival.0) - ahead, id }
     }
+
+    pub(crate) const fn id(self) -> SeqId {
+        self.id
+    }
 }

@@ -13,6 +13,7 @@ use crate::engine::InFlight;
 use crate::kv::{Cursor, Kv, Tables};
 use crate::plan::SequenceEntry;
 use crate::rank::Rank;
+use crate::sabotage::Sabotage;
 use crate::sequence::{Found, Running};
 use crate::{Effect, Engine, Finish, KvGroup, RowWork, Step};
 
@@ -44,7 +45,7 @@ impl Engine {
         let decodes = self.running.iter().filter(|one| one.is_decoding()).count();
         let mut draft = Draft {
             step,
-            tokens: self.config.step_tokens_max,
+            tokens: self.config.step_tokens_max + u32::from(self.has_bug(Sabotage::ExceedBudget)),
             logits: self.config.logit_rows_max,
             decodes: u32::try_from(decodes).expect("bounded by running_max"),
         };
@@ -70,6 +71,7 @@ impl Engine {
     /// Gives rows to the running sequences.
     fn schedule_running(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
         let mut index = 0;
+        let early = u32::from(self.has_bug(Sabotage::WindowOffByOne));
         // Preemption shortens the batch from its end, at times up to the sequence at hand.
         while let Some(one) = self.running.get_mut(index) {
             draft.decodes -= u32::from(one.is_decoding());
@@ -77,7 +79,7 @@ impl Engine {
             let logits = draft.logits - draft.decodes;
             let wanted = one.sequence.longest(one.computed, tokens, logits);
             if wanted > 0 {
-                let dropped = self.kv.return_passed(&mut one.tables, one.computed);
+                let dropped = self.kv.return_passed(&mut one.tables, one.computed + early);
                 one.announced[KvGroup::Sliding.index()] -= dropped;
                 while self.room(index) == Some(0) {
                     self.preempt_last(effects);
@@ -103,6 +105,9 @@ impl Engine {
         let mut one = self.running.pop().expect("there are at least two");
         self.vacate(&mut one);
         effects.push(Effect::Preempted { seq: one.sequence.id });
+        if self.has_bug(Sabotage::LoseTokenAtPreemption) {
+            one.sequence.forget_last();
+        }
         self.wait(one.sequence);
     }
 
@@ -144,7 +149,11 @@ impl Engine {
         if let Some(cursor) = &mut found.cursor {
             let size = self.config.block_size.tokens();
             // At least one row must be computed, and so must every row whose logits are wanted.
-            let limit = sequence.first_logit_row() / size;
+            let row = match self.sabotage {
+                Some(Sabotage::ReuseEveryBlock) => sequence.len(),
+                _ => sequence.first_logit_row(),
+            };
+            let limit = row / size;
             let blocks = self.kv.reuse(&mut found.tables, cursor, sequence.all_tokens(), limit);
             found.start = blocks * size;
         }
@@ -193,6 +202,9 @@ impl Engine {
                 purpose: one.sequence.purpose(row, &self.unbanned),
             }),
         );
+        if let Some(bug) = self.sabotage {
+            Self::spoil_rows(bug, &mut step.work[first..], one.sequence.resumed());
+        }
         one.logit_rows = first..step.work.len();
         one.computed = range.end;
         draft.tokens -= rows;

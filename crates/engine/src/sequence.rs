@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use types::{BlockId, Generation, History, Logprobs, Micros, Position, SeqId, SharedHistory, SlotId, TokenId};
+use types::{BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId, TokenId};
 
 use crate::kv::{Cursor, Kv, Root, Tables};
 use crate::rank::Rank;
@@ -15,6 +15,8 @@ use crate::{Config, Effect, Finish, KvGroup, PrefixReuse, Request, RowOutput, Ro
 pub(crate) struct Sequence {
     pub(crate) id: SeqId,
     pub(crate) rank: Rank,
+    priority: Priority,
+    resumed: u32,
     /// Which of the request's sequences it is, for the generator.
     stream: u32,
     /// Prompt, then what was generated: after a preemption all of it is computed again.
@@ -65,6 +67,7 @@ impl Sequence {
             PrefixReuse::Bypass => None,
         };
         let fresh = options.resume_tokens.is_empty();
+        let resumed = u32::try_from(options.resume_tokens.len()).expect("checked to fit the context");
         let tokens = [prompt, options.resume_tokens].concat();
         (0..sequences).map(move |index| {
             let id = SeqId(first.0 + u64::from(index));
@@ -72,6 +75,8 @@ impl Sequence {
             Self {
                 id,
                 rank: Rank::new(id, now, options.priority),
+                priority: options.priority,
+                resumed,
                 stream: options.first_stream + index,
                 tokens: tokens.clone(),
                 prompt_tokens,
@@ -116,6 +121,22 @@ impl Sequence {
 
     pub(crate) fn is_late(&self, now: Micros) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Tokens it was resumed with.
+    pub(crate) const fn resumed(&self) -> u32 {
+        self.resumed
+    }
+
+    pub(crate) const fn priority(&self) -> Priority {
+        self.priority
+    }
+
+    /// Forgets its last token: a bug, see [`crate::Sabotage`].
+    pub(crate) fn forget_last(&mut self) {
+        if self.generated() > self.resumed {
+            self.tokens.pop();
+        }
     }
 
     /// Prompt and output.
@@ -284,11 +305,14 @@ impl Running {
     }
 
     /// Puts the blocks that have become full into the prefix tree.
-    pub(crate) fn publish(&mut self, kv: &mut Kv) {
+    pub(crate) fn publish(&mut self, kv: &mut Kv, early: u32) {
         let Some(mut cursor) = self.cursor.take() else { return };
         let size = kv.geometry().block_size.tokens();
-        while cursor.blocks() < self.computed / size {
+        while cursor.blocks() < self.computed / size + early {
             let start = cursor.blocks() * size;
+            if start + size > self.sequence.len() {
+                break;
+            }
             if !kv.publish(&mut self.tables, &mut cursor, self.sequence.tokens(start..start + size)) {
                 kv.close(cursor);
                 return;

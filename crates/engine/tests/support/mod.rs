@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 pub mod random;
+pub mod sim;
 pub mod world;
 
 use engine::{
