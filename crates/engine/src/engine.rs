@@ -9,8 +9,8 @@ use types::{Generation, Micros, SeqId, SlotId, TokenId};
 
 use crate::kv::Kv;
 use crate::rank::Rank;
-use crate::sequence::{Running, Sequence, stops};
 use crate::sabotage::Sabotage;
+use crate::sequence::{Running, Sequence, stops};
 use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, StepOutput};
 
 /// The scheduler of one group: a pure state machine. The caller owns time, threads and the device.
@@ -152,10 +152,12 @@ impl Engine {
             return Err(Refusal::TokenOutOfVocabulary { index, token: prompt[index], vocab_size });
         }
         let (min_tokens, rules) = (generation.min_tokens(), generation.rules());
-        if min_tokens > 0 && rules.allowed().is_some_and(|allowed| {
-            let stops = stops(generation, &self.config);
-            allowed.iter().all(|token| stops.contains(token))
-        }) {
+        if min_tokens > 0
+            && rules.allowed().is_some_and(|allowed| {
+                let stops = stops(generation, &self.config);
+                allowed.iter().all(|token| stops.contains(token))
+            })
+        {
             return Err(Refusal::OnlyStopsAllowed { min_tokens });
         }
         let prompt_tokens = u32::try_from(prompt.len()).expect("below the context length");

@@ -213,7 +213,9 @@ pub enum Refusal {
         available: u32,
     },
     /// Every token that is allowed ends the sequence, and it must not end yet.
-    #[error("all of allowed_token_ids end the sequence, and min_tokens is {min_tokens}; allow another or set 0")]
+    #[error(
+        "all of allowed_token_ids end the sequence, and min_tokens is {min_tokens}; allow another or set 0"
+    )]
     OnlyStopsAllowed {
         /// Tokens it must have.
         min_tokens: u32,

@@ -3,9 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use types::{
-    BlockId, Logprobs, Position, SamplingParams, SeqId, SharedHistory, SlotId, TokenId, TokenRules,
-};
+use types::{BlockId, Logprobs, Position, SamplingParams, SeqId, SharedHistory, SlotId, TokenId, TokenRules};
 
 use crate::KvGroup;
 

@@ -133,6 +133,10 @@ impl Engine {
             effects.push(Effect::Started { seq: sequence.id, cached_tokens: found.start });
             let slot = self.slots_free.pop().expect("checked above");
             let room = self.kv.room(&found.tables, found.start);
+            for group in self.kv.groups() {
+                let peak = self.kv.geometry().peak(group, sequence.cached_tokens_max());
+                found.tables[group.index()].reserve(peak + 1);
+            }
             self.running.push(Running::new(sequence, slot, found));
             let index = self.running.len() - 1;
             self.place(index, wanted.min(room), 0, draft);
@@ -174,7 +178,7 @@ impl Engine {
             || self.kv.groups().all(|group| {
                 let held = tables[group.index()].len();
                 let own = self.kv.geometry().peak(group, tokens).saturating_sub(held);
-                own + promised[group.index()] + running + 1 <= self.kv.available(group)
+                own + promised[group.index()] + running < self.kv.available(group)
             })
     }
 

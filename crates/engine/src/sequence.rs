@@ -4,11 +4,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use types::{BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId, TokenId};
+use types::{
+    BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId, TokenId,
+};
 
 use crate::kv::{Cursor, Kv, Root, Tables};
 use crate::rank::Rank;
-use crate::{Config, Effect, Finish, KvGroup, PrefixReuse, Request, RowOutput, RowPurpose, TokenLogprob, Usage};
+use crate::{
+    Config, Effect, Finish, KvGroup, PrefixReuse, Request, RowOutput, RowPurpose, TokenLogprob, Usage,
+};
 
 /// Tokens and progress of one sequence; nothing in here depends on when or beside what it runs.
 #[derive(Debug)]
@@ -54,7 +58,12 @@ impl Sequence {
     /// The first computes the prompt, and the others then find its full blocks in the prefix tree. They compute the
     /// last, partial block again, each its own: it is less than one block of rows, once, and it leaves plans, ranks
     /// and kernels without a copy operation that nothing else needs.
-    pub(crate) fn of(first: SeqId, request: Request, now: Micros, config: &Config) -> impl Iterator<Item = Self> + use<> {
+    pub(crate) fn of(
+        first: SeqId,
+        request: Request,
+        now: Micros,
+        config: &Config,
+    ) -> impl Iterator<Item = Self> + use<> {
         let Request { prompt, generation, deadline, options } = request;
         let prompt_tokens = u32::try_from(prompt.len()).expect("the prompt is checked to fit the context");
         let sequences = generation.sequences();

@@ -55,7 +55,8 @@ fn every_request_gets_the_tokens_it_would_get_alone() {
     println!("{sum:?}");
     if seeds == SEEDS {
         let Counts { steps, finished, ended_early, refused, preempted, resumed, cached_starts } = sum;
-        let rarest = [finished / 10, ended_early, refused, preempted, resumed, cached_starts].into_iter().min();
+        let rarest =
+            [finished / 10, ended_early, refused, preempted, resumed, cached_starts].into_iter().min();
         assert!(steps > 500_000 && rarest > Some(5_000), "the runs exercise all of it: {sum:?}");
     }
 }

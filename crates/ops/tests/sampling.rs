@@ -1,4 +1,5 @@
 //! The reference sampler: each parameter alone, their order, and the generator.
+#![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 use ops::sample::{Draw, Logits, philox, uniform};
 use types::{Generation, GenerationSpec, History, TokenId};
@@ -68,7 +69,8 @@ fn the_generator_gives_the_published_numbers() {
 
 #[test]
 fn every_part_of_the_key_changes_the_number() {
-    let numbers = [uniform(1, 2, 3), uniform(2, 2, 3), uniform(1 | 1 << 40, 2, 3), uniform(1, 3, 3), uniform(1, 2, 4)];
+    let numbers =
+        [uniform(1, 2, 3), uniform(2, 2, 3), uniform(1 | 1 << 40, 2, 3), uniform(1, 3, 3), uniform(1, 2, 4)];
     for (i, a) in numbers.iter().enumerate() {
         assert!((0.0..1.0).contains(a));
         assert!(numbers[i + 1..].iter().all(|b| a != b));
@@ -150,7 +152,8 @@ fn a_bad_word_is_never_completed() {
 
 #[test]
 fn bad_words_that_leave_nothing_are_let_through() {
-    let spec = GenerationSpec { bad_words: vec![vec![3], vec![5]], allowed_token_ids: vec![3, 5], ..greedy() };
+    let spec =
+        GenerationSpec { bad_words: vec![vec![3], vec![5]], allowed_token_ids: vec![3, 5], ..greedy() };
     assert_eq!(drawn(&falling(), spec, &[], &[]), 3);
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::limits::{
-    BAD_WORD_TOKENS_MAX, BAD_WORDS_MAX, LOGIT_BIAS_ABS_MAX, LOGIT_BIAS_MAX, MAX_TOKENS_DEFAULT, PENALTY_ABS_MAX,
-    REPETITION_PENALTY_MAX, SEQUENCES_MAX, STOP_TOKENS_MAX, TEMPERATURE_MAX, TOP_K_MAX,
+    BAD_WORD_TOKENS_MAX, BAD_WORDS_MAX, LOGIT_BIAS_ABS_MAX, LOGIT_BIAS_MAX, MAX_TOKENS_DEFAULT,
+    PENALTY_ABS_MAX, REPETITION_PENALTY_MAX, SEQUENCES_MAX, STOP_TOKENS_MAX, TEMPERATURE_MAX, TOP_K_MAX,
 };
 use crate::{Error, FieldViolation, Generation, Logprobs, SamplingParams, TokenId, TokenRules};
 
@@ -121,7 +121,8 @@ impl Checks {
         {
             self.refuse("top_k", format!("must be at most {TOP_K_MAX}, not {k}; 0 means all"));
         }
-        let penalties = [("presence_penalty", spec.presence_penalty), ("frequency_penalty", spec.frequency_penalty)];
+        let penalties =
+            [("presence_penalty", spec.presence_penalty), ("frequency_penalty", spec.frequency_penalty)];
         let [presence_penalty, frequency_penalty] = penalties.map(|(field, got)| {
             let got = got.unwrap_or(0.0);
             let right = (-PENALTY_ABS_MAX..=PENALTY_ABS_MAX).contains(&got);
@@ -170,7 +171,12 @@ impl Checks {
         }
     }
 
-    fn rules(&mut self, bias: Vec<(u32, f32)>, mut allowed: Vec<u32>, bad_words: Vec<Vec<u32>>) -> TokenRules {
+    fn rules(
+        &mut self,
+        bias: Vec<(u32, f32)>,
+        mut allowed: Vec<u32>,
+        bad_words: Vec<Vec<u32>>,
+    ) -> TokenRules {
         self.bias(&bias);
         self.in_vocabulary("allowed_token_ids", allowed.iter().copied());
         allowed.sort_unstable();
@@ -255,7 +261,14 @@ mod tests {
             ..GenerationSpec::default()
         };
         let expected = [
-            "temperature", "top_p", "min_p", "top_k", "max_tokens", "min_tokens", "stop_token_ids", "logprobs",
+            "temperature",
+            "top_p",
+            "min_p",
+            "top_k",
+            "max_tokens",
+            "min_tokens",
+            "stop_token_ids",
+            "logprobs",
             "prompt_logprobs",
         ];
         assert_eq!(refused(spec), expected);
@@ -274,8 +287,16 @@ mod tests {
             ..GenerationSpec::default()
         };
         let expected = [
-            "presence_penalty", "frequency_penalty", "repetition_penalty", "n", "logit_bias", "logit_bias",
-            "logit_bias", "allowed_token_ids", "bad_words", "bad_words",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "n",
+            "logit_bias",
+            "logit_bias",
+            "logit_bias",
+            "allowed_token_ids",
+            "bad_words",
+            "bad_words",
         ];
         assert_eq!(refused(spec), expected);
     }

@@ -82,6 +82,11 @@ impl Table {
         self.first = first;
     }
 
+    /// Makes room for `blocks` in all, so that no later one allocates.
+    pub fn reserve(&mut self, blocks: u32) {
+        self.blocks.reserve((blocks - blocks.min(self.len())) as usize);
+    }
+
     /// Takes `block` as the next logical block, to be written.
     pub fn push(&mut self, block: Block) {
         self.blocks.push_back(Held::Own(block));

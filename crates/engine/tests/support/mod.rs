@@ -12,8 +12,8 @@ pub mod sim;
 pub mod world;
 
 use engine::{
-    Config, Effect, Engine, Event, Finish, Request, RequestOptions, RowOutput, RowPurpose, Step, StepOutput, TokenLogprob,
-    Usage,
+    Config, Effect, Engine, Event, Finish, Request, RequestOptions, RowOutput, RowPurpose, Step, StepOutput,
+    TokenLogprob, Usage,
 };
 use types::{BlockSize, Generation, GenerationSpec, Micros, SeqId, TokenId};
 

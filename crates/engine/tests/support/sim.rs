@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use engine::{
-    AGEING_MAX, Config, Effect, Engine, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions, Sabotage, Step,
-    TokenLogprob,
+    AGEING_MAX, Config, Effect, Engine, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions,
+    Sabotage, Step, TokenLogprob,
 };
 use types::{BlockSize, GenerationSpec, Micros, Priority, SeqId, TokenId};
 
@@ -256,7 +256,8 @@ impl World {
             self.apply(Event::Cancel(seq));
         }
         if self.random.one_in(150) {
-            let open: Vec<SeqId> = self.watched.iter().filter(|(_, one)| !one.ended).map(|(&seq, _)| seq).collect();
+            let open: Vec<SeqId> =
+                self.watched.iter().filter(|(_, one)| !one.ended).map(|(&seq, _)| seq).collect();
             open.into_iter().for_each(|seq| self.apply(Event::Cancel(seq)));
         }
     }

@@ -75,7 +75,11 @@ impl FakeRank {
                 let table = &self.tables.tables(sequence.slot)[group.index()];
                 let first = (sequence.start.0 / size - table.first) as usize;
                 for block in &table.blocks[first..] {
-                    assert_eq!(self.users(group, *block), [sequence.slot], "{group} block {block} is written");
+                    assert_eq!(
+                        self.users(group, *block),
+                        [sequence.slot],
+                        "{group} block {block} is written"
+                    );
                 }
             }
         }

@@ -129,8 +129,11 @@ impl<'a> Logits<'a> {
         let sum: f64 = self.0.iter().map(|&l| (f64::from(l) - max).exp()).sum();
         let log_sum = max + sum.ln();
         let of = |logit: f32| (f64::from(logit) - log_sum) as f32;
-        let mut best: Vec<(TokenId, f64)> =
-            if top == 0 { Vec::new() } else { (0_u32..).zip(self.0).map(|(i, &l)| (TokenId(i), f64::from(l))).collect() };
+        let mut best: Vec<(TokenId, f64)> = if top == 0 {
+            Vec::new()
+        } else {
+            (0_u32..).zip(self.0).map(|(i, &l)| (TokenId(i), f64::from(l))).collect()
+        };
         keep_best(&mut best, top as usize);
         best.sort_unstable_by(best_first);
         let top = best.into_iter().map(|(id, logit)| (id, of(logit as f32))).collect();
