@@ -217,22 +217,15 @@ impl World {
         let mut request = self.request();
         self.resume(&mut request);
         let family = SeqId(self.next + 1);
-        for index in 0..request.generation.sequences() {
-            self.next += 1;
-            let stream = request.options.first_stream + index;
-            let had = request.options.resume_tokens.len();
-            let mut expected = match self.too_long(&request) {
-                true => Expected::default(),
-                false => oracle(&self.config, &request, stream),
-            };
-            if index > 0 || had > 0 {
-                expected.prompt_logprobs = None;
-            }
+        let streams = request.options.first_stream..;
+        let family_ids = family.0..family.0 + u64::from(request.generation.sequences());
+        self.next = family_ids.end - 1;
+        for seq in family_ids.clone() {
             let watched = Watched {
                 request: request.clone(),
                 arrival: self.now,
                 family,
-                expected,
+                expected: Expected::default(),
                 tokens: Vec::new(),
                 logprobs: Vec::new(),
                 prompt_logprobs: None,
@@ -240,9 +233,17 @@ impl World {
                 started: false,
                 ended: false,
             };
-            self.watched.insert(SeqId(self.next), watched);
+            self.watched.insert(SeqId(seq), watched);
         }
         self.apply(Event::Submit { seq: family, request });
+        for (seq, stream) in family_ids.map(SeqId).zip(streams) {
+            // The refused are gone, and need no oracle.
+            let Some(one) = self.watched.get_mut(&seq) else { continue };
+            one.expected = oracle(&self.config, &one.request, stream);
+            if seq != family || !one.request.options.resume_tokens.is_empty() {
+                one.expected.prompt_logprobs = None;
+            }
+        }
     }
 
     /// Submits and cancels at random; now and then everything is cancelled at once.
@@ -308,7 +309,8 @@ impl World {
                             | Refusal::KvTooSmall { .. }
                     );
                     assert!(overload, "{seq}: {refusal}");
-                    self.open(seq).ended = true;
+                    self.open(seq);
+                    self.watched.remove(&seq);
                 }
                 Effect::Started { seq, cached_tokens } => self.started(seq, cached_tokens),
                 Effect::PromptLogprobs { seq, logprobs } => {
