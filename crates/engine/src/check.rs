@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use types::SlotId;
+use types::{BlockId, SlotId};
 
+use crate::kv::Held;
 use crate::{Engine, KvGroup, SlotTables};
 
 impl Engine {
@@ -35,20 +36,37 @@ impl Engine {
         }
     }
 
-    /// Every block is free or in exactly one table.
+    /// Every block is free, or one table's own, or in the prefix tree; there, each of its leases is in a table, and the
+    /// blocks without one are those that may be evicted.
     fn check_blocks(&self) {
         for group in KvGroup::ALL {
-            let pool = self.kv.pool(group);
-            let mut seen = vec![false; pool.total() as usize];
-            let held = self.running.iter().flat_map(|one| one.tables[group.index()].ids());
-            for block in pool.free_blocks().chain(held) {
-                let seen = &mut seen[block.0 as usize];
-                assert!(!*seen, "{group} block {block} is in two places");
-                *seen = true;
+            let (pool, shared) = (self.kv.pool(group), self.kv.prefixes().shared(group));
+            let mut places = vec![0; pool.total() as usize];
+            let mut leases = vec![0; pool.total() as usize];
+            pool.free_blocks().for_each(|block| places[block.0 as usize] += 1);
+            for held in self.running.iter().flat_map(|one| one.tables[group.index()].held()) {
+                match held {
+                    Held::Own(block) => places[block.id().0 as usize] += 1,
+                    Held::Shared(lease) => leases[lease.id().0 as usize] += 1,
+                }
             }
-            let lost = seen.iter().position(|&seen| !seen);
-            assert_eq!(lost, None, "this {group} block is neither free nor in a table");
+            let mut idle = 0;
+            for (block, leases) in (0..pool.total()).map(BlockId).zip(leases) {
+                let counted = shared.leases(block);
+                places[block.0 as usize] += u32::from(counted.is_some());
+                assert_eq!(places[block.0 as usize], 1, "places of {group} block {block}");
+                assert_eq!(counted.unwrap_or(0), leases, "leases of {group} block {block}");
+                idle += u32::from(counted == Some(0));
+            }
+            assert_eq!(shared.idle(), idle, "{group} blocks that can be evicted");
+            let mut listed = 0;
+            for block in shared.idle_blocks() {
+                assert_eq!(shared.leases(block), Some(0), "{group} block {block} can be evicted");
+                listed += 1;
+            }
+            assert_eq!(listed, idle, "{group} blocks in the order of eviction");
         }
+        self.kv.prefixes().check(self.running.iter().filter_map(|one| one.cursor.as_ref()));
     }
 
     /// Every slot is free or used by exactly one sequence.
@@ -89,13 +107,24 @@ impl Engine {
                 let needed = geometry.first_needed(group, one.computed);
                 assert!(table.first() <= needed, "{id}: {group} lost a block that is still needed");
             }
+            if let Some(cursor) = &one.cursor {
+                let full = one.computed / geometry.block_size.tokens();
+                let published = cursor.blocks() == full || self.in_flight.is_some();
+                assert!(cursor.blocks() <= full && published, "{id}: blocks in the prefix tree");
+            }
             if self.in_flight.is_none() {
                 assert!(one.logit_rows.is_empty(), "{id} expects rows of a step that does not run");
             }
         }
-        let waiting: u64 = self.waiting.iter().map(|sequence| u64::from(sequence.len())).sum();
+        for sequence in self.waiting.values() {
+            let Some(leader) = sequence.held_by else { continue };
+            let mut all = self.waiting.values().chain(self.running.iter().map(|one| &one.sequence));
+            let leads = all.any(|one| one.id == leader && one.leads && one.held_by.is_none());
+            assert!(leads, "{} waits for {leader}, which computes no prompt", sequence.id);
+        }
+        let waiting: u64 = self.waiting.values().map(|sequence| u64::from(sequence.len())).sum();
         assert_eq!(waiting, self.waiting_tokens, "waiting tokens");
-        let ids = self.waiting.iter().map(|s| s.id).chain(self.running.iter().map(|one| one.sequence.id));
+        let ids = self.waiting.values().map(|s| s.id).chain(self.running.iter().map(|one| one.sequence.id));
         let unique: BTreeSet<_> = ids.collect();
         assert_eq!(unique.len(), self.waiting.len() + self.running.len(), "a sequence is in two places");
     }

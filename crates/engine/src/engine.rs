@@ -1,13 +1,16 @@
 //! The engine's state, and what events do to it.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::mem;
 use std::sync::Arc;
 
+use types::limits::SEQUENCES_MAX;
 use types::{Generation, Micros, SeqId, SlotId, TokenId};
 
 use crate::kv::Kv;
-use crate::sequence::{Running, Sequence};
+use crate::rank::Rank;
+use crate::sabotage::Sabotage;
+use crate::sequence::{Running, Sequence, stops};
 use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, StepOutput};
 
 /// The scheduler of one group: a pure state machine. The caller owns time, threads and the device.
@@ -18,10 +21,11 @@ use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, Ste
 pub struct Engine {
     pub(crate) config: Config,
     pub(crate) kv: Kv,
-    /// Preempted sequences first, then in order of arrival.
-    pub(crate) waiting: VecDeque<Sequence>,
+    /// Those that wait, preempted ones included.
+    pub(crate) waiting: BTreeMap<Rank, Sequence>,
     pub(crate) waiting_tokens: u64,
-    /// Oldest first. Only `plan` adds to it, so while a step runs its order is that of the step's rows.
+    /// Ordered by rank when a step is planned; what that step starts comes last. So while it runs the order is that of
+    /// its rows.
     pub(crate) running: Vec<Running>,
     pub(crate) slots_free: Vec<SlotId>,
     /// Slots to name in the next plan.
@@ -30,6 +34,10 @@ pub struct Engine {
     pub(crate) steps: u64,
     /// The list of banned tokens of a row that may draw any, shared.
     pub(crate) unbanned: Arc<[TokenId]>,
+    /// Sequences that have just stopped computing the prompt of others, and whether it is there.
+    led: Vec<(SeqId, bool)>,
+    /// A bug a test has switched on.
+    pub(crate) sabotage: Option<Sabotage>,
     last_id: Option<SeqId>,
 }
 
@@ -51,6 +59,8 @@ pub struct Load {
     pub waiting_tokens: u64,
     /// Blocks held by sequences, by [`KvGroup::index`].
     pub blocks_used: [u32; 2],
+    /// Blocks no sequence holds that keep a prefix until the space is needed, by [`KvGroup::index`].
+    pub blocks_cached: [u32; 2],
     /// Blocks there are, by [`KvGroup::index`].
     pub blocks: [u32; 2],
 }
@@ -64,7 +74,7 @@ impl Engine {
         config.check()?;
         Ok(Self {
             kv: Kv::new(&config),
-            waiting: VecDeque::new(),
+            waiting: BTreeMap::new(),
             waiting_tokens: 0,
             running: Vec::with_capacity(config.running_max as usize),
             // Reversed, so that the lowest slot is taken first.
@@ -73,6 +83,8 @@ impl Engine {
             in_flight: None,
             steps: 0,
             unbanned: Arc::from([]),
+            led: Vec::new(),
+            sabotage: None,
             last_id: None,
             config,
         })
@@ -106,7 +118,8 @@ impl Engine {
             running: count(self.running.len()),
             waiting: count(self.waiting.len()),
             waiting_tokens: self.waiting_tokens,
-            blocks_used: KvGroup::ALL.map(|group| blocks[group.index()] - self.kv.pool(group).free()),
+            blocks_used: KvGroup::ALL.map(|group| blocks[group.index()] - self.kv.available(group)),
+            blocks_cached: KvGroup::ALL.map(|group| self.kv.prefixes().shared(group).idle()),
             blocks,
         }
     }
@@ -138,6 +151,15 @@ impl Engine {
         if let Some(index) = prompt.iter().position(|token| token.0 >= vocab_size) {
             return Err(Refusal::TokenOutOfVocabulary { index, token: prompt[index], vocab_size });
         }
+        let (min_tokens, rules) = (generation.min_tokens(), generation.rules());
+        if min_tokens > 0
+            && rules.allowed().is_some_and(|allowed| {
+                let stops = stops(generation, &self.config);
+                allowed.iter().all(|token| stops.contains(token))
+            })
+        {
+            return Err(Refusal::OnlyStopsAllowed { min_tokens });
+        }
         let prompt_tokens = u32::try_from(prompt.len()).expect("below the context length");
         let tokens = prompt_tokens + generation.max_tokens().min(context - prompt_tokens);
         for group in self.kv.groups() {
@@ -153,34 +175,75 @@ impl Engine {
 
     fn submit(&mut self, seq: SeqId, request: Request, now: Micros, effects: &mut Vec<Effect>) {
         assert!(self.last_id < Some(seq), "{seq} was submitted after {:?}; ids must grow", self.last_id);
-        self.last_id = Some(seq);
+        let ids = seq.0..seq.0 + u64::from(request.generation.sequences());
+        self.last_id = Some(SeqId(ids.end - 1));
         if let Err(refusal) = self.admissible(&request, now) {
-            effects.push(Effect::Refused { seq, refusal });
+            effects.extend(ids.map(|id| Effect::Refused { seq: SeqId(id), refusal: refusal.clone() }));
             return;
         }
-        let sequence = Sequence::new(seq, request, &self.config);
+        for mut sequence in Sequence::of(seq, request, now, &self.config) {
+            self.spoil_sequence(&mut sequence);
+            self.wait(sequence);
+        }
+    }
+
+    /// Puts a sequence into the queue, at its place.
+    pub(crate) fn wait(&mut self, sequence: Sequence) {
         self.waiting_tokens += u64::from(sequence.len());
-        self.waiting.push_back(sequence);
+        self.waiting.insert(sequence.rank, sequence);
     }
 
     fn admissible(&self, request: &Request, now: Micros) -> Result<(), Refusal> {
         self.check_request(&request.prompt, &request.generation)?;
+        self.check_resume(request)?;
         if let Some(deadline) = request.deadline
             && deadline <= now
         {
             return Err(Refusal::DeadlinePassed { late_us: now.since(deadline).0 });
         }
+        let sequences = request.generation.sequences();
         let waiting = u32::try_from(self.waiting.len()).expect("the queue is bounded");
         let max = self.config.waiting_requests_max;
-        if waiting >= max {
+        if waiting.saturating_add(sequences) > max {
             return Err(Refusal::QueueFull { waiting, max });
         }
-        let prompt = u32::try_from(request.prompt.len()).expect("below the context length");
+        let tokens = request.prompt.len() + request.options.resume_tokens.len();
+        let prompt = u32::try_from(tokens).expect("within the context").saturating_mul(sequences);
         let (waiting, max) = (self.waiting_tokens, self.config.waiting_tokens_max);
         if waiting + u64::from(prompt) > u64::from(max) {
             return Err(Refusal::QueueTokensFull { waiting, prompt, max });
         }
         Ok(())
+    }
+
+    /// Whether a request whose prompt is right can go on from its `resume_tokens`.
+    fn check_resume(&self, request: &Request) -> Result<(), Refusal> {
+        let Config { vocab_size, context_tokens_max: context, .. } = self.config;
+        let Request { prompt, generation, options, .. } = request;
+        let (resume, sequences) = (&options.resume_tokens, generation.sequences());
+        let first = options.first_stream;
+        if first.saturating_add(sequences) > SEQUENCES_MAX {
+            return Err(Refusal::Stream { first, sequences, max: SEQUENCES_MAX });
+        }
+        if resume.is_empty() {
+            return Ok(());
+        }
+        if sequences > 1 {
+            return Err(Refusal::ResumeOfSeveral { sequences });
+        }
+        if let Some(index) = resume.iter().position(|token| token.0 >= vocab_size) {
+            return Err(Refusal::ResumeToken { index, token: resume[index], vocab_size });
+        }
+        let stops = stops(generation, &self.config);
+        if let Some(index) = resume.iter().position(|token| stops.contains(token)) {
+            return Err(Refusal::ResumeEnded { index, token: resume[index] });
+        }
+        let prompt = u32::try_from(prompt.len()).expect("below the context length");
+        let max = generation.max_tokens().min(context - prompt);
+        match resume.len() >= max as usize {
+            true => Err(Refusal::ResumeTooLong { tokens: resume.len(), max }),
+            false => Ok(()),
+        }
     }
 
     fn step_done(&mut self, output: StepOutput, effects: &mut Vec<Effect>) {
@@ -196,14 +259,42 @@ impl Engine {
             rows.by_ref().take(gap).for_each(drop);
             taken += gap + own.len();
             let mut outputs = rows.by_ref().take(own.len());
+            let known = one.sequence.len();
             let finish = one.take(&mut outputs, &self.config, effects);
             outputs.for_each(drop);
+            if finish != Some(Finish::NotANumber) {
+                let early = u32::from(self.sabotage == Some(Sabotage::PublishEarly));
+                one.publish(&mut self.kv, early);
+            }
+            let drew = one.sequence.len() > known;
+            if drew || finish.is_some() {
+                self.led.extend(mem::take(&mut one.sequence.leads).then_some((one.sequence.id, drew)));
+            }
             let Some(finish) = finish else { return true };
             effects.push(Effect::Finished { seq: one.sequence.id, finish, usage: one.sequence.usage() });
             self.vacate(one);
             false
         });
         self.running = running;
+        self.free_families();
+    }
+
+    /// Lets the sequences go that waited for others to compute their prompt. If that did not happen, the next of them
+    /// computes it.
+    fn free_families(&mut self) {
+        while let Some((leader, computed)) = self.led.pop() {
+            if self.has_bug(Sabotage::ForgetFamily) {
+                continue;
+            }
+            let mut next = None;
+            for sequence in self.waiting.values_mut().filter(|one| one.held_by == Some(leader)) {
+                sequence.held_by = next;
+                if next.is_none() && !computed {
+                    sequence.leads = true;
+                    next = Some(sequence.id);
+                }
+            }
+        }
     }
 
     /// Ends every sequence, waiting or running, for which `ends` has a reason.
@@ -212,26 +303,38 @@ impl Engine {
         effects: &mut Vec<Effect>,
         ends: impl Fn(&Sequence) -> Option<Finish>,
     ) {
-        self.waiting.retain(|sequence| {
+        self.waiting.retain(|_, sequence| {
             let Some(finish) = ends(sequence) else { return true };
             self.waiting_tokens -= u64::from(sequence.len());
+            self.led.extend(sequence.leads.then_some((sequence.id, false)));
             effects.push(Effect::Finished { seq: sequence.id, finish, usage: sequence.usage() });
             false
         });
         let mut running = mem::take(&mut self.running);
         running.retain_mut(|one| {
             let Some(finish) = ends(&one.sequence) else { return true };
+            self.led.extend(one.sequence.leads.then_some((one.sequence.id, false)));
             effects.push(Effect::Finished { seq: one.sequence.id, finish, usage: one.sequence.usage() });
             self.vacate(one);
             false
         });
         self.running = running;
+        self.free_families();
     }
 
     /// Frees everything a running sequence holds. A step that still runs may write to its blocks; nothing reads
     /// them, and no later step begins before that one has ended.
     pub(crate) fn vacate(&mut self, one: &mut Running) {
+        if self.has_bug(Sabotage::LeakBlocks) && self.in_flight.is_some() {
+            one.tables = crate::kv::Tables::default();
+        }
+        if self.has_bug(Sabotage::FreeSlotTwice) {
+            self.slots_free.push(one.slot);
+        }
         self.kv.release(&mut one.tables);
+        if let Some(cursor) = one.cursor.take() {
+            self.kv.close(cursor);
+        }
         self.slots_free.push(one.slot);
         self.slots_released.push(one.slot);
     }

@@ -1,10 +1,10 @@
 //! What goes into the engine and what comes out of it.
 
-use types::{Generation, Micros, SeqId, TokenId};
+use types::{Generation, Micros, Priority, SeqId, TokenId};
 
 use crate::KvGroup;
 
-/// One request.
+/// One request, for [`Generation::sequences`] sequences.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
     /// The prompt; at least one token.
@@ -13,14 +13,44 @@ pub struct Request {
     pub generation: Generation,
     /// When the caller stops caring.
     pub deadline: Option<Micros>,
+    /// What most requests leave alone.
+    pub options: RequestOptions,
+}
+
+/// Fields of a request with a default.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RequestOptions {
+    /// Higher goes first; waiting makes up for it, see [`crate::AGEING_MAX`].
+    pub priority: Priority,
+    /// With whom it shares computed blocks.
+    pub reuse: PrefixReuse,
+    /// Tokens generated already, elsewhere: they count as output (lengths, penalties, the generator, usage) and are not
+    /// emitted again. Only for a request of one sequence.
+    pub resume_tokens: Vec<TokenId>,
+    /// Generator stream of its first sequence. Together with `resume_tokens`, one sequence of a request of several
+    /// goes on alone.
+    pub first_stream: u32,
+}
+
+/// With whom a request shares the blocks of a prompt they have in common.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PrefixReuse {
+    /// Every request without a salt.
+    #[default]
+    Open,
+    /// Requests with the same salt only. A caller with salts of any length hashes them to this one.
+    Salted(u128),
+    /// Nobody: it computes its whole prompt, and leaves nothing behind. Its own sequences still share.
+    Bypass,
 }
 
 /// Something that happened outside.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// A request arrived. Ids grow: each must be above every one submitted before it.
+    /// A request arrived. Ids grow: each must be above every one submitted before it. A request for `n` sequences
+    /// takes the `n` ids from `seq` on, one for each; effects and cancels name them one by one.
     Submit {
-        /// The id its effects will carry.
+        /// The id the effects of its first sequence will carry.
         seq: SeqId,
         /// The request.
         request: Request,
@@ -78,7 +108,8 @@ pub enum Effect {
         /// Why.
         refusal: Refusal,
     },
-    /// The prompt's log-probabilities, when asked for; once, before the first token.
+    /// The prompt's log-probabilities, when asked for; once, before the first token of the request's first sequence. A
+    /// resumed request has had them.
     PromptLogprobs {
         /// The sequence.
         seq: SeqId,
@@ -94,7 +125,14 @@ pub enum Effect {
         /// Its log-probability, when asked for.
         logprob: Option<TokenLogprob>,
     },
-    /// The sequence lost its blocks to older ones and will be computed again; the caller sees a pause, no repeat.
+    /// The sequence got a place in the running batch; again after each [`Effect::Preempted`].
+    Started {
+        /// The sequence.
+        seq: SeqId,
+        /// Leading tokens whose keys and values were there already.
+        cached_tokens: u32,
+    },
+    /// The sequence lost its blocks to ones that go before it and will be computed again; the caller sees a pause, no repeat.
     Preempted {
         /// The sequence.
         seq: SeqId,
@@ -132,7 +170,9 @@ pub enum Finish {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
-    /// Tokens generated.
+    /// Tokens of the prompt that were not computed when it first started, because another request had left them.
+    pub cached_tokens: u32,
+    /// Tokens generated, those it was resumed with included.
     pub output_tokens: u32,
 }
 
@@ -172,6 +212,56 @@ pub enum Refusal {
         /// Blocks of the pool.
         available: u32,
     },
+    /// Every token that is allowed ends the sequence, and it must not end yet.
+    #[error(
+        "all of allowed_token_ids end the sequence, and min_tokens is {min_tokens}; allow another or set 0"
+    )]
+    OnlyStopsAllowed {
+        /// Tokens it must have.
+        min_tokens: u32,
+    },
+    /// Several sequences cannot go on from the same output.
+    #[error("resume_tokens are one sequence's, and the request is for {sequences}; resume each on its own")]
+    ResumeOfSeveral {
+        /// Sequences asked for.
+        sequences: u32,
+    },
+    /// A resumed token the model does not have.
+    #[error("resume token {index} is {token}, which is not below the vocabulary size {vocab_size}")]
+    ResumeToken {
+        /// Index among the resumed tokens.
+        index: usize,
+        /// The token.
+        token: TokenId,
+        /// The vocabulary size.
+        vocab_size: u32,
+    },
+    /// A resumed sequence that had come to its end.
+    #[error("resume token {index} is {token}, which ends the sequence: there is nothing to resume")]
+    ResumeEnded {
+        /// Index among the resumed tokens.
+        index: usize,
+        /// The token.
+        token: TokenId,
+    },
+    /// A resumed sequence that has all the tokens it may have.
+    #[error("{tokens} resume tokens leave nothing to generate: the request may have {max} tokens")]
+    ResumeTooLong {
+        /// Tokens generated already.
+        tokens: usize,
+        /// The most it may have.
+        max: u32,
+    },
+    /// A generator stream no request can have.
+    #[error("generator streams {first} to {first} + {sequences} - 1 are not all below {max}")]
+    Stream {
+        /// The first sequence's.
+        first: u32,
+        /// Sequences asked for.
+        sequences: u32,
+        /// How many there are.
+        max: u32,
+    },
     /// Its deadline had passed when it came.
     #[error("the deadline passed {late_us} µs before the request arrived")]
     DeadlinePassed {
@@ -191,7 +281,7 @@ pub enum Refusal {
     QueueTokensFull {
         /// Tokens that wait.
         waiting: u64,
-        /// Tokens of the prompt.
+        /// Tokens of the request's sequences.
         prompt: u32,
         /// The limit.
         max: u32,

@@ -16,6 +16,8 @@ mod error;
 mod event;
 pub mod kv;
 mod plan;
+mod rank;
+mod sabotage;
 mod schedule;
 mod sequence;
 mod slots;
@@ -24,8 +26,14 @@ mod wire;
 pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
 pub use engine::{Engine, Load};
 pub use error::Error;
-pub use event::{Effect, Event, Finish, Refusal, Request, RowOutput, StepOutput, TokenLogprob, Usage};
+pub use event::{
+    Effect, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions, RowOutput, StepOutput,
+    TokenLogprob, Usage,
+};
 pub use plan::{PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
+pub use rank::{AGEING_MAX, AGEING_PER_LEVEL};
+#[doc(hidden)]
+pub use sabotage::Sabotage;
 pub use slots::SlotTables;
 pub use types::{BlockTable, KvGroup};
 pub use wire::PLAN_VERSION;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use types::{BlockId, Logprobs, Position, SamplingParams, SeqId, SlotId, TokenId};
+use types::{BlockId, Logprobs, Position, SamplingParams, SeqId, SharedHistory, SlotId, TokenId, TokenRules};
 
 use crate::KvGroup;
 
@@ -46,7 +46,13 @@ pub enum RowPurpose {
     Sample {
         /// How.
         params: SamplingParams,
-        /// Tokens generated so far: with the seed, it keys the generator.
+        /// Which tokens the request wants more, less, or not at all.
+        rules: Arc<TokenRules>,
+        /// The tokens so far, when the request has penalties or bad words.
+        history: Option<SharedHistory>,
+        /// The generator stream: which of the request's sequences this is. With seed and position it keys the generator.
+        stream: u32,
+        /// Tokens generated so far.
         position: u32,
         /// Tokens that must not be drawn (it is too early to stop); empty when none.
         banned: Arc<[TokenId]>,

@@ -1,17 +1,20 @@
 //! How a step is made.
 //!
-//! Running sequences come first, oldest first; each gets at least the one row its next token needs, and the oldest
-//! that still has prompt to compute takes what the others leave. When a block is missing, the youngest sequence
-//! gives up all of its own and will be computed again later. Then waiting requests are admitted in order, as long
-//! as their whole prompt fits beside what runs. So the oldest sequence always advances, and every sequence becomes
-//! the oldest one day.
+//! Sequences are ordered by priority and age ([`crate::AGEING_MAX`]). Running ones come first, in that order; each
+//! gets at least the one row its next token needs, and the first that still has prompt to compute takes what the
+//! others leave. When a block is missing, the last sequence gives up all of its own and will be computed again later.
+//! Then waiting requests are admitted in order, as long as their whole prompt fits beside what runs; nobody is
+//! preempted to make room for one. So the first sequence always advances, and every sequence becomes the first one
+//! day.
 
 use types::{Micros, Position};
 
 use crate::engine::InFlight;
-use crate::kv::Kv;
+use crate::kv::{Cursor, Kv, Tables};
 use crate::plan::SequenceEntry;
-use crate::sequence::Running;
+use crate::rank::Rank;
+use crate::sabotage::Sabotage;
+use crate::sequence::{Found, Running};
 use crate::{Effect, Engine, Finish, KvGroup, RowWork, Step};
 
 /// A step while it is being made.
@@ -38,15 +41,16 @@ impl Engine {
         if self.is_idle() {
             return false;
         }
+        self.running.sort_unstable_by_key(|one| one.sequence.rank);
         let decodes = self.running.iter().filter(|one| one.is_decoding()).count();
         let mut draft = Draft {
             step,
-            tokens: self.config.step_tokens_max,
+            tokens: self.config.step_tokens_max + u32::from(self.has_bug(Sabotage::ExceedBudget)),
             logits: self.config.logit_rows_max,
             decodes: u32::try_from(decodes).expect("bounded by running_max"),
         };
         self.schedule_running(&mut draft, effects);
-        self.admit_waiting(&mut draft);
+        self.admit_waiting(&mut draft, effects);
         assert!(!step.plan.sequences.is_empty(), "an engine with work always finds a row to run");
         self.steps += 1;
         step.plan.step = self.steps;
@@ -67,6 +71,7 @@ impl Engine {
     /// Gives rows to the running sequences.
     fn schedule_running(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
         let mut index = 0;
+        let early = u32::from(self.has_bug(Sabotage::WindowOffByOne));
         // Preemption shortens the batch from its end, at times up to the sequence at hand.
         while let Some(one) = self.running.get_mut(index) {
             draft.decodes -= u32::from(one.is_decoding());
@@ -74,9 +79,10 @@ impl Engine {
             let logits = draft.logits - draft.decodes;
             let wanted = one.sequence.longest(one.computed, tokens, logits);
             if wanted > 0 {
-                let dropped = self.kv.return_passed(&mut one.tables, one.computed);
+                let dropped = self.kv.return_passed(&mut one.tables, one.computed + early);
+                one.announced[KvGroup::Sliding.index()] -= dropped;
                 while self.room(index) == Some(0) {
-                    self.preempt_youngest(effects);
+                    self.preempt_last(effects);
                 }
                 if let Some(room) = self.room(index) {
                     self.place(index, wanted.min(room), dropped, draft);
@@ -91,33 +97,48 @@ impl Engine {
         self.running.get(index).map(|one| self.kv.room(&one.tables, one.computed))
     }
 
-    /// Sends the youngest running sequence back to the front of the queue. It keeps its tokens, so it goes on where
-    /// it was once they have been computed again. It has not been given rows in this step: the sequence that lacks a
-    /// block is never younger. (It does not come back in the same step either: one of its blocks is taken by then.)
-    fn preempt_youngest(&mut self, effects: &mut Vec<Effect>) {
+    /// Sends the last running sequence back to its place in the queue. It keeps its tokens, so it goes on where it was
+    /// once they have been computed again. It has not been given rows in this step: the sequence that lacks a block
+    /// is never after it. (It does not come back in the same step either: one of its blocks is taken by then.)
+    fn preempt_last(&mut self, effects: &mut Vec<Effect>) {
         assert!(self.running.len() > 1, "a sequence that runs alone fits: it was checked when it came");
         let mut one = self.running.pop().expect("there are at least two");
         self.vacate(&mut one);
         effects.push(Effect::Preempted { seq: one.sequence.id });
-        self.waiting_tokens += u64::from(one.sequence.len());
-        self.waiting.push_front(one.sequence);
+        if self.has_bug(Sabotage::LoseTokenAtPreemption) {
+            one.sequence.forget_last();
+        }
+        self.wait(one.sequence);
     }
 
-    /// Starts waiting requests while rows, slots and blocks last.
-    fn admit_waiting(&mut self, draft: &mut Draft<'_>) {
-        let mut promised = self.promised();
-        while let Some(head) = self.waiting.front() {
-            let wanted = head.longest(0, draft.tokens, draft.logits);
-            if wanted == 0 || self.slots_free.is_empty() || !self.fits(head.len(), promised) {
+    /// Starts waiting sequences while rows, slots and blocks last.
+    fn admit_waiting(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
+        let mut promised = None;
+        while draft.tokens > 0 && !self.slots_free.is_empty() {
+            // Sequences that will find their prompt computed by another one of their request are passed over.
+            let head = self.waiting.values().find(|sequence| sequence.held_by.is_none());
+            let Some(rank) = head.map(|sequence| sequence.rank) else { return };
+            let mut found = self.find(rank);
+            let head = &self.waiting[&rank];
+            let wanted = head.longest(found.start, draft.tokens, draft.logits);
+            let promised = promised.get_or_insert_with(|| self.promised());
+            if wanted == 0 || !self.fits(head.len(), &found.tables, *promised) {
+                self.kv.release(&mut found.tables);
+                found.cursor.into_iter().for_each(|cursor| self.kv.close(cursor));
                 return;
             }
-            let mut sequence = self.waiting.pop_front().expect("it is the front");
+            let mut sequence = self.waiting.remove(&rank).expect("it was just looked at");
             self.waiting_tokens -= u64::from(sequence.len());
-            sequence.reserve();
+            sequence.start(found.start);
+            effects.push(Effect::Started { seq: sequence.id, cached_tokens: found.start });
             let slot = self.slots_free.pop().expect("checked above");
-            self.running.push(Running::new(sequence, slot));
+            let room = self.kv.room(&found.tables, found.start);
+            for group in self.kv.groups() {
+                let peak = self.kv.geometry().peak(group, sequence.cached_tokens_max());
+                found.tables[group.index()].reserve(peak + 1);
+            }
+            self.running.push(Running::new(sequence, slot, found));
             let index = self.running.len() - 1;
-            let room = self.kv.room(&self.running[index].tables, 0);
             self.place(index, wanted.min(room), 0, draft);
             for group in KvGroup::ALL {
                 promised[group.index()] += promise(&self.kv, &self.running[index], group);
@@ -125,19 +146,39 @@ impl Engine {
         }
     }
 
+    /// What is known already of the waiting sequence at `rank`.
+    fn find(&mut self, rank: Rank) -> Found {
+        let sequence = &self.waiting[&rank];
+        let mut found = Found { cursor: sequence.root.map(Cursor::new), ..Found::default() };
+        if let Some(cursor) = &mut found.cursor {
+            let size = self.config.block_size.tokens();
+            // At least one row must be computed, and so must every row whose logits are wanted.
+            let row = match self.sabotage {
+                Some(Sabotage::ReuseEveryBlock) => sequence.len(),
+                _ => sequence.first_logit_row(),
+            };
+            let limit = row / size;
+            let blocks = self.kv.reuse(&mut found.tables, cursor, sequence.all_tokens(), limit);
+            found.start = blocks * size;
+        }
+        found
+    }
+
     /// Blocks running sequences still need for tokens they already have, by [`KvGroup::index`].
     fn promised(&self) -> [u32; 2] {
         KvGroup::ALL.map(|group| self.running.iter().map(|one| promise(&self.kv, one, group)).sum())
     }
 
-    /// Whether a sequence of `tokens` can start without taking blocks that others are about to need: what they were
-    /// promised, and one more for each of them and for itself, or it would soon be preempted. Alone it always fits.
-    fn fits(&self, tokens: u32, promised: [u32; 2]) -> bool {
+    /// Whether a sequence of `tokens` that holds `tables` can start without taking blocks that others are about to
+    /// need: what they were promised, and one more for each of them and for itself, or it would soon be preempted.
+    /// Alone it always fits.
+    fn fits(&self, tokens: u32, tables: &Tables, promised: [u32; 2]) -> bool {
         let running = u32::try_from(self.running.len()).expect("bounded by running_max");
         running == 0
             || self.kv.groups().all(|group| {
-                let needed = self.kv.geometry().peak(group, tokens) + promised[group.index()] + running + 1;
-                needed <= self.kv.pool(group).free()
+                let held = tables[group.index()].len();
+                let own = self.kv.geometry().peak(group, tokens).saturating_sub(held);
+                own + promised[group.index()] + running < self.kv.available(group)
             })
     }
 
@@ -147,7 +188,8 @@ impl Engine {
         let step = &mut *draft.step;
         let range = one.computed..one.computed + rows;
         let logit_rows = one.sequence.logit_rows(&range);
-        let new_blocks = self.kv.extend(&mut one.tables, range.end, &mut step.plan.blocks);
+        self.kv.extend(&mut one.tables, range.end);
+        let new_blocks = one.announce(&mut step.plan.blocks);
         step.plan.tokens.extend_from_slice(one.sequence.tokens(range.clone()));
         step.plan.sequences.push(SequenceEntry {
             slot: one.slot,
@@ -164,6 +206,9 @@ impl Engine {
                 purpose: one.sequence.purpose(row, &self.unbanned),
             }),
         );
+        if let Some(bug) = self.sabotage {
+            Self::spoil_rows(bug, &mut step.work[first..], one.sequence.resumed());
+        }
         one.logit_rows = first..step.work.len();
         one.computed = range.end;
         draft.tokens -= rows;

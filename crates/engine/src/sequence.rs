@@ -4,15 +4,25 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use types::{Generation, Logprobs, Micros, Position, SeqId, SlotId, TokenId};
+use types::{
+    BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId, TokenId,
+};
 
-use crate::kv::Tables;
-use crate::{Config, Effect, Finish, Request, RowOutput, RowPurpose, TokenLogprob, Usage};
+use crate::kv::{Cursor, Kv, Root, Tables};
+use crate::rank::Rank;
+use crate::{
+    Config, Effect, Finish, KvGroup, PrefixReuse, Request, RowOutput, RowPurpose, TokenLogprob, Usage,
+};
 
-/// Tokens and progress of one request; nothing in here depends on when or beside what it runs.
+/// Tokens and progress of one sequence; nothing in here depends on when or beside what it runs.
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) id: SeqId,
+    pub(crate) rank: Rank,
+    priority: Priority,
+    resumed: u32,
+    /// Which of the request's sequences it is, for the generator.
+    stream: u32,
     /// Prompt, then what was generated: after a preemption all of it is computed again.
     tokens: Vec<TokenId>,
     prompt_tokens: u32,
@@ -22,6 +32,16 @@ pub(crate) struct Sequence {
     stops: Arc<[TokenId]>,
     /// Present while the caller is owed the prompt's log-probabilities.
     owed: Option<OwedLogprobs>,
+    /// With whom it shares blocks; `None` when with nobody.
+    pub(crate) root: Option<Root>,
+    /// The sequence of its request that computes their prompt; it starts when that is done.
+    pub(crate) held_by: Option<SeqId>,
+    /// Whether others wait for it to compute their prompt.
+    pub(crate) leads: bool,
+    /// Tokens of the prompt that were there when it first started; `None` before.
+    cached_tokens: Option<u32>,
+    /// Present from its first start when drawing needs it.
+    history: Option<SharedHistory>,
 }
 
 /// Prompt log-probabilities gathered so far. They survive a preemption: rows already gathered are not asked again.
@@ -32,15 +52,54 @@ struct OwedLogprobs {
 }
 
 impl Sequence {
-    /// A request that has been checked; its output is limited to what the context holds.
-    pub(crate) fn new(id: SeqId, request: Request, config: &Config) -> Self {
-        let Request { prompt, generation, deadline } = request;
+    /// The sequences of a request that has been checked, with the ids from `first` on; their output is limited to what
+    /// the context holds.
+    ///
+    /// The first computes the prompt, and the others then find its full blocks in the prefix tree. They compute the
+    /// last, partial block again, each its own: it is less than one block of rows, once, and it leaves plans, ranks
+    /// and kernels without a copy operation that nothing else needs.
+    pub(crate) fn of(
+        first: SeqId,
+        request: Request,
+        now: Micros,
+        config: &Config,
+    ) -> impl Iterator<Item = Self> + use<> {
+        let Request { prompt, generation, deadline, options } = request;
         let prompt_tokens = u32::try_from(prompt.len()).expect("the prompt is checked to fit the context");
+        let sequences = generation.sequences();
         let generation = generation.limited_to(config.context_tokens_max - prompt_tokens);
-        let eos = if generation.ignore_eos() { &[] } else { config.eos_token_ids.as_slice() };
-        let stops = eos.iter().chain(generation.stop_token_ids()).copied().collect();
-        let owed = generation.prompt_logprobs().map(|top| OwedLogprobs { top, gathered: Vec::new() });
-        Self { id, tokens: prompt, prompt_tokens, generation, deadline, stops, owed }
+        let stops = stops(&generation, config);
+        let root = match options.reuse {
+            PrefixReuse::Open => Some(Root::Shared(None)),
+            PrefixReuse::Salted(salt) => Some(Root::Shared(Some(salt))),
+            PrefixReuse::Bypass if sequences > 1 => Some(Root::Private(first)),
+            PrefixReuse::Bypass => None,
+        };
+        let fresh = options.resume_tokens.is_empty();
+        let resumed = u32::try_from(options.resume_tokens.len()).expect("checked to fit the context");
+        let tokens = [prompt, options.resume_tokens].concat();
+        (0..sequences).map(move |index| {
+            let id = SeqId(first.0 + u64::from(index));
+            let owed = generation.prompt_logprobs().filter(|_| fresh && index == 0);
+            Self {
+                id,
+                rank: Rank::new(id, now, options.priority),
+                priority: options.priority,
+                resumed,
+                stream: options.first_stream + index,
+                tokens: tokens.clone(),
+                prompt_tokens,
+                generation: generation.clone(),
+                deadline,
+                stops: Arc::clone(&stops),
+                owed: owed.map(|top| OwedLogprobs { top, gathered: Vec::new() }),
+                root,
+                held_by: (index > 0).then_some(first),
+                leads: index == 0 && sequences > 1,
+                cached_tokens: None,
+                history: None,
+            }
+        })
     }
 
     /// Tokens known, prompt and generated.
@@ -58,7 +117,11 @@ impl Sequence {
     }
 
     pub(crate) fn usage(&self) -> Usage {
-        Usage { prompt_tokens: self.prompt_tokens, output_tokens: self.generated() }
+        Usage {
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            output_tokens: self.generated(),
+        }
     }
 
     fn generated(&self) -> u32 {
@@ -69,9 +132,41 @@ impl Sequence {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
-    /// Makes room for the longest output, so that no later step allocates.
-    pub(crate) fn reserve(&mut self) {
+    /// Tokens it was resumed with.
+    pub(crate) const fn resumed(&self) -> u32 {
+        self.resumed
+    }
+
+    pub(crate) const fn priority(&self) -> Priority {
+        self.priority
+    }
+
+    /// Forgets its last token: a bug, see [`crate::Sabotage`].
+    pub(crate) fn forget_last(&mut self) {
+        if self.generated() > self.resumed {
+            self.tokens.pop();
+        }
+    }
+
+    /// Prompt and output.
+    pub(crate) fn all_tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Prepares it to run, its first `start` tokens being computed already: makes room for the longest output, so that
+    /// no later step allocates.
+    pub(crate) fn start(&mut self, start: u32) {
+        self.cached_tokens.get_or_insert(start.min(self.prompt_tokens));
         self.tokens.reserve((self.generation.max_tokens() - self.generated()) as usize);
+        if self.history.is_none() && self.generation.needs_history() {
+            let (prompt, generated) = self.tokens.split_at(self.prompt_tokens as usize);
+            self.history = Some(SharedHistory::new(History::new(prompt, generated)));
+        }
+    }
+
+    /// The first row whose logits are wanted, whatever is computed.
+    pub(crate) fn first_logit_row(&self) -> u32 {
+        self.first_owed_row(0).unwrap_or(u32::MAX).min(self.len() - 1)
     }
 
     /// First row from `start` on whose logits are wanted even if no token is drawn from it.
@@ -105,6 +200,9 @@ impl Sequence {
             let early = position < self.generation.min_tokens();
             return RowPurpose::Sample {
                 params: *self.generation.sampling(),
+                rules: Arc::clone(self.generation.rules()),
+                history: self.history.clone(),
+                stream: self.stream,
                 position,
                 banned: Arc::clone(if early { &self.stops } else { unbanned }),
                 logprobs: self.generation.logprobs(),
@@ -152,6 +250,9 @@ impl Sequence {
         let early = self.generated() < self.generation.min_tokens();
         assert!(!(stops && early), "{}: stop token {token} was drawn although it was banned", self.id);
         self.tokens.push(token);
+        if let Some(history) = &self.history {
+            history.push(token);
+        }
         if stops {
             let requested = self.generation.stop_token_ids().contains(&token);
             let is_eos = !self.generation.ignore_eos() && config.eos_token_ids.contains(&token);
@@ -162,6 +263,22 @@ impl Sequence {
     }
 }
 
+/// Tokens that end a sequence of `generation`: the model's unless it ignores them, and its own.
+pub(crate) fn stops(generation: &Generation, config: &Config) -> Arc<[TokenId]> {
+    let eos = if generation.ignore_eos() { &[] } else { config.eos_token_ids.as_slice() };
+    eos.iter().chain(generation.stop_token_ids()).copied().collect()
+}
+
+/// The part of a sequence that is computed already when it starts.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) tables: Tables,
+    /// Its place in the prefix tree, if it has one.
+    pub(crate) cursor: Option<Cursor>,
+    /// Tokens.
+    pub(crate) start: u32,
+}
+
 /// A sequence in the running batch.
 #[derive(Debug)]
 pub(crate) struct Running {
@@ -170,14 +287,47 @@ pub(crate) struct Running {
     /// Tokens whose keys and values are cached, those of the step that runs now included.
     pub(crate) computed: u32,
     pub(crate) tables: Tables,
+    /// Blocks in its tables that the ranks know of, by [`KvGroup::index`].
+    pub(crate) announced: [u32; 2],
+    /// Its place in the prefix tree; `None` when it shares nothing.
+    pub(crate) cursor: Option<Cursor>,
     /// Its logit rows among those of the step that runs now.
     pub(crate) logit_rows: Range<usize>,
 }
 
 impl Running {
-    /// A sequence that has just got `slot` and holds no block yet.
-    pub(crate) fn new(sequence: Sequence, slot: SlotId) -> Self {
-        Self { sequence, slot, computed: 0, tables: Tables::default(), logit_rows: 0..0 }
+    /// A sequence that has just got `slot`, and what was found of it.
+    pub(crate) fn new(sequence: Sequence, slot: SlotId, found: Found) -> Self {
+        let Found { tables, cursor, start } = found;
+        Self { sequence, slot, computed: start, tables, announced: [0; 2], cursor, logit_rows: 0..0 }
+    }
+
+    /// Appends the blocks the ranks do not know of yet to `blocks`, group by group; how many of each.
+    pub(crate) fn announce(&mut self, blocks: &mut Vec<BlockId>) -> [u32; 2] {
+        KvGroup::ALL.map(|group| {
+            let table = &self.tables[group.index()];
+            let new = table.len() - self.announced[group.index()];
+            blocks.extend(table.ids_after(self.announced[group.index()]));
+            self.announced[group.index()] = table.len();
+            new
+        })
+    }
+
+    /// Puts the blocks that have become full into the prefix tree.
+    pub(crate) fn publish(&mut self, kv: &mut Kv, early: u32) {
+        let Some(mut cursor) = self.cursor.take() else { return };
+        let size = kv.geometry().block_size.tokens();
+        while cursor.blocks() < self.computed / size + early {
+            let start = cursor.blocks() * size;
+            if start + size > self.sequence.len() {
+                break;
+            }
+            if !kv.publish(&mut self.tables, &mut cursor, self.sequence.tokens(start..start + size)) {
+                kv.close(cursor);
+                return;
+            }
+        }
+        self.cursor = Some(cursor);
     }
 
     /// Known tokens that have not been computed: more than one while the prompt (or a preempted sequence) is being

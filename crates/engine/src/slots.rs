@@ -11,7 +11,8 @@ use crate::{Config, Error, KvGroup, PlannedSequence, StepPlan};
 struct Slot {
     /// Step that used it last; 0 before any did.
     step: u64,
-    /// Tokens cached: the position the next row must have.
+    /// Tokens cached: the position the next row must have. 0 before its sequence's first row, which may be at the
+    /// start of any block: the blocks before it were computed for another sequence.
     computed: u32,
     tables: [BlockTable; 2],
 }
@@ -104,7 +105,10 @@ impl SlotTables {
         };
         let start = sequence.start.0;
         same("the number of uses", 1 + u32::from(slot.step == step), 1)?;
-        same("the start position", start, slot.computed)?;
+        let fresh = slot.computed == 0;
+        if !(fresh && start.is_multiple_of(geometry.block_size.tokens())) {
+            same("the start position", start, slot.computed)?;
+        }
         let end = start + u32::try_from(sequence.tokens.len()).expect("bounded by step_tokens_max");
         same("the end position", end, end.min(context))?;
         for group in KvGroup::ALL {
@@ -116,7 +120,8 @@ impl SlotTables {
                 _ => (geometry.first_needed(group, start), geometry.block_size.blocks_for(end)),
             };
             if group == KvGroup::Sliding {
-                same("the number of dropped blocks", sequence.dropped, first - table.first)?;
+                let passed = if fresh { 0 } else { first - table.first };
+                same("the number of dropped blocks", sequence.dropped, passed)?;
                 table.blocks.drain(..sequence.dropped as usize);
                 table.first = first;
             }

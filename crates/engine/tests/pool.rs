@@ -50,7 +50,7 @@ fn the_room_is_that_of_the_scarcer_group() {
     let mut kv = Kv::new(&engine::Config { blocks: [5, 3], ..config() });
     let mut tables = Tables::default();
     assert_eq!(kv.room(&tables, 0), 12);
-    kv.extend(&mut tables, 6, &mut Vec::new());
+    kv.extend(&mut tables, 6);
     assert_eq!(kv.room(&tables, 6), 6, "two tokens in the block begun, four in the last one");
     kv.release(&mut tables);
     assert_eq!(kv.room(&tables, 0), 12);

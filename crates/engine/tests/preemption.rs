@@ -2,15 +2,21 @@
 
 mod support;
 
-use engine::{Config, Effect, RowPurpose};
+use engine::{Config, Effect, PrefixReuse, Request, RequestOptions, RowPurpose};
 use support::{Driver, config, prompt, request};
 use types::{GenerationSpec, SeqId, TokenId};
+
+/// A request that finds nothing in the prefix tree when it starts again.
+fn alone(tag: u32) -> Request {
+    let options = RequestOptions { reuse: PrefixReuse::Bypass, ..RequestOptions::default() };
+    Request { options, ..request(tag, 8, 16) }
+}
 
 /// Two sequences that fit at first and cannot both finish: each may hold 6 of 8 blocks.
 fn tight() -> Driver {
     let mut driver = Driver::new(Config { blocks: [8, 0], step_tokens_max: 32, ..config() });
-    driver.submit(1, request(1, 8, 16));
-    driver.submit(2, request(2, 8, 16));
+    driver.submit(1, alone(1));
+    driver.submit(2, alone(2));
     driver
 }
 
@@ -93,7 +99,7 @@ fn prompt_logprobs_gathered_before_a_preemption_are_not_asked_for_again() {
     driver.submit(1, request(1, 4, 30));
     driver.step();
     let spec = GenerationSpec { max_tokens: Some(2), prompt_logprobs: Some(0), ..GenerationSpec::default() };
-    let with_logprobs = engine::Request { generation: support::valid(spec), ..request(2, 20, 2) };
+    let with_logprobs = Request { generation: support::valid(spec), ..request(2, 20, 2) };
     driver.submit(2, with_logprobs);
     let mut asked = Vec::new();
     while let Some(step) = driver.plan() {

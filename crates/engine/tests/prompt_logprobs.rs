@@ -41,7 +41,10 @@ fn the_list_comes_before_the_first_token() {
     let mut driver = Driver::new(config());
     driver.submit(1, asking(1, 5));
     driver.step();
-    assert!(matches!(driver.effects[..], [Effect::PromptLogprobs { .. }, Effect::Token { .. }]));
+    assert!(matches!(
+        driver.effects[..],
+        [Effect::Started { .. }, Effect::PromptLogprobs { .. }, Effect::Token { .. }]
+    ));
 }
 
 #[test]

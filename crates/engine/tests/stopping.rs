@@ -56,7 +56,7 @@ fn max_tokens_ends_it() {
         Effect::Finished { usage, .. } => Some(*usage),
         _ => None,
     });
-    assert_eq!(usage, Some(Usage { prompt_tokens: 4, output_tokens: 2 }));
+    assert_eq!(usage, Some(Usage { prompt_tokens: 4, cached_tokens: 0, output_tokens: 2 }));
 }
 
 #[test]

@@ -16,21 +16,17 @@ const NUCLEUS_GROWTH: usize = 4;
 pub(crate) struct Candidates(Vec<(TokenId, f64)>);
 
 impl Candidates {
-    /// Every token that is not `banned`, with softmax(logits / temperature) up to a factor.
-    pub(crate) fn new(logits: &[f32], temperature: f32, banned: &[TokenId]) -> Self {
+    /// softmax(logits / temperature) up to a factor; a logit of minus infinity excludes its token.
+    pub(crate) fn new(logits: &[f32], temperature: f32) -> Self {
         let temperature = f64::from(temperature);
-        let may = |id: u32| !banned.contains(&TokenId(id));
-        let best = (0_u32..)
-            .zip(logits)
-            .filter(|&(id, _)| may(id))
-            .map(|(_, &l)| l)
-            .fold(f32::NEG_INFINITY, f32::max);
+        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if best == f32::NEG_INFINITY {
+            return Self(Vec::new());
+        }
         let floor = f64::from(best) + NEGLIGIBLE * temperature;
-        let near = (0_u32..).zip(logits).filter(|&(id, &l)| f64::from(l) >= floor && may(id));
-        Self(
-            near.map(|(id, &l)| (TokenId(id), ((f64::from(l) - f64::from(best)) / temperature).exp()))
-                .collect(),
-        )
+        let near = (0_u32..).zip(logits).filter(|&(_, &l)| f64::from(l) >= floor);
+        let weight = |l: f32| ((f64::from(l) - f64::from(best)) / temperature).exp();
+        Self(near.map(|(id, &l)| (TokenId(id), weight(l))).collect())
     }
 
     /// Keeps the `k` most likely (lowest token on a tie), then the smallest set of most likely ones whose weights
@@ -138,7 +134,7 @@ mod tests {
             let vocab = 1 + random.below(3000);
             let spread = [0.1, 1.0, 4.0][random.below(3)];
             let logits: Vec<f32> = (0..vocab).map(|_| random.normal() * spread).collect();
-            let all = Candidates::new(&logits, 0.2 + random.unit() as f32, &[]);
+            let all = Candidates::new(&logits, 0.2 + random.unit() as f32);
             let top_k = (random.below(2) == 1).then(|| 1 + random.below(200) as u32);
             let top_p = [1.0, 0.95, 0.5, 0.01][random.below(4)];
             let min_p = [0.0, 0.05, 1.0][random.below(3)];
@@ -149,18 +145,19 @@ mod tests {
     }
 
     #[test]
-    fn banned_tokens_are_no_candidates_even_when_they_are_the_best() {
-        let kept = Candidates::new(&[1.0, 9.0, 2.0], 1.0, &[TokenId(1)]);
+    fn excluded_tokens_are_no_candidates() {
+        let kept = Candidates::new(&[1.0, f32::NEG_INFINITY, 2.0], 1.0);
         assert_eq!(kept.0.iter().map(|c| c.0.0).collect::<Vec<_>>(), [0, 2]);
         assert_eq!(kept.0[1].1, 1.0);
+        assert_eq!(Candidates::new(&[f32::NEG_INFINITY; 2], 1.0).0, []);
     }
 
     #[test]
     fn the_fraction_runs_through_the_tokens_in_order() {
-        let even = Candidates::new(&[0.0; 4], 1.0, &[]);
+        let even = Candidates::new(&[0.0; 4], 1.0);
         let drawn: Vec<u32> =
             [0.0, 0.24, 0.26, 0.51, 0.99].iter().map(|&at| even.draw(at).unwrap().0).collect();
         assert_eq!(drawn, [0, 0, 1, 2, 3]);
-        assert_eq!(Candidates::new(&[], 1.0, &[]).draw(0.5), None);
+        assert_eq!(Candidates::new(&[], 1.0).draw(0.5), None);
     }
 }

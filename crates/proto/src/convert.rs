@@ -25,6 +25,7 @@ impl GenerationFields {
             }
             other @ (types::Error::Rank { .. }
             | types::Error::Count { .. }
+            | types::Error::Priority { .. }
             | types::Error::TooMany { .. }) => Violation::new("generation", other.to_string()).into(),
         }
     }
@@ -57,6 +58,7 @@ impl From<&v1::GenerateRequest> for GenerationSpec {
             ignore_eos: stopping.ignore_eos,
             logprobs: response.logprobs,
             prompt_logprobs: response.prompt_logprobs,
+            ..Self::default()
         }
     }
 }
@@ -75,6 +77,7 @@ impl From<worker::Generation> for GenerationSpec {
             ignore_eos: wire.ignore_eos,
             logprobs: wire.logprobs,
             prompt_logprobs: wire.prompt_logprobs,
+            ..Self::default()
         }
     }
 }

@@ -24,6 +24,7 @@ fn spec() -> GenerationSpec {
         ignore_eos: true,
         logprobs: Some(1),
         prompt_logprobs: Some(0),
+        ..GenerationSpec::default()
     }
 }
 

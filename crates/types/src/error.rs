@@ -39,6 +39,14 @@ pub enum Error {
         /// The largest value allowed.
         max: u64,
     },
+    /// A priority outside its range.
+    #[error("priority must be between -{max} and {max}, not {got}")]
+    Priority {
+        /// The value that was refused.
+        got: i32,
+        /// The largest value allowed.
+        max: i32,
+    },
     /// A count that must be at least one and within its limit.
     #[error("{what} must be between 1 and {max}, not {got}")]
     Count {

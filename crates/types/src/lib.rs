@@ -4,21 +4,29 @@
 
 mod dtype;
 mod error;
+mod history;
 mod ids;
 mod kv;
 pub mod limits;
+mod priority;
+mod rules;
 mod sampling;
 mod sharding;
+mod spec;
 mod tokens;
 mod tp;
 mod units;
 
 pub use dtype::DType;
 pub use error::{Error, FieldViolation};
+pub use history::{History, SharedHistory};
 pub use ids::{SeqId, SlotId};
 pub use kv::{BlockTable, KvGroup};
-pub use sampling::{Generation, GenerationSpec, Logprobs, SamplingParams};
+pub use priority::Priority;
+pub use rules::TokenRules;
+pub use sampling::{Generation, Logprobs, SamplingParams};
 pub use sharding::ExpertSharding;
+pub use spec::GenerationSpec;
 pub use tokens::{BlockId, BlockSize, Position, TokenId};
 pub use tp::{TpRank, TpSize};
 pub use units::{Bytes, Micros};

@@ -15,6 +15,20 @@ pub const STOP_STRINGS_MAX: usize = 64;
 pub const STOP_STRING_BYTES_MAX: usize = 1024;
 /// Stop token ids in one request.
 pub const STOP_TOKENS_MAX: usize = 256;
+/// Sequences of one request: each takes a place in the queue and in the batch.
+pub const SEQUENCES_MAX: u32 = 128;
+/// Entries of one request's logit bias: each is applied at every token.
+pub const LOGIT_BIAS_MAX: usize = 1024;
+/// Largest logit bias either way; as OpenAI's, it all but bans a token or all but forces it.
+pub const LOGIT_BIAS_ABS_MAX: f32 = 100.0;
+/// Largest presence or frequency penalty either way; as OpenAI's.
+pub const PENALTY_ABS_MAX: f32 = 2.0;
+/// Largest repetition penalty: it divides logits, so more has no further effect.
+pub const REPETITION_PENALTY_MAX: f32 = 100.0;
+/// Bad words of one request: each is compared at every token.
+pub const BAD_WORDS_MAX: usize = 256;
+/// Tokens of one bad word.
+pub const BAD_WORD_TOKENS_MAX: usize = 64;
 /// Temperature above this is noise; OpenAI allows 2.
 pub const TEMPERATURE_MAX: f32 = 100.0;
 /// Tokens generated when a request does not say how many (and the context allows): enough for an answer, and
@@ -22,6 +36,9 @@ pub const TEMPERATURE_MAX: f32 = 100.0;
 pub const MAX_TOKENS_DEFAULT: u32 = 1024;
 /// Context length no configuration may exceed: positions and token counts fit `u32` with room for sums.
 pub const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
+/// Priorities go from minus this to this: wide enough for tiers, narrow enough that ageing overtakes every one of them
+/// in seconds.
+pub const PRIORITY_MAX: i32 = 100;
 /// Size of one gRPC message in bytes: a 1M-token prompt with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 

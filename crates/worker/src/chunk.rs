@@ -70,6 +70,12 @@ pub(crate) fn refusal(refusal: &Refusal) -> Failure {
             Failure::PromptTooLong { prompt_tokens: tokens as u64, context_tokens_max: context }
         }
         Refusal::KvTooSmall { .. } => Violation::new("prompt", words).into(),
+        Refusal::OnlyStopsAllowed { .. } => Violation::new("generation.min_tokens", words).into(),
+        Refusal::ResumeOfSeveral { .. }
+        | Refusal::ResumeToken { .. }
+        | Refusal::ResumeEnded { .. }
+        | Refusal::ResumeTooLong { .. } => Violation::new("resume_tokens", words).into(),
+        Refusal::Stream { .. } => Violation::new("first_stream", words).into(),
         Refusal::DeadlinePassed { .. } => Failure::DeadlineExceeded,
         Refusal::QueueFull { max, .. } => {
             Failure::Overloaded { what: "waiting requests".into(), max: max.into(), retry_after: RETRY_AFTER }

@@ -1,9 +1,9 @@
 //! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
 
 use engine::{RowOutput, RowPurpose, RowWork, SlotTables, StepPlan};
-use ops::sample::Logits;
+use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
-use types::TpRank;
+use types::{History, TpRank};
 
 use crate::Error;
 use crate::boot::CpuModel;
@@ -74,8 +74,12 @@ fn row_output(row: usize, logits: &[f32], purpose: &RowPurpose) -> RowOutput {
         return RowOutput::NotANumber;
     };
     match purpose {
-        RowPurpose::Sample { params, position, banned, logprobs } => {
-            let token = logits.sample(params, *position, banned);
+        RowPurpose::Sample { params, rules, history, stream, position, banned, logprobs } => {
+            let draw = Draw { params, rules, stream: *stream, position: *position, banned };
+            let token = match history {
+                Some(history) => history.read(|history| logits.sample(&draw, history)),
+                None => logits.sample(&draw, &History::default()),
+            };
             let logprob = logprobs.map(|asked| ours(logits.logprob(token, asked.top())));
             RowOutput::Sampled { token, logprob }
         }

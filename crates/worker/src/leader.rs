@@ -76,7 +76,12 @@ impl Leader {
             Err(error) => unreachable!("the warm-up request is valid: {error}"),
         };
         let prompt = vec![TokenId(0)];
-        let request = engine::Request { prompt, generation, deadline: None };
+        let request = engine::Request {
+            prompt,
+            generation,
+            deadline: None,
+            options: engine::RequestOptions::default(),
+        };
         let (sink, mut answers) = tokio::sync::mpsc::channel(8);
         self.submit(Submission { request, deadline: None, sink });
         while self.step()? {}
@@ -149,7 +154,7 @@ impl Leader {
         let Submission { mut request, deadline, sink } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         let seq = SeqId(self.next_id);
-        self.next_id += 1;
+        self.next_id += u64::from(request.generation.sequences());
         self.open.insert(seq, sink);
         self.apply(Event::Submit { seq, request });
     }
@@ -203,6 +208,7 @@ impl Leader {
                         });
                     }
                 }
+                Effect::Started { .. } => {}
                 Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
                 Effect::Finished { seq, finish, .. } => {
                     if let Some(sink) = self.open.remove(&seq) {

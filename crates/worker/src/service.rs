@@ -63,7 +63,12 @@ impl Worker for Service {
         let capacity = chunk::messages_max(prompt.len(), generation.max_tokens());
         let (sink, stream) = mpsc::channel(capacity);
         let prompt = prompt.into_iter().map(TokenId).collect();
-        let request = engine::Request { prompt, generation, deadline: None };
+        let request = engine::Request {
+            prompt,
+            generation,
+            deadline: None,
+            options: engine::RequestOptions::default(),
+        };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         self.inbox.submit(Submission { request, deadline, sink })?;
         Ok(Response::new(ReceiverStream::new(stream)))

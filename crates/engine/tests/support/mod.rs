@@ -8,10 +8,12 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 pub mod random;
+pub mod sim;
 pub mod world;
 
 use engine::{
-    Config, Effect, Engine, Event, Finish, Request, RowOutput, RowPurpose, Step, StepOutput, TokenLogprob,
+    Config, Effect, Engine, Event, Finish, Request, RequestOptions, RowOutput, RowPurpose, Step, StepOutput,
+    TokenLogprob, Usage,
 };
 use types::{BlockSize, Generation, GenerationSpec, Micros, SeqId, TokenId};
 
@@ -49,7 +51,12 @@ pub fn prompt(tag: u32, len: u32) -> Vec<TokenId> {
 }
 
 pub fn request(tag: u32, prompt_tokens: u32, max_tokens: u32) -> Request {
-    Request { prompt: prompt(tag, prompt_tokens), generation: valid(spec(max_tokens)), deadline: None }
+    Request {
+        prompt: prompt(tag, prompt_tokens),
+        generation: valid(spec(max_tokens)),
+        deadline: None,
+        options: RequestOptions::default(),
+    }
 }
 
 /// An engine whose invariants are checked after every call, driven step by step with chosen tokens.
@@ -140,6 +147,23 @@ impl Driver {
     pub fn refusal(&self, seq: u64) -> Option<String> {
         self.effects.iter().find_map(|effect| match effect {
             Effect::Refused { seq: s, refusal } if s.0 == seq => Some(refusal.to_string()),
+            _ => None,
+        })
+    }
+
+    /// How many tokens were there already each time `seq` started.
+    pub fn cached(&self, seq: u64) -> Vec<u32> {
+        let starts = self.effects.iter().filter_map(|effect| match effect {
+            Effect::Started { seq: s, cached_tokens } if s.0 == seq => Some(*cached_tokens),
+            _ => None,
+        });
+        starts.collect()
+    }
+
+    /// What `seq` used, once it has ended.
+    pub fn usage(&self, seq: u64) -> Option<Usage> {
+        self.effects.iter().find_map(|effect| match effect {
+            Effect::Finished { seq: s, usage, .. } if s.0 == seq => Some(*usage),
             _ => None,
         })
     }

@@ -18,6 +18,12 @@ impl Random {
         low + u32::try_from(self.next() % span).unwrap()
     }
 
+    /// A number in `-most..=most`.
+    pub fn signed(&mut self, most: i32) -> i32 {
+        let span = u32::try_from(2 * most).unwrap();
+        i32::try_from(self.range(0, span)).unwrap() - most
+    }
+
     /// True once in `n`.
     pub fn one_in(&mut self, n: u32) -> bool {
         self.range(1, n) == 1

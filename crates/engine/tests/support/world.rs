@@ -8,7 +8,7 @@ use engine::{
     Config, Finish, KvGroup, Request, RowOutput, RowPurpose, SlotTables, Step, StepOutput, StepPlan,
     TokenLogprob,
 };
-use types::{SamplingParams, TokenId};
+use types::{BlockId, History, SamplingParams, SlotId, TokenId};
 
 use super::random::mix;
 
@@ -41,6 +41,7 @@ impl FakeRank {
         let plan = StepPlan::decode(encoded).unwrap();
         assert_eq!(plan, step.plan, "the plan survives its encoding");
         self.tables.apply(&plan).unwrap();
+        self.check_written(&plan);
         for sequence in plan.sequences() {
             for (row, token) in sequence.tokens.iter().enumerate() {
                 let position = sequence.start.0 + u32::try_from(row).unwrap();
@@ -64,6 +65,29 @@ impl FakeRank {
             .map(|(state, work)| answer(state, &work.purpose, VOCAB))
             .collect();
         StepOutput { step: plan.step(), rows }
+    }
+
+    /// A block that is written is in one slot's table only.
+    fn check_written(&self, plan: &StepPlan) {
+        let size = self.config.block_size.tokens();
+        for sequence in plan.sequences() {
+            for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
+                let table = &self.tables.tables(sequence.slot)[group.index()];
+                let first = (sequence.start.0 / size - table.first) as usize;
+                for block in &table.blocks[first..] {
+                    assert_eq!(
+                        self.users(group, *block),
+                        [sequence.slot],
+                        "{group} block {block} is written"
+                    );
+                }
+            }
+        }
+    }
+
+    fn users(&self, group: KvGroup, block: BlockId) -> Vec<SlotId> {
+        let slots = (0..self.config.running_max).map(SlotId);
+        slots.filter(|&slot| self.tables.tables(slot)[group.index()].blocks.contains(&block)).collect()
     }
 
     fn address(&self, sequence: &engine::PlannedSequence<'_>, group: KvGroup, position: u32) -> usize {
@@ -108,8 +132,11 @@ impl Attention {
     }
 }
 
-fn draw(state: u64, params: &SamplingParams, position: u32, banned: &[TokenId]) -> TokenId {
-    let mut number = mix(state ^ mix(params.seed()).wrapping_add(position.into()));
+/// A draw that depends on everything a real one may depend on.
+fn draw(state: u64, key: (&SamplingParams, u32, u32), banned: &[TokenId], history: Option<u64>) -> TokenId {
+    let (params, stream, position) = key;
+    let counter = u64::from(stream) << 32 | u64::from(position);
+    let mut number = mix(state ^ mix(params.seed()).wrapping_add(counter) ^ history.unwrap_or(0));
     loop {
         // A small range makes end-of-sequence and stop tokens come up.
         let token = TokenId(u32::try_from(number % 24).unwrap());
@@ -120,6 +147,13 @@ fn draw(state: u64, params: &SamplingParams, position: u32, banned: &[TokenId]) 
     }
 }
 
+/// A number for all that penalties and bad words see.
+fn summary(history: &History) -> u64 {
+    let seen = history.seen().map(|(token, times)| mix(u64::from(token.0) << 32 | u64::from(times)));
+    let order = history.generated().iter().fold(0, |sum, token| mix(sum ^ u64::from(token.0)));
+    seen.fold(order, u64::wrapping_add)
+}
+
 fn entry(state: u64, token: TokenId) -> TokenLogprob {
     let logprob = -((mix(state ^ u64::from(token.0)) % 1000) as f32);
     TokenLogprob { token, logprob, top: vec![(token, logprob)] }
@@ -127,8 +161,9 @@ fn entry(state: u64, token: TokenId) -> TokenLogprob {
 
 fn answer(state: u64, purpose: &RowPurpose, vocab: u32) -> RowOutput {
     match purpose {
-        RowPurpose::Sample { params, position, banned, logprobs } => {
-            let token = draw(state, params, *position, banned);
+        RowPurpose::Sample { params, stream, position, banned, logprobs, history, .. } => {
+            let history = history.as_ref().map(|history| history.read(summary));
+            let token = draw(state, (params, *stream, *position), banned, history);
             assert!(token.0 < vocab);
             RowOutput::Sampled { token, logprob: logprobs.map(|_| entry(state, token)) }
         }
@@ -137,7 +172,7 @@ fn answer(state: u64, purpose: &RowPurpose, vocab: u32) -> RowOutput {
 }
 
 /// What one request must give, whatever it runs beside.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, Default, Clone, PartialEq)]
 pub struct Expected {
     pub tokens: Vec<TokenId>,
     pub logprobs: Vec<TokenLogprob>,
@@ -145,8 +180,8 @@ pub struct Expected {
     pub finish: Option<Finish>,
 }
 
-/// Computes a request alone, token by token, without an engine.
-pub fn oracle(config: &Config, request: &Request) -> Expected {
+/// Computes a sequence of a request alone, from its prompt, token by token, without an engine.
+pub fn oracle(config: &Config, request: &Request, stream: u32) -> Expected {
     let mut tokens = request.prompt.clone();
     let generation = &request.generation;
     let room = config.context_tokens_max - u32::try_from(tokens.len()).unwrap();
@@ -163,7 +198,10 @@ pub fn oracle(config: &Config, request: &Request) -> Expected {
         let state = state(config, &tokens);
         let position = expected.tokens.len();
         let banned: &[TokenId] = if position < min_tokens { &stops } else { &[] };
-        let token = draw(state, generation.sampling(), u32::try_from(position).unwrap(), banned);
+        let history = History::new(&request.prompt, &expected.tokens);
+        let history = generation.needs_history().then(|| summary(&history));
+        let key = (generation.sampling(), stream, u32::try_from(position).unwrap());
+        let token = draw(state, key, banned, history);
         tokens.push(token);
         expected.tokens.push(token);
         if generation.logprobs().is_some() {

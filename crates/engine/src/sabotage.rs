@@ -1,0 +1,107 @@
+//! Bugs that can be switched on, so that a test can show that the simulation finds each of them. Nothing but tests
+//! builds an engine with one.
+
+use crate::kv::Root;
+use crate::rank::Rank;
+use crate::sequence::Sequence;
+use crate::{Config, Engine, Error, RowPurpose, RowWork};
+
+/// A bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sabotage {
+    /// The blocks of a sequence that is cancelled while it runs do not come back.
+    LeakBlocks,
+    /// The slot of a sequence that leaves comes back twice.
+    FreeSlotTwice,
+    /// Sliding blocks are given back one row too early.
+    WindowOffByOne,
+    /// Priorities are all that counts.
+    SkipAgeing,
+    /// A request with a salt shares with everybody.
+    IgnoreSalt,
+    /// A prompt may be found as a whole, with no row left to compute.
+    ReuseEveryBlock,
+    /// A hit does not ask for the window's blocks.
+    SkipWindowCheck,
+    /// The block being filled is put into the prefix tree.
+    PublishEarly,
+    /// A preempted sequence loses its last token.
+    LoseTokenAtPreemption,
+    /// All sequences of a request draw from the same stream.
+    IgnoreStream,
+    /// The generator of a resumed sequence starts again.
+    RestartGenerator,
+    /// Stop tokens are not kept from being drawn too early.
+    ForgetMinTokens,
+    /// A step may have one row more than the budget.
+    ExceedBudget,
+    /// Sequences that wait for another one of their request are never let go.
+    ForgetFamily,
+}
+
+impl Sabotage {
+    /// All of them.
+    pub const ALL: [Self; 14] = [
+        Self::LeakBlocks,
+        Self::FreeSlotTwice,
+        Self::WindowOffByOne,
+        Self::SkipAgeing,
+        Self::IgnoreSalt,
+        Self::ReuseEveryBlock,
+        Self::SkipWindowCheck,
+        Self::PublishEarly,
+        Self::LoseTokenAtPreemption,
+        Self::IgnoreStream,
+        Self::RestartGenerator,
+        Self::ForgetMinTokens,
+        Self::ExceedBudget,
+        Self::ForgetFamily,
+    ];
+}
+
+impl Engine {
+    /// An engine with a bug.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn sabotaged(config: Config, bug: Sabotage) -> Result<Self, Error> {
+        let mut engine = Self::new(config)?;
+        engine.sabotage = Some(bug);
+        engine.kv.skip_window_check(bug == Sabotage::SkipWindowCheck);
+        Ok(engine)
+    }
+
+    /// Whether this engine has `bug`.
+    pub(crate) fn has_bug(&self, bug: Sabotage) -> bool {
+        self.sabotage == Some(bug)
+    }
+
+    /// Spoils a sequence that has just been submitted.
+    pub(crate) fn spoil_sequence(&self, sequence: &mut Sequence) {
+        if self.has_bug(Sabotage::SkipAgeing) {
+            sequence.rank = Rank::without_age(sequence.rank, sequence.priority());
+        }
+        if self.has_bug(Sabotage::IgnoreSalt) && matches!(sequence.root, Some(Root::Shared(_))) {
+            sequence.root = Some(Root::Shared(None));
+        }
+    }
+
+    /// Spoils the rows of a sequence that began with `resumed` tokens.
+    pub(crate) fn spoil_rows(bug: Sabotage, rows: &mut [RowWork], resumed: u32) {
+        for row in rows {
+            let RowPurpose::Sample { stream, position, banned, .. } = &mut row.purpose else { continue };
+            match bug {
+                Sabotage::IgnoreStream => *stream = 0,
+                Sabotage::RestartGenerator => *position -= resumed,
+                Sabotage::ForgetMinTokens => *banned = [].into(),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Rank {
+    fn without_age(self, priority: types::Priority) -> Self {
+        Self::new(self.id(), types::Micros(0), priority)
+    }
+}

@@ -1,0 +1,403 @@
+//! A deterministic world around the engine: a clock, requests, faults, and a fake rank that takes time. One seed is
+//! one run, the same on every machine.
+
+use std::collections::BTreeMap;
+
+use engine::{
+    AGEING_MAX, Config, Effect, Engine, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions,
+    Sabotage, Step, TokenLogprob,
+};
+use types::{BlockSize, GenerationSpec, Micros, Priority, SeqId, TokenId};
+
+use super::random::Random;
+use super::world::{Expected, FakeRank, oracle};
+use super::{EOS, VOCAB};
+
+/// One sequence: what it must give, and what it has given.
+struct Watched {
+    request: Request,
+    arrival: Micros,
+    /// The first id of its request.
+    family: SeqId,
+    expected: Expected,
+    tokens: Vec<TokenId>,
+    logprobs: Vec<TokenLogprob>,
+    prompt_logprobs: Option<Vec<TokenLogprob>>,
+    waits: bool,
+    started: bool,
+    ended: bool,
+}
+
+impl Watched {
+    /// All its tokens, as far as they will ever be known.
+    fn all(&self) -> impl Iterator<Item = &TokenId> {
+        self.request.prompt.iter().chain(&self.expected.tokens)
+    }
+}
+
+/// How often what a run is about has happened.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Counts {
+    pub steps: u64,
+    pub finished: u64,
+    pub ended_early: u64,
+    pub refused: u64,
+    pub preempted: u64,
+    pub resumed: u64,
+    pub cached_starts: u64,
+}
+
+impl Counts {
+    pub fn add(&mut self, other: Self) {
+        let Self { steps, finished, ended_early, refused, preempted, resumed, cached_starts } = other;
+        self.steps += steps;
+        self.finished += finished;
+        self.ended_early += ended_early;
+        self.refused += refused;
+        self.preempted += preempted;
+        self.resumed += resumed;
+        self.cached_starts += cached_starts;
+    }
+}
+
+/// One run.
+pub struct World {
+    config: Config,
+    engine: Engine,
+    rank: FakeRank,
+    random: Random,
+    now: Micros,
+    /// What a step takes, before its rows.
+    step_time: Micros,
+    /// Prompts that requests begin with.
+    beginnings: Vec<Vec<TokenId>>,
+    watched: BTreeMap<SeqId, Watched>,
+    effects: Vec<Effect>,
+    step: Step,
+    bytes: Vec<u8>,
+    next: u64,
+    counts: Counts,
+}
+
+/// Runs `seed` for `steps` steps with arrivals, then until nothing is left.
+pub fn run(seed: u64, steps: u32, bug: Option<Sabotage>) -> Counts {
+    let mut world = World::new(seed, bug);
+    for _ in 0..steps {
+        world.disturb();
+        world.step(true);
+    }
+    let mut left = 0;
+    while world.step(false) {
+        left += 1;
+        assert!(left < 10_000, "work comes to an end");
+    }
+    assert!(world.watched.values().all(|one| one.ended), "no sequence is lost");
+    assert_eq!(world.engine.load().blocks_used, [0, 0], "everything is free in the end");
+    world.counts
+}
+
+fn config(random: &mut Random) -> Config {
+    let running_max = random.range(1, 6);
+    let blocks = match random.range(0, 5) {
+        0 => [random.range(4, 40), 0],
+        1 => [0, random.range(4, 40)],
+        _ => [random.range(4, 40), random.range(4, 40)],
+    };
+    let context_tokens_max = random.range(8, 48);
+    Config {
+        block_size: BlockSize::new(random.range(1, 5)).unwrap(),
+        blocks,
+        window_keys: random.range(1, 12),
+        context_tokens_max,
+        vocab_size: VOCAB,
+        eos_token_ids: vec![EOS],
+        step_tokens_max: running_max + random.range(0, 12),
+        logit_rows_max: running_max + random.range(0, 6),
+        running_max,
+        waiting_requests_max: random.range(1, 8),
+        waiting_tokens_max: context_tokens_max * random.range(1, 4),
+    }
+}
+
+impl World {
+    fn new(seed: u64, bug: Option<Sabotage>) -> Self {
+        let mut random = Random::new(seed);
+        let config = config(&mut random);
+        let engine = match bug {
+            Some(bug) => Engine::sabotaged(config.clone(), bug),
+            None => Engine::new(config.clone()),
+        };
+        let beginning = |random: &mut Random| tokens(random, config.context_tokens_max);
+        Self {
+            engine: engine.unwrap(),
+            rank: FakeRank::new(&config),
+            beginnings: (0..3).map(|_| beginning(&mut random)).collect(),
+            step_time: Micros([1_000, 20_000, 300_000, 2_000_000][random.range(0, 3) as usize]),
+            random,
+            config,
+            now: Micros(0),
+            watched: BTreeMap::new(),
+            effects: Vec::new(),
+            step: Step::default(),
+            bytes: Vec::new(),
+            next: 0,
+            counts: Counts::default(),
+        }
+    }
+
+    fn request(&mut self) -> Request {
+        let random = &mut self.random;
+        let max_tokens = random.range(1, 24);
+        let spec = GenerationSpec {
+            max_tokens: Some(max_tokens),
+            min_tokens: Some(random.range(0, max_tokens.min(6))),
+            seed: Some(random.next()),
+            stop_token_ids: if random.one_in(4) { vec![11, 12] } else { Vec::new() },
+            ignore_eos: !random.one_in(3),
+            logprobs: random.one_in(4).then_some(1),
+            prompt_logprobs: random.one_in(5).then_some(1),
+            n: random.one_in(6).then(|| random.range(2, 3)),
+            frequency_penalty: random.one_in(5).then_some(0.5),
+            ..GenerationSpec::default()
+        };
+        let longest = if random.one_in(5) { self.config.context_tokens_max } else { 12 };
+        let len = random.range(1, longest) as usize;
+        let prompt = if random.one_in(3) {
+            tokens(random, longest)
+        } else {
+            let beginning = &self.beginnings[random.range(0, 2) as usize];
+            let mut prompt = beginning[..len.min(beginning.len())].to_vec();
+            prompt.extend(tokens(random, 3));
+            prompt
+        };
+        let reuse = match random.range(0, 7) {
+            0 => PrefixReuse::Bypass,
+            1 => PrefixReuse::Salted(1),
+            2 => PrefixReuse::Salted(2),
+            _ => PrefixReuse::Open,
+        };
+        let level = if random.one_in(8) { random.signed(100) } else { random.signed(2) };
+        let deadline = random.one_in(6).then(|| u64::from(random.range(1, 40)) * self.step_time.0);
+        Request {
+            prompt,
+            generation: spec.validate(0, VOCAB).unwrap(),
+            deadline: deadline.map(|after| self.now.after(Micros(after))),
+            options: RequestOptions {
+                priority: Priority::new(level).unwrap(),
+                reuse,
+                ..RequestOptions::default()
+            },
+        }
+    }
+
+    /// Cuts a request of one sequence in two, as if its first part had run elsewhere.
+    fn resume(&mut self, request: &mut Request) {
+        if request.generation.sequences() > 1 || !self.random.one_in(4) || self.too_long(request) {
+            return;
+        }
+        request.options.first_stream = self.random.range(0, 3);
+        let expected = oracle(&self.config, request, request.options.first_stream);
+        let most = u32::try_from(expected.tokens.len()).unwrap() - 1;
+        let had = self.random.range(0, most) as usize;
+        request.options.resume_tokens = expected.tokens[..had].to_vec();
+        self.counts.resumed += u64::from(had > 0);
+    }
+
+    fn too_long(&self, request: &Request) -> bool {
+        request.prompt.len() >= self.config.context_tokens_max as usize
+    }
+
+    fn apply(&mut self, event: Event) {
+        self.engine.apply(event, self.now, &mut self.effects);
+        self.engine.check();
+        self.digest();
+    }
+
+    fn submit(&mut self) {
+        let mut request = self.request();
+        self.resume(&mut request);
+        let family = SeqId(self.next + 1);
+        let streams = request.options.first_stream..;
+        let family_ids = family.0..family.0 + u64::from(request.generation.sequences());
+        self.next = family_ids.end - 1;
+        for seq in family_ids.clone() {
+            let watched = Watched {
+                request: request.clone(),
+                arrival: self.now,
+                family,
+                expected: Expected::default(),
+                tokens: Vec::new(),
+                logprobs: Vec::new(),
+                prompt_logprobs: None,
+                waits: true,
+                started: false,
+                ended: false,
+            };
+            self.watched.insert(SeqId(seq), watched);
+        }
+        self.apply(Event::Submit { seq: family, request });
+        for (seq, stream) in family_ids.map(SeqId).zip(streams) {
+            // The refused are gone, and need no oracle.
+            let Some(one) = self.watched.get_mut(&seq) else { continue };
+            one.expected = oracle(&self.config, &one.request, stream);
+            if seq != family || !one.request.options.resume_tokens.is_empty() {
+                one.expected.prompt_logprobs = None;
+            }
+        }
+    }
+
+    /// Submits and cancels at random; now and then everything is cancelled at once.
+    fn disturb(&mut self) {
+        if self.random.one_in(3) {
+            self.submit();
+        }
+        if self.random.one_in(10) && self.next > 0 {
+            let last = u32::try_from(self.next).unwrap();
+            let seq = SeqId(self.random.range(last.saturating_sub(8).max(1), last).into());
+            self.apply(Event::Cancel(seq));
+        }
+        if self.random.one_in(150) {
+            let open: Vec<SeqId> =
+                self.watched.iter().filter(|(_, one)| !one.ended).map(|(&seq, _)| seq).collect();
+            open.into_iter().for_each(|seq| self.apply(Event::Cancel(seq)));
+        }
+    }
+
+    /// One step, with a disturbance while it runs; false when there was nothing to run.
+    fn step(&mut self, disturb: bool) -> bool {
+        let mut step = std::mem::take(&mut self.step);
+        let planned = self.engine.plan_into(self.now, &mut step, &mut self.effects);
+        self.engine.check();
+        self.digest();
+        assert_eq!(planned, !self.engine.is_idle(), "a step is planned exactly when there is work");
+        let mut took = self.step_time;
+        if planned {
+            self.counts.steps += 1;
+            let rows = step.plan.tokens().len();
+            assert!(rows <= self.config.step_tokens_max as usize, "rows within the budget");
+            assert!(step.work.len() <= self.config.logit_rows_max as usize, "logit rows within the budget");
+            self.bytes.clear();
+            step.plan.encode(&mut self.bytes);
+            let output = self.rank.execute(&step, &self.bytes);
+            self.engine.check_mirror(&self.rank.tables);
+            took = took.after(Micros(took.0 / 20 * rows as u64));
+            if self.random.one_in(100) {
+                took = Micros(took.0 * 50);
+            }
+            self.now = self.now.after(took);
+            if disturb {
+                self.disturb();
+            }
+            self.apply(Event::StepDone(output));
+        } else {
+            self.now = self.now.after(took);
+        }
+        self.step = step;
+        planned
+    }
+
+    fn digest(&mut self) {
+        for effect in std::mem::take(&mut self.effects) {
+            match effect {
+                Effect::Refused { seq, refusal } => {
+                    self.counts.refused += 1;
+                    let overload = matches!(
+                        refusal,
+                        Refusal::QueueFull { .. }
+                            | Refusal::QueueTokensFull { .. }
+                            | Refusal::PromptTooLong { .. }
+                            | Refusal::KvTooSmall { .. }
+                    );
+                    assert!(overload, "{seq}: {refusal}");
+                    self.open(seq);
+                    self.watched.remove(&seq);
+                }
+                Effect::Started { seq, cached_tokens } => self.started(seq, cached_tokens),
+                Effect::PromptLogprobs { seq, logprobs } => {
+                    let one = self.open(seq);
+                    assert!(one.tokens.is_empty(), "before the first token");
+                    assert_eq!(one.prompt_logprobs.replace(logprobs), None, "{seq}: once");
+                }
+                Effect::Token { seq, token, logprob } => {
+                    let one = self.open(seq);
+                    one.tokens.push(token);
+                    one.logprobs.extend(logprob);
+                }
+                Effect::Preempted { seq } => {
+                    self.counts.preempted += 1;
+                    let one = self.open(seq);
+                    assert!(!std::mem::replace(&mut one.waits, true), "{seq} ran");
+                }
+                Effect::Finished { seq, finish, usage } => {
+                    let one = self.open(seq);
+                    one.ended = true;
+                    let had = one.request.options.resume_tokens.len();
+                    assert_eq!(usage.output_tokens as usize, had + one.tokens.len(), "{seq}: usage");
+                    assert_eq!(usage.prompt_tokens as usize, one.request.prompt.len(), "{seq}: usage");
+                    self.compare(seq, finish);
+                }
+            }
+        }
+    }
+
+    fn open(&mut self, seq: SeqId) -> &mut Watched {
+        let one = self.watched.get_mut(&seq).expect("it was submitted");
+        assert!(!one.ended, "{seq}: nothing comes after the end");
+        one
+    }
+
+    fn started(&mut self, seq: SeqId, cached_tokens: u32) {
+        let one = self.open(seq);
+        assert!(std::mem::replace(&mut one.waits, false), "{seq} waited");
+        let first = !std::mem::replace(&mut one.started, true);
+        if first && cached_tokens > 0 {
+            self.counts.cached_starts += 1;
+            self.check_source(seq, cached_tokens as usize);
+        }
+        let arrival = self.watched[&seq].arrival;
+        for (id, other) in &self.watched {
+            // The others of a request wait for its first to compute their prompt.
+            let waits = other.waits && !other.ended && other.family == *id;
+            let starved = waits && other.arrival.after(AGEING_MAX) <= arrival;
+            assert!(!starved, "{id} came {AGEING_MAX:?} before {seq} and still waits");
+        }
+    }
+
+    /// Somebody it may share with had the tokens that were there.
+    fn check_source(&self, seq: SeqId, cached: usize) {
+        let one = &self.watched[&seq];
+        let reuse = one.request.options.reuse;
+        let source = self.watched.iter().any(|(id, other)| {
+            let related = other.family == one.family
+                || (other.request.options.reuse == reuse && reuse != PrefixReuse::Bypass);
+            related && *id != seq && other.started && one.all().take(cached).eq(other.all().take(cached))
+        });
+        assert!(source, "{seq} found {cached} tokens that nobody left for it");
+    }
+
+    fn compare(&mut self, seq: SeqId, finish: Finish) {
+        let one = &self.watched[&seq];
+        let had = one.request.options.resume_tokens.len();
+        let (tokens, logprobs) = (one.tokens.clone(), one.logprobs.clone());
+        let mut expected = one.expected.clone();
+        expected.tokens.drain(..had);
+        expected.logprobs.drain(..had.min(expected.logprobs.len()));
+        match finish {
+            Finish::Cancelled | Finish::DeadlineExceeded => {
+                self.counts.ended_early += 1;
+                assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
+            }
+            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length | Finish::NotANumber => {
+                let prompt_logprobs = one.prompt_logprobs.clone();
+                let got = Expected { tokens, logprobs, prompt_logprobs, finish: Some(finish) };
+                assert_eq!(got, expected, "{seq}");
+                self.counts.finished += 1;
+            }
+        }
+    }
+}
+
+fn tokens(random: &mut Random, most: u32) -> Vec<TokenId> {
+    let len = random.range(1, most);
+    (0..len).map(|_| TokenId(random.range(20, VOCAB - 1))).collect()
+}

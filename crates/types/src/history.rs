@@ -1,0 +1,71 @@
+//! What a sequence has had so far, in the form penalties and bad words need it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::TokenId;
+
+/// The tokens of one sequence: how often each was generated, and in what order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct History {
+    /// Every token of the prompt or the output, and how often it was generated.
+    seen: HashMap<TokenId, u32>,
+    generated: Vec<TokenId>,
+}
+
+impl History {
+    /// The history of a sequence that has a prompt and has generated some tokens.
+    #[must_use]
+    pub fn new(prompt: &[TokenId], generated: &[TokenId]) -> Self {
+        let seen = prompt.iter().map(|&token| (token, 0)).collect();
+        let mut history = Self { seen, generated: Vec::with_capacity(generated.len()) };
+        generated.iter().for_each(|&token| history.push(token));
+        history
+    }
+
+    /// Adds the token generated next.
+    pub fn push(&mut self, token: TokenId) {
+        *self.seen.entry(token).or_default() += 1;
+        self.generated.push(token);
+    }
+
+    /// Each token of prompt and output once, in no particular order, with how often it was generated.
+    pub fn seen(&self) -> impl Iterator<Item = (TokenId, u32)> + '_ {
+        self.seen.iter().map(|(&token, &times)| (token, times))
+    }
+
+    /// The tokens generated, in order.
+    #[must_use]
+    pub fn generated(&self) -> &[TokenId] {
+        &self.generated
+    }
+}
+
+/// A history with one writer, the engine, and one reader, the sampler, which take turns: no step copies it. The lock
+/// is never waited for, because nothing is added while a row of the sequence is being sampled.
+#[derive(Debug, Clone)]
+pub struct SharedHistory(Arc<Mutex<History>>);
+
+impl SharedHistory {
+    /// Shares `history`.
+    #[must_use]
+    pub fn new(history: History) -> Self {
+        Self(Arc::new(Mutex::new(history)))
+    }
+
+    /// Adds the token generated next.
+    pub fn push(&self, token: TokenId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(token);
+    }
+
+    /// Shows the history to `read`.
+    pub fn read<T>(&self, read: impl FnOnce(&History) -> T) -> T {
+        read(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl PartialEq for SharedHistory {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.read(Clone::clone) == other.read(Clone::clone)
+    }
+}
