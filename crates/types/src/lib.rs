@@ -18,7 +18,7 @@ pub use error::{Error, FieldViolation};
 pub use ids::{SeqId, SlotId};
 pub use kv::{BlockTable, KvGroup};
 pub use sampling::{Generation, GenerationSpec, Logprobs, SamplingParams};
-pub use sharding::ExpertSharding;
+pub use sharding::{Dispatch, DispatchChoice, ExpertSharding};
 pub use tokens::{BlockId, BlockSize, Position, TokenId};
 pub use tp::{TpRank, TpSize};
 pub use units::{Bytes, Micros};
