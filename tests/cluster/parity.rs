@@ -62,6 +62,11 @@ fn two_ranks_with_whole_experts_give_the_references_tokens_and_log_probabilities
 }
 
 #[test]
+fn two_ranks_that_send_rows_to_their_experts_give_the_references_tokens_and_log_probabilities() {
+    check(&Cluster::up(&["--tensor-parallel=2", "--experts=expert", "--dispatch=all-to-all"]));
+}
+
+#[test]
 fn a_conversation_is_rendered_tokenized_answered_and_detokenized_as_the_reference_does() {
     let cluster = Cluster::up(&["--tensor-parallel=2"]);
     let mut asked = 0;

@@ -92,6 +92,10 @@ pub struct GroupFlags {
     /// How the routed experts are shared out: tensor (a part of each) or expert (some of them whole) [default: tensor]
     #[arg(long, value_parser = ["tensor", "expert"])]
     pub experts: Option<String>,
+    /// How rows reach their experts: replicated (every rank has all rows), all-to-all (rows are sent to the ranks that
+    /// hold their experts; needs --experts expert) or auto [default: auto, which is replicated]
+    #[arg(long, value_parser = ["auto", "replicated", "all-to-all"])]
+    pub dispatch: Option<String>,
     /// CPU threads of each rank [default: the machine's cores shared among the ranks]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -193,6 +197,7 @@ impl ConfigFlags for GroupFlags {
         [
             given("--tensor-parallel", "group.tensor_parallel", self.tensor_parallel.as_ref()),
             given("--experts", "group.experts", self.experts.as_ref()),
+            given("--dispatch", "group.dispatch", self.dispatch.as_ref()),
             given("--threads", "group.threads", self.threads.as_ref()),
             given("--kv-tokens", "group.kv_tokens", self.kv_tokens.as_ref()),
             given("--block-size", "group.block_size", self.block_size.as_ref()),
@@ -258,6 +263,7 @@ impl From<&Settings> for GroupFlags {
         Self {
             tensor_parallel: Some(group.tensor_parallel.get()),
             experts: Some(group.experts.name().to_owned()),
+            dispatch: Some(group.dispatch.name().to_owned()),
             threads: group.threads,
             kv_tokens: Some(group.kv_tokens),
             block_size: Some(group.block_size.tokens()),

@@ -53,10 +53,13 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
     let seconds = || of(0.0..1e6_f64);
     let counts = any::<([Option<u32>; 7], Option<usize>)>();
     let experts = of(prop_oneof![Just("tensor".to_owned()), Just("expert".to_owned())]);
-    let spans = (seconds(), seconds(), seconds());
+    let dispatch =
+        of(prop_oneof![Just("auto"), Just("replicated"), Just("all-to-all")].prop_map(str::to_owned));
+    let (experts, spans) = ((experts, dispatch), (seconds(), seconds(), seconds()));
     (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain))| GroupFlags {
         tensor_parallel: counts[0],
-        experts,
+        experts: experts.0,
+        dispatch: experts.1,
         threads,
         kv_tokens: counts[1],
         block_size: counts[2],
@@ -131,7 +134,7 @@ proptest! {
 #[test]
 fn flags_made_from_settings_give_the_same_settings() {
     let text = "model.path = '/m'\nmodel.dtype = 'bf16'\nmodel.device = 'cuda'\nmodel.window_keys = 7\n\
-                group.tensor_parallel = 4\ngroup.experts = 'expert'\ngroup.threads = 2\ngroup.kv_tokens = 99\ngroup.block_size = 8\n\
+                group.tensor_parallel = 4\ngroup.experts = 'expert'\ngroup.dispatch = 'all-to-all'\ngroup.threads = 2\ngroup.kv_tokens = 99\ngroup.block_size = 8\n\
                 group.step_tokens_max = 70\ngroup.running_max = 5\ngroup.waiting_requests_max = 6\n\
                 group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\

@@ -32,7 +32,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut backend = CpuBackend::new(DType::F32, threads)?;
     let (weights, summary) = model::load(&checkpoint, &config, &plan, &mut backend, &())?;
     let active = active_bytes(&config, &plan);
-    let parts = Parts { config, plan, backend, comm: HostCollective(Solo::new()), weights };
+    let parts = Parts {
+        config,
+        plan,
+        backend,
+        comm: HostCollective(Solo::new()),
+        weights,
+        dispatch: types::Dispatch::Replicated,
+    };
     let budget = KvBudget { block_size: BlockSize::new(BLOCK)?, blocks: [128; 2] };
     let mut model = Model::new(parts, budget)?;
     let bandwidth = read_bandwidth(summary.resident.0 as usize);

@@ -8,11 +8,12 @@ use std::ops::Range;
 
 use collectives::Collective;
 use ops::{Backend, Batch, KvGroup, KvLayerSpec, Window};
-use types::BlockSize;
+use types::{BlockSize, Dispatch};
 
+use crate::dispatch::{self, Routed, Sizes};
 use crate::partial::{Partial, Reduced};
 use crate::weights::{GatedMlp, LayerWeights, MlpWeights, Weights};
-use crate::{Attention, Combination, Error, LayerConfig, ModelConfig, ShardPlan};
+use crate::{Attention, Combination, Error, LayerConfig, ModelConfig, MoeConfig, ShardPlan};
 
 /// Rows whose logits are made at once: bounds the memory of a prompt's log-probabilities (64 rows of a 262,144-entry
 /// vocabulary are 64 MiB) whatever the prompt's length.
@@ -25,6 +26,7 @@ pub struct Model<B: Backend, C> {
     backend: B,
     comm: C,
     weights: Weights<B>,
+    dispatch: Dispatch,
     kv: Vec<B::KvLayer>,
 }
 
@@ -49,15 +51,34 @@ pub struct Parts<B: Backend, C> {
     pub comm: C,
     /// The slice's weights, on the device.
     pub weights: Weights<B>,
+    /// How rows reach their experts; the same on every rank.
+    pub dispatch: Dispatch,
+}
+
+/// What a layer's MLP runs with: the rank's parts, and the rows of the step.
+struct Ranked<'a, B, C> {
+    backend: &'a mut B,
+    comm: &'a mut C,
+    config: &'a ModelConfig,
+    plan: &'a ShardPlan,
+    dispatch: Dispatch,
+    rows: usize,
 }
 
 impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     /// Puts a rank's model together and reserves its KV cache.
     ///
     /// # Errors
-    /// When the cache does not fit in the device's memory.
+    /// When the cache does not fit in the device's memory; [`Error::Dispatch`] when rows are to be sent to experts
+    /// that no rank holds whole.
     pub fn new(parts: Parts<B, C>, budget: KvBudget) -> Result<Self, Error> {
-        let Parts { config, plan, mut backend, comm, weights } = parts;
+        let Parts { config, plan, mut backend, comm, weights, dispatch } = parts;
+        if let (Dispatch::AllToAll, Some(moe), Some(shard)) = (dispatch, &config.moe, &plan.experts)
+            && shard.width.len() != moe.intermediate_size
+        {
+            let (held, experts) = (shard.experts.len(), moe.experts);
+            return Err(Error::Dispatch { rank: plan.rank, held, experts });
+        }
         let kv = config.layers.iter().map(|layer| {
             let group = layer.attention.kv_group();
             let spec = KvLayerSpec {
@@ -71,7 +92,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
             backend.kv_layer(&spec)
         });
         let kv = kv.collect::<Result<Vec<_>, ops::Error>>()?;
-        Ok(Self { config, plan, backend, comm, weights, kv })
+        Ok(Self { config, plan, backend, comm, weights, dispatch, kv })
     }
 
     /// Runs one step. Every rank calls it with the same batch; `sink` gets the logits [rows, vocabulary] of some of
@@ -101,7 +122,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         let mut x = self.embed()?;
         observe(&mut self.backend, 0, &x)?;
         for index in 0..self.config.layers.len() {
-            x = self.layer(index, x).map_err(|e| e.in_layer(index))?;
+            x = self.layer(index, x, batch.tokens.len()).map_err(|e| e.in_layer(index))?;
             observe(&mut self.backend, index + 1, &x)?;
         }
         let mut first = 0;
@@ -119,13 +140,13 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         Ok(self.backend.round(whole.into_inner())?)
     }
 
-    fn layer(&mut self, index: usize, x: B::Tensor) -> Result<B::Tensor, Error> {
-        let Self { config, plan, backend, comm, weights, kv } = self;
+    fn layer(&mut self, index: usize, x: B::Tensor, rows: usize) -> Result<B::Tensor, Error> {
+        let Self { config, plan, backend, comm, weights, dispatch, kv } = self;
         let (layer, weights) = (config.layers[index], &weights.layers[index]);
         let n = backend.norm(&x, &weights.norm, config.norm)?;
         let attended = attention(backend, config, layer, weights, &mut kv[index], &n)?;
-        let first_expert = plan.experts.as_ref().map_or(0, |shard| shard.experts.start);
-        let sum = mlp((backend, config), &weights.mlp, first_expert, &n, attended)?;
+        let mut ranked = Ranked { backend, comm, config, plan, dispatch: *dispatch, rows };
+        let sum = ranked.mlp(&weights.mlp, &n, attended)?;
         let sum: Reduced<B::Tensor> = sum.reduce(comm)?;
         Ok(backend.residual_add(x, sum.get())?)
     }
@@ -181,37 +202,62 @@ fn attention<B: Backend>(
     Ok(Partial::new(backend.linear_partial(&heads, &weights.o)?))
 }
 
-/// Adds the MLP's part to the attention's.
-fn mlp<B: Backend>(
-    (backend, config): (&mut B, &ModelConfig),
-    weights: &MlpWeights<B>,
-    first_expert: usize,
-    n: &B::Tensor,
-    attended: Partial<B::Tensor>,
-) -> Result<Partial<B::Tensor>, Error> {
-    match weights {
-        MlpWeights::Dense(mlp) => {
-            let own = gated(backend, mlp, n)?;
-            attended.plus(backend, &own, 1.0)
-        }
-        MlpWeights::Sparse { router, gate_up, down, shared } => {
-            let Some(moe) = &config.moe else {
-                unreachable!("a sparse layer's weights are loaded by its expert configuration")
-            };
-            let logits = backend.linear(n, router)?;
-            let routed = backend.route(&logits, moe.routing)?;
-            let routed = Partial::new(backend.routed_experts(n, &routed, gate_up, down, first_expert)?);
-            let scale = match moe.shared.as_ref().map(|s| s.combination) {
-                Some(Combination::Average) => 0.5,
-                Some(Combination::Sum) | None => 1.0,
-            };
-            let sum = attended.plus(backend, &routed, scale)?;
-            match shared {
-                Some(shared) => {
-                    let shared = gated(backend, shared, n)?;
-                    sum.plus(backend, &shared, scale)
+impl<B: Backend, C: Collective<B::Tensor>> Ranked<'_, B, C> {
+    /// Adds the MLP's part to the attention's.
+    fn mlp(
+        &mut self,
+        weights: &MlpWeights<B>,
+        n: &B::Tensor,
+        attended: Partial<B::Tensor>,
+    ) -> Result<Partial<B::Tensor>, Error> {
+        match weights {
+            MlpWeights::Dense(mlp) => {
+                let own = gated(self.backend, mlp, n)?;
+                attended.plus(self.backend, &own, 1.0)
+            }
+            MlpWeights::Sparse { router, gate_up, down, shared } => {
+                let Some(moe) = &self.config.moe else {
+                    unreachable!("a sparse layer's weights are loaded by its expert configuration")
+                };
+                let scale = match moe.shared.as_ref().map(|s| s.combination) {
+                    Some(Combination::Average) => 0.5,
+                    Some(Combination::Sum) | None => 1.0,
+                };
+                let routed = Routed { router, gate_up, down };
+                let sum = self.routed(moe, &routed, n, (attended, scale))?;
+                match shared {
+                    Some(shared) => {
+                        let shared = gated(self.backend, shared, n)?;
+                        sum.plus(self.backend, &shared, scale)
+                    }
+                    None => Ok(sum),
                 }
-                None => Ok(sum),
+            }
+        }
+    }
+
+    /// Adds the routed experts' part, times `scale`.
+    fn routed(
+        &mut self,
+        moe: &MoeConfig,
+        weights: &Routed<'_, B>,
+        n: &B::Tensor,
+        (attended, scale): (Partial<B::Tensor>, f32),
+    ) -> Result<Partial<B::Tensor>, Error> {
+        let Self { backend, comm, plan, rows, .. } = self;
+        match self.dispatch {
+            Dispatch::Replicated => {
+                let first_expert = plan.experts.as_ref().map_or(0, |shard| shard.experts.start);
+                let logits = backend.linear(n, weights.router)?;
+                let routed = backend.route(&logits, moe.routing)?;
+                let own = backend.routed_experts(n, &routed, weights.gate_up, weights.down, first_expert)?;
+                attended.plus(*backend, &Partial::new(own), scale)
+            }
+            Dispatch::AllToAll => {
+                let sizes = Sizes { moe, plan, rows: *rows, hidden: self.config.hidden_size };
+                let own = dispatch::exchange(*backend, *comm, weights, &sizes, n)?;
+                let first_row = dispatch::slice(plan.rank, *rows).start;
+                attended.plus_rows(*backend, (first_row, &own), scale)
             }
         }
     }

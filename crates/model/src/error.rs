@@ -103,6 +103,29 @@ pub enum Error {
         /// Tensor-parallel sizes this model does divide by.
         works: Vec<u32>,
     },
+    /// Rows can be dispatched only to ranks that hold whole experts.
+    #[error(
+        "{rank} holds {held} of {experts} experts in part; all-to-all dispatch needs whole experts on each rank \
+         (--experts expert)"
+    )]
+    Dispatch {
+        /// Who reports it.
+        rank: TpRank,
+        /// Experts it holds a part of.
+        held: usize,
+        /// Experts of a layer.
+        experts: usize,
+    },
+    /// A rank that announced an impossible number of rows.
+    #[error("{from} announced {count} rows for this rank's experts; it has {most} rows to send")]
+    DispatchCount {
+        /// The rank to look at.
+        from: TpRank,
+        /// What it announced.
+        count: f32,
+        /// Rows of its slice of the step.
+        most: usize,
+    },
     /// A backend that did not take a weight.
     #[error("loading {weight}: {source}")]
     Place {

@@ -28,6 +28,16 @@ impl<T> Partial<T> {
         Ok(Self(backend.add_scaled(self.0, &other.0, scale)?))
     }
 
+    /// `self` with `scale · rows` added from row `first_row` on, still without the other ranks' parts.
+    pub(crate) fn plus_rows<B: Backend<Tensor = T>>(
+        self,
+        backend: &mut B,
+        (first_row, rows): (usize, &T),
+        scale: f32,
+    ) -> Result<Self, Error> {
+        Ok(Self(backend.add_rows(self.0, first_row, rows, scale)?))
+    }
+
     /// The sum over all ranks: the one all-reduce.
     pub(crate) fn reduce<C: Collective<T>>(mut self, comm: &mut C) -> Result<Reduced<T>, Error> {
         comm.all_reduce_sum(&mut self.0)?;

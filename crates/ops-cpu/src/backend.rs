@@ -2,10 +2,14 @@
 
 use std::ops::Range;
 
-use ops::{Backend, Batch, BatchSequence, Error, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window};
+use ops::{
+    Backend, Batch, BatchSequence, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing,
+    Window,
+};
 use types::{DType, TokenId};
 
 use crate::attention::{Step, attention};
+use crate::dispatch;
 use crate::element::round_all_bf16;
 use crate::experts::{Stack, routed_experts};
 use crate::kv::KvLayer;
@@ -216,6 +220,39 @@ impl Backend for CpuBackend {
         routed_experts(&self.threads, x, routed, &stack, self.dtype)
     }
 
+    fn slice_rows(&mut self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, Error> {
+        let width = x.width();
+        let Some(wanted) = x.as_slice().get(rows.start * width..rows.end * width) else {
+            return Err(Error::Shape { op: "slice_rows", detail: format!("rows {rows:?} of {}", x.rows()) });
+        };
+        Tensor::new(width, wanted.to_vec())
+    }
+
+    fn pack(&mut self, x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
+        dispatch::pack(x, routed, owners)
+    }
+
+    fn unpack(&mut self, packed: &Tensor, hidden: usize) -> Result<(Tensor, Routed), Error> {
+        dispatch::unpack(packed, hidden)
+    }
+
+    fn combine(&mut self, returned: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Tensor, Error> {
+        dispatch::combine(returned, routed, owners)
+    }
+
+    fn add_rows(&mut self, mut a: Tensor, first_row: usize, b: &Tensor, scale: f32) -> Result<Tensor, Error> {
+        b.expect_width("add_rows", a.width())?;
+        let (rows, start) = (a.rows(), first_row * a.width());
+        let Some(part) = a.as_mut_slice().get_mut(start..start + b.as_slice().len()) else {
+            let detail = format!("{} rows from {first_row} on, of {rows}", b.rows());
+            return Err(Error::Shape { op: "add_rows", detail });
+        };
+        for (a, &b) in part.iter_mut().zip(b.as_slice()) {
+            *a += scale * b;
+        }
+        Ok(a)
+    }
+
     fn add_scaled(&mut self, mut a: Tensor, b: &Tensor, scale: f32) -> Result<Tensor, Error> {
         a.expect_shape_of("add_scaled", b)?;
         for (a, &b) in a.as_mut_slice().iter_mut().zip(b.as_slice()) {
@@ -240,6 +277,10 @@ impl Backend for CpuBackend {
 
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {
         Ok(Tensor::zeros(rows, width))
+    }
+
+    fn upload(&mut self, width: usize, values: &[f32]) -> Result<Tensor, Error> {
+        Tensor::new(width, values.to_vec())
     }
 
     fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {

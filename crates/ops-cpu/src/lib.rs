@@ -10,6 +10,7 @@
 mod attention;
 mod backend;
 mod comm;
+mod dispatch;
 mod element;
 mod experts;
 mod kv;

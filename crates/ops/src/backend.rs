@@ -82,6 +82,32 @@ pub struct KvLayerSpec {
     pub head_dim: usize,
 }
 
+/// Which rank holds an expert: rank r holds `experts_each` of them, from `r · experts_each` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertOwners {
+    /// Ranks that share the experts.
+    pub ranks: usize,
+    /// Experts each of them holds; at least 1.
+    pub experts_each: usize,
+}
+
+impl ExpertOwners {
+    /// The rank that holds `expert`.
+    #[must_use]
+    pub const fn owner(self, expert: usize) -> usize {
+        expert / self.experts_each
+    }
+}
+
+/// Rows laid out for an all-to-all.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packed<T> {
+    /// [sum of `counts`, H + 2k]: the values of a row, its k experts, its k weights.
+    pub rows: T,
+    /// Rows for each rank, in rank order.
+    pub counts: Vec<usize>,
+}
+
 /// A device that runs the model. One value per rank; it owns the device's memory, and one thread uses it.
 pub trait Backend {
     /// Activations on the device: [rows, width], compute dtype or (for partial sums) fp32.
@@ -201,6 +227,55 @@ pub trait Backend {
         first_expert: usize,
     ) -> Result<Self::Tensor, Error>;
 
+    /// Rows `rows` of `x` [T, H], which may be none: [rows, H].
+    ///
+    /// # Errors
+    /// When `rows` is out of range, or on a device failure.
+    fn slice_rows(&mut self, x: &Self::Tensor, rows: Range<usize>) -> Result<Self::Tensor, Error>;
+
+    /// Lays the rows of `x` [T, H] out for the ranks that hold their experts: for each rank in order the rows, in
+    /// ascending order, that chose at least one of its experts, each once and with all its choices.
+    ///
+    /// # Errors
+    /// When `routed` has other rows than `x`, or on a device failure.
+    fn pack(
+        &mut self,
+        x: &Self::Tensor,
+        routed: &Self::Routed,
+        owners: ExpertOwners,
+    ) -> Result<Packed<Self::Tensor>, Error>;
+
+    /// Takes received rows [R, H + 2k] apart: their values [R, H] and their choices.
+    ///
+    /// # Errors
+    /// When `hidden` (H) leaves no pairs of expert and weight, or on a device failure.
+    fn unpack(&mut self, packed: &Self::Tensor, hidden: usize)
+    -> Result<(Self::Tensor, Self::Routed), Error>;
+
+    /// Adds up what came back [sum of counts, H] for the rows that [`Backend::pack`] laid out, in rank order: T × H
+    /// fp32.
+    ///
+    /// # Errors
+    /// When as many rows did not come back, or on a device failure.
+    fn combine(
+        &mut self,
+        returned: &Self::Tensor,
+        routed: &Self::Routed,
+        owners: ExpertOwners,
+    ) -> Result<Self::Tensor, Error>;
+
+    /// As [`Backend::add_scaled`] for the rows of `a` from `first_row` on: as many as `b` has, which may be none.
+    ///
+    /// # Errors
+    /// When `b` reaches beyond `a` or widths differ.
+    fn add_rows(
+        &mut self,
+        a: Self::Tensor,
+        first_row: usize,
+        b: &Self::Tensor,
+        scale: f32,
+    ) -> Result<Self::Tensor, Error>;
+
     /// `a + scale · b` in fp32, for partial sums of the same layer.
     ///
     /// # Errors
@@ -225,6 +300,12 @@ pub trait Backend {
     /// # Errors
     /// When memory runs out.
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Self::Tensor, Error>;
+
+    /// Puts rows of `width` values on the device as they are, fp32.
+    ///
+    /// # Errors
+    /// When `values` are not whole rows, or memory runs out.
+    fn upload(&mut self, width: usize, values: &[f32]) -> Result<Self::Tensor, Error>;
 
     /// Copies a tensor to the host as fp32, row-major.
     ///

@@ -1,4 +1,4 @@
-//! The op set as a contract: about sixteen fused, model-level operations ([`Backend`]), what a step looks like to
+//! The op set as a contract: about twenty fused, model-level operations ([`Backend`]), what a step looks like to
 //! them ([`Batch`]), how weights are handed over ([`HostTensor`]), the reference sampler, and the conformance suite
 //! every backend runs.
 #![forbid(unsafe_code)]
@@ -11,7 +11,7 @@ mod error;
 mod host;
 pub mod sample;
 
-pub use backend::{Backend, KvLayerSpec, Norm, Rope, Routing, Scoring, Window};
+pub use backend::{Backend, ExpertOwners, KvLayerSpec, Norm, Packed, Rope, Routing, Scoring, Window};
 pub use batch::{Batch, BatchSequence};
 pub use error::Error;
 pub use host::HostTensor;

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX};
+use types::{Dispatch, ExpertSharding};
 
 use crate::tree::{Group, Router, Settings};
 
@@ -58,6 +59,10 @@ fn group(group: &Group, faults: &mut Vec<Fault>) {
         let reason =
             format!("{step} is below group.running_max, {running}: every sequence needs a token a step");
         faults.push(("group.step_tokens_max", reason));
+    }
+    if group.dispatch.resolve() == Dispatch::AllToAll && group.experts == ExpertSharding::Tensor {
+        let reason = "all-to-all sends rows to whole experts, and group.experts is tensor; set it to expert";
+        faults.push(("group.dispatch", reason.to_owned()));
     }
     lasting("group.boot_timeout_s", group.boot_timeout_s, Duration::from_millis(1), faults);
     lasting("group.step_timeout_s", group.step_timeout_s, Duration::from_millis(1), faults);

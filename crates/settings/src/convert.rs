@@ -62,6 +62,7 @@ impl Settings {
             threads: group.threads,
             rank: place.rank,
             experts: group.experts,
+            dispatch: group.dispatch.resolve(),
             rendezvous: place.rendezvous,
             listen: place.listen,
             limits: self.limits(),

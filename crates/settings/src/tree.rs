@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use types::{BlockSize, DType, ExpertSharding, TpSize};
+use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
 use worker::Device;
 
 use crate::strict;
@@ -98,6 +98,10 @@ pub struct Group {
     /// `tensor`.
     #[serde(with = "strict::parsed")]
     pub experts: ExpertSharding,
+    /// How rows reach their experts: `replicated` (every rank has all rows), `all-to-all` (rows are sent to the ranks
+    /// that hold their experts; needs `experts = "expert"`) or `auto` (replicated). Default: `auto`.
+    #[serde(with = "strict::parsed")]
+    pub dispatch: DispatchChoice,
     /// CPU threads of each rank. Default: the machine's cores shared equally among the ranks.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
     pub threads: Option<usize>,
@@ -213,6 +217,7 @@ impl Default for Group {
         Self {
             tensor_parallel: TpSize::ONE,
             experts: ExpertSharding::Tensor,
+            dispatch: DispatchChoice::Auto,
             threads: None,
             kv_tokens: 32_768,
             block_size,

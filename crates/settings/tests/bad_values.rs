@@ -49,6 +49,14 @@ fn each_bad_value_is_refused_with_its_key() {
             "group.tensor_parallel = 129",
             "group.tensor_parallel: tensor parallel size must be between 1 and 128",
         ),
+        (
+            "group.dispatch = 'sometimes'",
+            "group.dispatch: \"sometimes\": unknown dispatch `sometimes`; use auto, replicated or all-to-all",
+        ),
+        (
+            "group.dispatch = 'all-to-all'",
+            "group.dispatch: all-to-all sends rows to whole experts, and group.experts is tensor; set it to expert",
+        ),
         ("group.block_size = 0", "group.block_size: block size must be between 1 and 1024, not 0"),
         ("group.threads = 0", "group.threads: must be between 1 and 4096, not 0"),
         ("group.step_tokens_max = 5", "group.step_tokens_max: 5 is below group.running_max, 64"),

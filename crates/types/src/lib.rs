@@ -25,7 +25,7 @@ pub use kv::{BlockTable, KvGroup};
 pub use priority::Priority;
 pub use rules::TokenRules;
 pub use sampling::{Generation, Logprobs, SamplingParams};
-pub use sharding::ExpertSharding;
+pub use sharding::{Dispatch, DispatchChoice, ExpertSharding};
 pub use spec::GenerationSpec;
 pub use tokens::{BlockId, BlockSize, Position, TokenId};
 pub use tp::{TpRank, TpSize};

@@ -41,3 +41,80 @@ impl FromStr for ExpertSharding {
         }
     }
 }
+
+/// How a token's row reaches the ranks that hold its experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dispatch {
+    /// Every rank has all rows, works on those that chose its experts, and the layer's all-reduce adds them up.
+    Replicated,
+    /// Every rank routes a slice of the rows and sends each to the ranks that hold its experts, which send their part
+    /// of the result back. Needs [`ExpertSharding::Expert`].
+    AllToAll,
+}
+
+/// What a configuration asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum DispatchChoice {
+    /// See [`DispatchChoice::resolve`].
+    #[default]
+    Auto,
+    /// This one.
+    Of(Dispatch),
+}
+
+impl DispatchChoice {
+    /// `auto` is replicated: attention leaves every row on every rank, so sending rows could only add to the bytes of
+    /// the all-reduce that is needed anyway. All-to-all saves router work on long prompts only.
+    #[must_use]
+    pub const fn resolve(self) -> Dispatch {
+        match self {
+            Self::Auto => Dispatch::Replicated,
+            Self::Of(dispatch) => dispatch,
+        }
+    }
+
+    /// The name used in flags and configuration files.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Of(dispatch) => dispatch.name(),
+        }
+    }
+}
+
+impl Dispatch {
+    /// The name used in flags and configuration files.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Replicated => "replicated",
+            Self::AllToAll => "all-to-all",
+        }
+    }
+}
+
+impl fmt::Display for Dispatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl fmt::Display for DispatchChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for DispatchChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "replicated" => Ok(Self::Of(Dispatch::Replicated)),
+            "all-to-all" => Ok(Self::Of(Dispatch::AllToAll)),
+            other => Err(format!("unknown dispatch `{other}`; use auto, replicated or all-to-all")),
+        }
+    }
+}

@@ -77,7 +77,7 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
 /// Brings the ranks together.
 pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> Result<Joined, Error> {
     let rank = config.rank;
-    let plan = format!("tensor={} experts={}", rank.size(), config.experts);
+    let plan = format!("tensor={} experts={} dispatch={}", rank.size(), config.experts, config.dispatch);
     let member = Member { rank, plan, config_hash: facts.config_hash };
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
     let options = RendezvousOptions { within: config.boot_timeout, tcp };
@@ -127,7 +127,7 @@ pub(crate) fn load(
     // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
     collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
     let comm = HostCollective(collective);
-    let parts = Parts { config: model_config, plan, backend, comm, weights };
+    let parts = Parts { config: model_config, plan, backend, comm, weights, dispatch: config.dispatch };
     let model = Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?;
     Ok(Booted { model, plans, abort })
 }

@@ -4,10 +4,10 @@
 use collectives::Tcp;
 use engine::BLOCKS_CEILING;
 use engine::kv::Geometry;
-use model::{ModelConfig, ShardPlan, WeightBytes, kv_bytes_per_block, kv_bytes_per_token};
+use model::{Mlp, ModelConfig, ShardPlan, WeightBytes, kv_bytes_per_block, kv_bytes_per_token};
 use ops::{Backend, KvGroup};
 use ops_cpu::CpuBackend;
-use types::{Bytes, DType, ExpertSharding, TpRank, TpSize};
+use types::{Bytes, DType, Dispatch, ExpertSharding, TpRank, TpSize};
 
 use crate::{Error, Limits};
 
@@ -18,6 +18,8 @@ pub struct GroupShape {
     pub size: TpSize,
     /// How the routed experts are shared out.
     pub experts: ExpertSharding,
+    /// How rows reach their experts.
+    pub dispatch: Dispatch,
     /// Compute dtype, which is also that of keys and values.
     pub dtype: DType,
     /// Bounds of the engine; `kv_tokens` is replaced when [`GroupShape::memory`] asks for what fits.
@@ -94,13 +96,16 @@ pub struct KvCosts {
     pub blocks: u32,
 }
 
-/// Collectives of one step, and what the rank that sends most sends to others. Framing is not counted.
+/// Collectives of one step, and what the rank that sends most sends to others. Framing is not counted. What
+/// all-to-alls send depends on the choices of the routers; the most it can be is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CollectiveCosts {
     /// All-reduces of a step: one a layer and one for the embedding. None in a group of one.
     pub all_reduces: usize,
     /// All-gathers of a step that wants logits of up to 64 rows.
     pub all_gathers: usize,
+    /// All-to-alls of a step: three (counts, rows, results) a sparse layer when rows are sent to their experts.
+    pub all_to_alls: usize,
     /// Bytes sent in a step that decodes one token.
     pub decode_token: Bytes,
     /// Bytes sent for each token of a prompt's full step, which wants no logits.
@@ -155,7 +160,7 @@ impl Capacity {
             context_tokens,
             concurrency,
             kv_sequence: bytes(peak),
-            collectives: CollectiveCosts::new(model, &plans, limits.step_tokens_max),
+            collectives: CollectiveCosts::new(model, &plans, shape),
         })
     }
 }
@@ -212,26 +217,55 @@ fn kept_dtype(model: &ModelConfig, shape: &GroupShape) -> Result<DType, Error> {
 }
 
 impl CollectiveCosts {
-    fn new(model: &ModelConfig, plans: &[ShardPlan], step_tokens: u32) -> Self {
+    fn new(model: &ModelConfig, plans: &[ShardPlan], shape: &GroupShape) -> Self {
         if plans.len() == 1 {
-            return Self { all_reduces: 0, all_gathers: 0, decode_token: Bytes(0), prompt_token: Bytes(0) };
+            let nothing = Bytes(0);
+            return Self {
+                all_reduces: 0,
+                all_gathers: 0,
+                all_to_alls: 0,
+                decode_token: nothing,
+                prompt_token: nothing,
+            };
         }
         let all_reduces = model.layers.len() + 1;
+        let all_to_alls = match shape.dispatch {
+            Dispatch::Replicated => 0,
+            Dispatch::AllToAll => EXCHANGES * sparse_layers(model),
+        };
         let most = |sends: &dyn Fn(&ShardPlan) -> usize| {
             let elements = plans.iter().map(sends).max().unwrap_or(0);
             (elements * size_of::<f32>()) as u64
         };
-        let reduce = |plan: &ShardPlan, rows: usize| {
+        let layers = |plan: &ShardPlan, rows: usize| {
             all_reduces * Tcp::all_reduce_sends(plan.rank, rows * model.hidden_size)
+                + all_to_alls / EXCHANGES * exchange_sends_max(model, plan.rank, rows)
         };
-        let others = plans.len() - 1;
-        let decode = most(&|plan| reduce(plan, 1) + plan.vocab_rows * others);
-        let step = most(&|plan| reduce(plan, step_tokens as usize));
+        let (others, step_tokens) = (plans.len() - 1, shape.limits.step_tokens_max);
+        let decode = most(&|plan| layers(plan, 1) + plan.vocab_rows * others);
+        let step = most(&|plan| layers(plan, step_tokens as usize));
         Self {
             all_reduces,
             all_gathers: 1,
+            all_to_alls,
             decode_token: Bytes(decode),
             prompt_token: Bytes(step / u64::from(step_tokens).max(1)),
         }
     }
+}
+
+/// All-to-alls of a sparse layer: counts, rows, results.
+const EXCHANGES: usize = 3;
+
+fn sparse_layers(model: &ModelConfig) -> usize {
+    model.layers.iter().filter(|layer| layer.mlp == Mlp::Sparse).count()
+}
+
+/// Most elements `rank` sends in the exchanges of one sparse layer: the counts; its rows to as many ranks as they can
+/// choose; the results of every other rank's rows.
+fn exchange_sends_max(model: &ModelConfig, rank: TpRank, rows: usize) -> usize {
+    let others = rank.size().as_usize() - 1;
+    let top_k = model.moe.map_or(0, |moe| moe.routing.top_k);
+    let own = model::dispatch_slice(rank, rows).len();
+    others + own * top_k.min(others) * (model.hidden_size + 2 * top_k) + (rows - own) * model.hidden_size
 }

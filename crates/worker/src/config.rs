@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use types::{BlockSize, DType, ExpertSharding, TpRank};
+use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +50,8 @@ pub struct Config {
     pub rank: TpRank,
     /// How the routed experts are shared out.
     pub experts: ExpertSharding,
+    /// How rows reach their experts.
+    pub dispatch: Dispatch,
     /// Where rank 0 listens for the others (port 0: any, reported), and where the others find it.
     pub rendezvous: SocketAddr,
     /// Where the leader serves routers (port 0: any, reported); only read on rank 0.

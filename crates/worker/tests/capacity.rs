@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use model::Preset;
-use types::{BlockSize, Bytes, DType, ExpertSharding, KvGroup, TpSize};
+use types::{BlockSize, Bytes, DType, Dispatch, ExpertSharding, KvGroup, TpSize};
 use worker::{Capacity, GroupShape, Limits, Memory};
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/memory.md");
@@ -22,6 +22,7 @@ fn shape(ranks: u32, memory: Memory, context: Option<u32>) -> GroupShape {
     GroupShape {
         size: TpSize::new(ranks).unwrap(),
         experts: ExpertSharding::Tensor,
+        dispatch: Dispatch::Replicated,
         dtype: DType::BF16,
         limits,
         memory,
@@ -86,6 +87,19 @@ fn whole_experts_or_parts_of_them_take_the_same_memory_and_traffic() {
             assert_eq!(capacity(preset, &parts), capacity(preset, &whole), "{preset} on {ranks}");
         }
     }
+}
+
+#[test]
+fn sending_rows_to_their_experts_adds_three_exchanges_a_sparse_layer() {
+    let replicated = GroupShape { experts: ExpertSharding::Expert, ..shape(4, Memory::Unknown, None) };
+    let sent = GroupShape { dispatch: Dispatch::AllToAll, ..replicated };
+    let [replicated, sent] =
+        [replicated, sent].map(|shape| capacity(Preset::NorthMiniCode, &shape).collectives);
+    assert_eq!((replicated.all_to_alls, sent.all_to_alls), (0, 3 * 48));
+    assert_eq!(replicated.all_reduces, sent.all_reduces);
+    // One row: its rank tells three others how much comes, and sends it with eight choices; or another sends its result.
+    let most = 48 * (3 + 3 * (2048 + 16)) * 4;
+    assert_eq!(sent.decode_token.0 - replicated.decode_token.0, most);
 }
 
 /// The table of `docs/memory.md`: a row for each model and number of ranks.

@@ -99,6 +99,7 @@ fn question(args: &Args) -> anyhow::Result<Question> {
     let shape = GroupShape {
         size: settings.group.tensor_parallel,
         experts: settings.group.experts,
+        dispatch: settings.group.dispatch.resolve(),
         dtype: dtype(args, &settings),
         limits: settings.limits(),
         memory: match (args.memory, args.group.kv_tokens) {
@@ -202,6 +203,7 @@ fn as_json(question: &Question, capacity: &Capacity) -> Value {
         "fits": capacity.fits,
         "tensor_parallel": shape.size.get(),
         "experts": shape.experts.name(),
+        "dispatch": shape.dispatch.name(),
         "dtype": shape.dtype.name(),
         "weights_dtype": capacity.weights_dtype.name(),
         "memory_bytes": shape.memory.size().map(|bytes| bytes.0),
@@ -214,6 +216,7 @@ fn as_json(question: &Question, capacity: &Capacity) -> Value {
         "collectives": {
             "all_reduces": costs.all_reduces,
             "all_gathers": costs.all_gathers,
+            "all_to_alls": costs.all_to_alls,
             "bytes_per_decode_token": costs.decode_token.0,
             "bytes_per_prompt_token": costs.prompt_token.0,
         },
@@ -264,9 +267,15 @@ fn show(question: &Question, capacity: &Capacity) {
         capacity.kv_sequence
     );
     let costs = &capacity.collectives;
-    say!("\nCollectives of a step: {} all-reduces, {} all-gather", costs.all_reduces, costs.all_gathers);
     say!(
-        "  a rank sends {} for a decoded token, {} for a prompt's token",
+        "\nCollectives of a step: {} all-reduces, {} all-gather, {} all-to-alls",
+        costs.all_reduces,
+        costs.all_gathers,
+        costs.all_to_alls
+    );
+    let bound = if costs.all_to_alls > 0 { "at most " } else { "" };
+    say!(
+        "  a rank sends {bound}{} for a decoded token, {} for a prompt's token",
         costs.decode_token,
         costs.prompt_token
     );

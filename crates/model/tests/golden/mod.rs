@@ -12,7 +12,7 @@ use ops::conformance::Random;
 use ops::{Backend, Batch, BatchSequence, BlockTable};
 use ops_cpu::{CpuBackend, HostCollective, Tensor};
 use safetensors::SafeTensors;
-use types::{BlockId, BlockSize, DType, ExpertSharding, Position, TokenId, TpRank, TpSize};
+use types::{BlockId, BlockSize, DType, Dispatch, ExpertSharding, Position, TokenId, TpRank, TpSize};
 
 /// The four variants of `tests/golden`.
 pub(crate) const CASES: [&str; 4] = ["north", "command-a-plus", "softmax-sum", "sigmoid-raw"];
@@ -52,11 +52,14 @@ pub(crate) struct Output {
     /// Steps taken, and all-reduces this rank took part in meanwhile.
     pub(crate) steps: u64,
     pub(crate) all_reduces: u64,
+    /// All-to-alls meanwhile.
+    pub(crate) all_to_alls: u64,
 }
 
 impl Output {
     fn new(layers: usize) -> Self {
-        Self { logits: vec![], hidden: vec![vec![]; layers + 1], greedy: vec![], steps: 0, all_reduces: 0 }
+        let hidden = vec![vec![]; layers + 1];
+        Self { logits: vec![], hidden, greedy: vec![], steps: 0, all_reduces: 0, all_to_alls: 0 }
     }
 }
 
@@ -65,6 +68,7 @@ impl Output {
 pub(crate) struct Run {
     pub(crate) ranks: u32,
     pub(crate) experts: ExpertSharding,
+    pub(crate) dispatch: Dispatch,
     pub(crate) dtype: DType,
     /// Tokens in each prefill step; the last is repeated.
     pub(crate) chunks: Vec<usize>,
@@ -77,6 +81,7 @@ impl Run {
         Self {
             ranks,
             experts: ExpertSharding::Tensor,
+            dispatch: Dispatch::Replicated,
             dtype: DType::F32,
             chunks: vec![usize::MAX],
             continued: 24,
@@ -152,7 +157,14 @@ impl Golden {
         let plan = ShardPlan::sharded(config, rank, run.experts).unwrap();
         let mut backend = wrap(CpuBackend::new(run.dtype, 1).unwrap());
         let (weights, _) = model::load(&checkpoint, config, &plan, &mut backend, &()).unwrap();
-        let parts = Parts { config: config.clone(), plan, backend, comm: HostCollective(comm), weights };
+        let parts = Parts {
+            config: config.clone(),
+            plan,
+            backend,
+            comm: HostCollective(comm),
+            weights,
+            dispatch: run.dispatch,
+        };
         let block_size = BlockSize::new(BLOCK_TOKENS).unwrap();
         let model = Model::new(parts, KvBudget { block_size, blocks: [BLOCKS; 2] }).unwrap();
         Rank { model, window_keys: config.window_keys, vocab: config.vocab_size }
@@ -169,7 +181,7 @@ impl<B: Backend<Tensor = Tensor>> Rank<B> {
     fn run(&mut self, ids: &[u32], run: &Run) -> Output {
         let layers = self.model.config().layers.len();
         let mut output = Output::new(layers);
-        let before = self.all_reduces();
+        let before = [Op::AllReduce, Op::AllToAll].map(|op| self.count(op));
         // Blocks in a shuffled order: a table that is not followed reads the wrong keys.
         let order = Random::new(7).shuffled(BLOCKS as usize);
         let (mut done, mut chunk) = (0, 0);
@@ -190,13 +202,14 @@ impl<B: Backend<Tensor = Tensor>> Rank<B> {
             output.logits.extend(rest.logits);
             output.steps += rest.steps;
         }
-        output.all_reduces = self.all_reduces() - before;
+        output.all_reduces = self.count(Op::AllReduce) - before[0];
+        output.all_to_alls = self.count(Op::AllToAll) - before[1];
         output.logits.truncate(ids.len() * self.vocab);
         output
     }
 
-    fn all_reduces(&mut self) -> u64 {
-        self.model.comm_mut().0.counters().of(Op::AllReduce).ops
+    fn count(&mut self, op: Op) -> u64 {
+        self.model.comm_mut().0.counters().of(op).ops
     }
 
     fn step(&mut self, tokens: &[u32], start: usize, order: &[usize], output: &mut Output) {

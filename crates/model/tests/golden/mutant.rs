@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use ops::{Backend, Batch, Error, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window};
+use ops::{
+    Backend, Batch, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+};
 use ops_cpu::{CpuBackend, KvLayer, Routed, Tensor, Weight};
 use types::{DType, TokenId};
 
@@ -181,6 +183,40 @@ impl Backend for Mutant {
     ) -> Result<Tensor, Error> {
         let x = self.input(x);
         self.inner.routed_experts(&x, &routed.0, gate_up, down, first_expert)
+    }
+
+    fn slice_rows(&mut self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, Error> {
+        self.inner.slice_rows(x, rows)
+    }
+
+    fn pack(
+        &mut self,
+        x: &Tensor,
+        (routed, _): &(Routed, Tensor),
+        owners: ExpertOwners,
+    ) -> Result<Packed<Tensor>, Error> {
+        self.inner.pack(x, routed, owners)
+    }
+
+    fn unpack(&mut self, _: &Tensor, _: usize) -> Result<(Tensor, (Routed, Tensor)), Error> {
+        unreachable!("mistakes are rehearsed with replicated rows")
+    }
+
+    fn combine(
+        &mut self,
+        returned: &Tensor,
+        (routed, _): &(Routed, Tensor),
+        owners: ExpertOwners,
+    ) -> Result<Tensor, Error> {
+        self.inner.combine(returned, routed, owners)
+    }
+
+    fn add_rows(&mut self, a: Tensor, first_row: usize, b: &Tensor, scale: f32) -> Result<Tensor, Error> {
+        self.inner.add_rows(a, first_row, b, scale)
+    }
+
+    fn upload(&mut self, width: usize, values: &[f32]) -> Result<Tensor, Error> {
+        self.inner.upload(width, values)
     }
 
     fn add_scaled(&mut self, a: Tensor, b: &Tensor, scale: f32) -> Result<Tensor, Error> {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::{MlpWeights, Weights};
-use ops::{Backend, Batch, Error, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window};
+use ops::{
+    Backend, Batch, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+};
 use types::{Bytes, DType, TokenId};
 
 /// Keeps weights, refuses them beyond its room, and notes how far reading ran ahead of it.
@@ -150,6 +152,30 @@ impl Backend for Recorder {
         _: &HostTensor,
         _: usize,
     ) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn slice_rows(&mut self, (): &(), _: Range<usize>) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn pack(&mut self, (): &(), (): &(), _: ExpertOwners) -> Result<Packed<()>, Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn unpack(&mut self, (): &(), _: usize) -> Result<((), ()), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn combine(&mut self, (): &(), (): &(), _: ExpertOwners) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn add_rows(&mut self, (): (), _: usize, (): &(), _: f32) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn upload(&mut self, _: usize, _: &[f32]) -> Result<(), Error> {
         unreachable!("loading takes no step")
     }
 

@@ -4,6 +4,7 @@
 //! Inputs reach the device through [`Backend::embed`]: an embedding table whose rows are the test's rows.
 
 mod attention;
+mod dispatch;
 mod mlp;
 mod random;
 mod reference;
@@ -75,6 +76,7 @@ pub fn run<B: Backend>(
     mlp::swiglu(&mut bench)?;
     mlp::routes(&mut bench)?;
     mlp::experts(&mut bench)?;
+    dispatch::cases(&mut bench)?;
     attention::cases(&mut bench)?;
     Ok(bench.report)
 }

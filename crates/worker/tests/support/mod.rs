@@ -34,6 +34,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         threads: Some(1),
         rank: TpRank::new(rank, size).unwrap(),
         experts: ExpertSharding::Tensor,
+        dispatch: types::Dispatch::Replicated,
         rendezvous: ([127, 0, 0, 1], 0).into(),
         listen: ([127, 0, 0, 1], 0).into(),
         limits: Limits {
