@@ -65,15 +65,23 @@ fn a_conversation_is_rendered_tokenized_answered_and_detokenized_as_the_referenc
         let plain = |m: &Value| Some((m["role"].as_str()?.to_owned(), m["content"].as_str()?.to_owned()));
         let Some(messages) = messages.map(plain).collect::<Option<Vec<_>>>() else { continue };
         let greedy: Vec<u32> = list(case, "greedy_ids");
-        if sure(case) < greedy.len() || case["messages"].as_array().unwrap().iter().any(|m| m["tool_calls"].is_array()) {
+        if sure(case) < greedy.len()
+            || case["messages"].as_array().unwrap().iter().any(|m| m["tool_calls"].is_array())
+        {
             continue;
         }
-        let messages = messages.into_iter().map(|(role, content)| ChatMessage { role, content }).collect();
-        let chat = ChatPrompt { messages, reasoning: case["reasoning"].as_bool() };
+        let messages = messages
+            .into_iter()
+            .map(|(role, content)| ChatMessage { role, content, ..ChatMessage::default() })
+            .collect();
+        let chat = ChatPrompt { messages, reasoning: case["reasoning"].as_bool(), ..ChatPrompt::default() };
         let request = GenerateRequest {
             prompt: Some(generate_request::Prompt::Chat(chat)),
             response: Some(Response { keep_special_tokens: true, ..Response::default() }),
-            stopping: Some(proto::v1::Stopping { max_tokens: Some(greedy.len() as u32), ..Default::default() }),
+            stopping: Some(proto::v1::Stopping {
+                max_tokens: Some(greedy.len() as u32),
+                ..Default::default()
+            }),
             sampling: Some(proto::v1::Sampling { temperature: Some(0.0), ..Default::default() }),
             ..GenerateRequest::default()
         };

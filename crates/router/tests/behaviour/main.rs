@@ -14,6 +14,8 @@ mod health;
 mod http_probes;
 mod no_tokenizer;
 mod other_group;
+mod parsed_answers;
+mod parsing;
 mod picking;
 mod shutdown;
 mod startup;
