@@ -167,7 +167,8 @@ fn calls_in_several_actions_count_on() {
 fn a_model_that_was_offered_no_tools_calls_none() {
     let (tokenizer, markers) = &*TOKENIZER;
     let prompt = tokenizer.encode(ANSWERS, false).unwrap();
-    let parsed = parse(Parser::new(Arc::clone(markers), &prompt, false), ["<|START_ACTION|>[{}]<|END_ACTION|>"]);
+    let parsed =
+        parse(Parser::new(Arc::clone(markers), &prompt, false), ["<|START_ACTION|>[{}]<|END_ACTION|>"]);
     assert_eq!((parsed.text.as_str(), parsed.calls.len(), parsed.faults.len()), ("[{}]", 0, 1));
 }
 
