@@ -48,6 +48,7 @@ fn a_public_request_keeps_every_generation_field() {
             logprobs: Some(1),
             prompt_logprobs: Some(0),
             keep_special_tokens: false,
+            parse: false,
         }),
         ..v1::GenerateRequest::default()
     };

@@ -1,6 +1,7 @@
 //! The subcommands, one file each.
 
 pub mod bench;
+pub mod chat;
 pub mod config;
 pub mod demo;
 pub mod generate;
@@ -42,6 +43,8 @@ pub enum Command {
     Up(Box<up::Args>),
     /// Send one prompt to a running cluster
     Generate(Box<generate::Args>),
+    /// Chat with a running cluster in the terminal
+    Chat(chat::Args),
     /// Measure a running cluster
     Bench(bench::Args),
     /// Check or show a configuration
@@ -64,6 +67,7 @@ impl Command {
             Self::Demo(args) => demo::run(&args, log),
             Self::Up(args) => up::run(&args, log),
             Self::Generate(args) => generate::run(&args),
+            Self::Chat(args) => chat::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Router(args) => router::run(&args),
@@ -79,7 +83,12 @@ impl Command {
             Self::Router(args) => args.supervised,
             Self::Group(args) => args.supervised,
             Self::Worker(args) => args.supervised,
-            Self::Demo(_) | Self::Up(_) | Self::Generate(_) | Self::Bench(_) | Self::Config(_) => false,
+            Self::Demo(_)
+            | Self::Up(_)
+            | Self::Generate(_)
+            | Self::Chat(_)
+            | Self::Bench(_)
+            | Self::Config(_) => false,
         }
     }
 
@@ -88,7 +97,12 @@ impl Command {
     pub fn log_level_default(&self) -> &'static str {
         match self {
             Self::Router(_) | Self::Group(_) | Self::Worker(_) => "info",
-            Self::Demo(_) | Self::Up(_) | Self::Generate(_) | Self::Bench(_) | Self::Config(_) => "warn",
+            Self::Demo(_)
+            | Self::Up(_)
+            | Self::Generate(_)
+            | Self::Chat(_)
+            | Self::Bench(_)
+            | Self::Config(_) => "warn",
         }
     }
 }

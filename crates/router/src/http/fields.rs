@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use axum::http::StatusCode;
 use proto::{Failure, Violation};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
 
 use super::error::ApiError;
 
@@ -78,5 +78,5 @@ impl Fields {
 
 /// Equality with numbers compared by value: 0 is 0.0.
 fn same(a: &Value, b: &Value) -> bool {
-    a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b) || (b == &json!("") && a == b)
+    a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b)
 }

@@ -169,7 +169,7 @@ impl View {
     }
 
     fn chunk(&self, choice: Value) -> Value {
-        let mut body = self.envelope(true, json!([choice]));
+        let mut body = self.envelope(true, Value::Array(vec![choice]));
         if self.shown.include_usage {
             body.insert("usage".to_owned(), Value::Null);
         }

@@ -74,11 +74,11 @@ impl Markers {
         if tokenizer.id_of(OF_COHERE).is_none() {
             return Ok(Self::default());
         }
-        let missing = |text: &&str| tokenizer.id_of(text).is_none();
+        let missing = |text: &str| tokenizer.id_of(text).is_none();
         if let Some(text) = NEEDED.iter().find(|text| missing(text)) {
             return Err(lacks(text));
         }
-        if NEEDED_PAIRS.iter().all(|pair| pair.iter().any(|text| missing(&text))) {
+        if NEEDED_PAIRS.iter().all(|pair| pair.iter().any(|text| missing(text))) {
             return Err(lacks("<|START_TEXT|> and <|END_TEXT|>, or <|START_RESPONSE|> and <|END_RESPONSE|>"));
         }
         let mut structural = BTreeMap::new();
