@@ -80,8 +80,11 @@ fn a_conversation_is_rendered_tokenized_answered_and_detokenized_as_the_referenc
         {
             continue;
         }
-        let messages = messages.into_iter().map(|(role, content)| ChatMessage { role, content }).collect();
-        let chat = ChatPrompt { messages, reasoning: case["reasoning"].as_bool() };
+        let messages = messages
+            .into_iter()
+            .map(|(role, content)| ChatMessage { role, content, ..ChatMessage::default() })
+            .collect();
+        let chat = ChatPrompt { messages, reasoning: case["reasoning"].as_bool(), ..ChatPrompt::default() };
         let request = GenerateRequest {
             prompt: Some(generate_request::Prompt::Chat(chat)),
             response: Some(Response { keep_special_tokens: true, ..Response::default() }),

@@ -42,7 +42,7 @@ fn answer() -> Answer {
         token_ids: vec![4],
         logprobs: vec![logprob(4)],
         finish: Some(Finish { reason: FinishReason::Length.into(), matched: None }),
-        usage: Some(Usage { prompt_tokens: 2, output_tokens: 2 }),
+        usage: Some(Usage { prompt_tokens: 2, output_tokens: 2, ..Usage::default() }),
         ..GenerateResponse::default()
     });
     answer

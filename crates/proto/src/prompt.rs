@@ -15,13 +15,19 @@ pub enum Prompt {
     TokenIds(Vec<TokenId>),
 }
 
-/// A conversation of at least one message.
+/// A conversation of at least one message. JSON texts are not yet parsed: that is the template's part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chat {
     /// Oldest first.
     pub messages: Vec<Message>,
     /// Whether the model may think first; `None` leaves it to the template.
     pub reasoning: Option<bool>,
+    /// The tools the model may call, each a JSON object.
+    pub tools: Vec<String>,
+    /// Documents to answer from, each a JSON object.
+    pub documents: Vec<String>,
+    /// Further variables for the template, a JSON object; `None` for none.
+    pub template_arguments: Option<String>,
 }
 
 /// One turn of a conversation.
@@ -31,6 +37,71 @@ pub struct Message {
     pub role: Role,
     /// What was said; may be empty.
     pub content: String,
+    /// What the assistant thought before; empty for everybody else.
+    pub reasoning: String,
+    /// The tools the assistant called; empty for everybody else.
+    pub tool_calls: Vec<v1::ToolCall>,
+    /// The call a tool's message answers, if it says; `None` for everybody else.
+    pub tool_call_id: Option<String>,
+}
+
+impl Chat {
+    /// Bytes of everything that ends up in the prompt.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let json = self.tools.iter().chain(&self.documents).chain(&self.template_arguments);
+        self.messages.iter().map(Message::bytes).chain(json.map(String::len)).sum()
+    }
+}
+
+impl Message {
+    /// A message of nothing but content.
+    #[must_use]
+    pub const fn new(role: Role, content: String) -> Self {
+        Self { role, content, reasoning: String::new(), tool_calls: Vec::new(), tool_call_id: None }
+    }
+
+    fn bytes(&self) -> usize {
+        let calls = self.tool_calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments.len());
+        let id = self.tool_call_id.as_ref().map_or(0, String::len);
+        self.content.len() + self.reasoning.len() + id + calls.sum::<usize>()
+    }
+
+    /// Checks message number `index` of a conversation and names what is wrong with it.
+    fn from_wire(wire: v1::ChatMessage, index: usize, wrong: &mut Vec<Violation>) -> Option<Self> {
+        let v1::ChatMessage { role, content, reasoning, tool_calls, tool_call_id } = wire;
+        let mut refuse = |field: &str, reason: String| {
+            wrong.push(Violation::new(format!("chat.messages[{index}].{field}"), reason));
+        };
+        let Some(role) = Role::from_name(&role) else {
+            let reason = format!("must be system, developer, user, assistant or tool, not `{role}`");
+            refuse("role", reason);
+            return None;
+        };
+        if role != Role::Assistant && !tool_calls.is_empty() {
+            refuse(
+                "tool_calls",
+                format!("belong to assistant messages, and this one's role is {}", role.name()),
+            );
+        }
+        if role != Role::Assistant && !reasoning.is_empty() {
+            refuse(
+                "reasoning",
+                format!("belongs to assistant messages, and this one's role is {}", role.name()),
+            );
+        }
+        if role != Role::Tool && !tool_call_id.is_empty() {
+            refuse(
+                "tool_call_id",
+                format!("belongs to tool messages, and this one's role is {}", role.name()),
+            );
+        }
+        for (call, _) in tool_calls.iter().enumerate().filter(|(_, call)| call.name.is_empty()) {
+            refuse(&format!("tool_calls[{call}].name"), "is empty; name the tool that was called".to_owned());
+        }
+        let tool_call_id = Some(tool_call_id).filter(|id| !id.is_empty());
+        Some(Self { role, content, reasoning, tool_calls, tool_call_id })
+    }
 }
 
 /// Who speaks in a conversation.
@@ -110,18 +181,18 @@ impl TryFrom<v1::ChatPrompt> for Chat {
         let mut messages = Vec::with_capacity(chat.messages.len());
         let mut wrong = Vec::new();
         for (index, message) in chat.messages.into_iter().enumerate() {
-            match Role::from_name(&message.role) {
-                Some(role) => messages.push(Message { role, content: message.content }),
-                None => wrong.push(Violation::new(
-                    format!("chat.messages[{index}].role"),
-                    format!("must be system, developer, user, assistant or tool, not `{}`", message.role),
-                )),
-            }
+            messages.extend(Message::from_wire(message, index, &mut wrong));
         }
-        match wrong.is_empty() {
-            true => Ok(Self { messages, reasoning: chat.reasoning }),
-            false => Err(Failure::Invalid(wrong)),
+        if !wrong.is_empty() {
+            return Err(Failure::Invalid(wrong));
         }
+        Ok(Self {
+            messages,
+            reasoning: chat.reasoning,
+            tools: chat.tools,
+            documents: chat.documents,
+            template_arguments: Some(chat.template_arguments).filter(|json| !json.is_empty()),
+        })
     }
 }
 

@@ -49,6 +49,7 @@ fn a_public_request_keeps_every_generation_field() {
             logprobs: Some(1),
             prompt_logprobs: Some(0),
             keep_special_tokens: false,
+            parse: false,
         }),
         ..v1::GenerateRequest::default()
     };
@@ -80,7 +81,7 @@ fn a_refused_field_is_named_as_each_api_names_it() {
 #[test]
 fn an_empty_prompt_is_refused_by_its_field() {
     use v1::generate_request::Prompt as Wire;
-    let chat = v1::ChatPrompt { messages: Vec::new(), reasoning: None };
+    let chat = v1::ChatPrompt::default();
     let table = [
         (None, "prompt"),
         (Some(Wire::Text(String::new())), "text"),
@@ -95,10 +96,14 @@ fn an_empty_prompt_is_refused_by_its_field() {
 
 #[test]
 fn a_chat_keeps_its_roles_and_names_the_unknown_ones() {
-    let message = |role: &str| v1::ChatMessage { role: role.to_owned(), content: "x".to_owned() };
+    let message = |role: &str| v1::ChatMessage {
+        role: role.to_owned(),
+        content: "x".to_owned(),
+        ..v1::ChatMessage::default()
+    };
     let chat = |roles: &[&str]| {
         let messages = roles.iter().map(|role| message(role)).collect();
-        proto::Chat::try_from(v1::ChatPrompt { messages, reasoning: Some(true) })
+        proto::Chat::try_from(v1::ChatPrompt { messages, reasoning: Some(true), ..v1::ChatPrompt::default() })
     };
     let roles: Vec<Role> = chat(&["system", "developer", "user", "assistant", "tool"])
         .unwrap()

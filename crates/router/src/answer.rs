@@ -6,13 +6,12 @@ use futures::Stream;
 use futures::stream::unfold;
 use proto::{Failure, RETRY_AFTER, v1, worker};
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
 use types::TokenId;
 
 use crate::call::Call;
 use crate::forward::{Placed, WorkerStream};
 use crate::pipeline::Permit;
-use crate::text::{Detokenizer, Matched, StopStrings, Tokenizer};
+use crate::text::{CallPiece, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer};
 
 /// One request's answer as it comes. Dropping it cancels the request at its group and gives the permit back.
 pub(crate) struct Answer {
@@ -40,11 +39,11 @@ impl Answer {
         Self { call, work: Work::Placed(placed), assembler, permit: Some(permit), closing }
     }
 
-    /// The messages, the last of which has `finish`, or a status.
-    pub(crate) fn into_stream(self) -> impl Stream<Item = Result<v1::GenerateResponse, Status>> + Send {
+    /// The messages, the last of which has `finish`, or a failure.
+    pub(crate) fn into_stream(self) -> impl Stream<Item = Result<v1::GenerateResponse, Failure>> + Send {
         unfold(self, |mut answer| async move {
             let message = answer.next().await?;
-            Some((message.map_err(|failure| answer.call.status(&failure)), answer))
+            Some((message, answer))
         })
     }
 
@@ -59,6 +58,10 @@ impl Answer {
             whole.request_id = message.request_id;
             whole.prompt = whole.prompt.or(message.prompt);
             whole.text.push_str(&message.text);
+            whole.reasoning.push_str(&message.reasoning);
+            for piece in message.tool_calls {
+                add_piece(&mut whole.tool_calls, piece);
+            }
             whole.token_ids.extend(message.token_ids);
             whole.logprobs.extend(message.logprobs);
             whole.finish = message.finish;
@@ -111,34 +114,101 @@ impl Answer {
     }
 }
 
+/// Adds a piece of a tool call to the calls so far.
+fn add_piece(calls: &mut Vec<v1::ToolCall>, piece: v1::ToolCallDelta) {
+    if !piece.name.is_empty() {
+        return calls.push(v1::ToolCall { id: piece.id, name: piece.name, arguments: piece.arguments });
+    }
+    // Pieces of one call come together, the first of them with its name.
+    if let Some(call) = calls.last_mut() {
+        call.arguments.push_str(&piece.arguments);
+    }
+}
+
 /// Puts messages together from chunks. Pure: one chunk in, at most one message out.
 pub(crate) struct Assembler {
     request_id: String,
     /// Taken by the first message.
     prompt: Option<v1::PromptInfo>,
-    prompt_tokens: u32,
-    output_tokens: u32,
-    tokenizer: Option<Arc<Tokenizer>>,
+    usage: v1::Usage,
+    reader: Option<Reader>,
+}
+
+/// Token ids to what the caller reads.
+struct Reader {
+    tokenizer: Arc<Tokenizer>,
     detokenizer: Detokenizer,
+    /// Unless the text is wanted as it is.
+    parser: Option<Parser>,
     stop: StopStrings,
+    /// Tokens read while the model was thinking.
+    reasoning_tokens: u32,
+}
+
+/// How the text of an answer is read.
+pub(crate) struct Reading {
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) keep_special: bool,
+    pub(crate) parser: Option<Parser>,
+    pub(crate) stop: Vec<String>,
+}
+
+impl Reader {
+    fn new(reading: Reading) -> Self {
+        let Reading { tokenizer, keep_special, parser, stop } = reading;
+        // The parser finds its parts by the markers.
+        let detokenizer = Detokenizer::new(keep_special || parser.is_some());
+        Self { tokenizer, detokenizer, parser, stop: StopStrings::new(stop), reasoning_tokens: 0 }
+    }
+
+    /// Appends what is now certain of `token_ids` to `out`. When a stop string is complete, returns it and how many of
+    /// the tokens it took.
+    fn read(&mut self, token_ids: &[u32], last: bool, out: &mut Parsed) -> Option<(usize, String)> {
+        let mut piece = String::new();
+        for (index, &id) in token_ids.iter().enumerate() {
+            piece.clear();
+            if self.parser.as_ref().is_some_and(Parser::is_reasoning) {
+                self.reasoning_tokens = self.reasoning_tokens.saturating_add(1);
+            }
+            self.detokenizer.push(&self.tokenizer, TokenId(id), &mut piece);
+            if let Some(Matched { stop }) = self.take(&piece, false, out) {
+                return Some((index + 1, stop));
+            }
+        }
+        if last {
+            piece.clear();
+            self.detokenizer.finish(&mut piece);
+            if let Some(Matched { stop }) = self.take(&piece, true, out) {
+                return Some((token_ids.len(), stop));
+            }
+            self.stop.finish(&mut out.text);
+        }
+        None
+    }
+
+    fn take(&mut self, piece: &str, last: bool, out: &mut Parsed) -> Option<Matched> {
+        let Some(parser) = &mut self.parser else { return self.stop.push(piece, &mut out.text) };
+        let mut parsed = Parsed::default();
+        parser.push(piece, &mut parsed);
+        if last {
+            parser.finish(&mut parsed);
+        }
+        out.reasoning.push_str(&parsed.reasoning);
+        out.calls.append(&mut parsed.calls);
+        out.faults.append(&mut parsed.faults);
+        self.stop.push(&parsed.text, &mut out.text)
+    }
 }
 
 impl Assembler {
-    /// For one request and its tokenized prompt; without a tokenizer the text stays empty.
-    pub(crate) fn new(request_id: String, prompt: Vec<TokenId>, tokenizer: Option<Arc<Tokenizer>>) -> Self {
+    /// For one request and its tokenized prompt; without a reading the text stays empty.
+    pub(crate) fn new(request_id: String, prompt: Vec<TokenId>, reading: Option<Reading>) -> Self {
         // Admission has compared the length with the context, which fits u32.
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let usage = v1::Usage { prompt_tokens, ..v1::Usage::default() };
         let token_ids = prompt.into_iter().map(|id| id.0).collect();
         let prompt = Some(v1::PromptInfo { token_ids, logprobs: Vec::new() });
-        let (detokenizer, stop) = (Detokenizer::new(false), StopStrings::new(Vec::new()));
-        Self { request_id, prompt, prompt_tokens, output_tokens: 0, tokenizer, detokenizer, stop }
-    }
-
-    /// With marker tokens kept in the text or not, and ended by any of `stop`.
-    pub(crate) fn with_text(mut self, keep_special: bool, stop: Vec<String>) -> Self {
-        self.detokenizer = Detokenizer::new(keep_special);
-        self.stop = StopStrings::new(stop);
-        self
+        Self { request_id, prompt, usage, reader: reading.map(Reader::new) }
     }
 
     /// The message for `chunk`; `None` for one that only brings log-probabilities of the prompt, which are gathered
@@ -151,48 +221,39 @@ impl Assembler {
         if token_ids.is_empty() && finish.is_none() {
             return Ok(None);
         }
-        let mut text = String::new();
+        let mut parsed = Parsed::default();
         let mut finish: Option<v1::Finish> = finish.map(TryInto::try_into).transpose()?;
-        if let Some((used, stop)) = self.read(&token_ids, finish.is_some(), &mut text) {
-            token_ids.truncate(used);
-            logprobs.truncate(used);
-            let matched = Some(v1::finish::Matched::Stop(stop));
-            finish = Some(v1::Finish { reason: v1::FinishReason::Stop.into(), matched });
+        if let Some(reader) = &mut self.reader {
+            if let Some((used, stop)) = reader.read(&token_ids, finish.is_some(), &mut parsed) {
+                token_ids.truncate(used);
+                logprobs.truncate(used);
+                let matched = Some(v1::finish::Matched::Stop(stop));
+                finish = Some(v1::Finish { reason: v1::FinishReason::Stop.into(), matched });
+            }
+            self.usage.reasoning_tokens = reader.reasoning_tokens;
         }
-        self.output_tokens =
-            self.output_tokens.saturating_add(u32::try_from(token_ids.len()).unwrap_or(u32::MAX));
-        let usage = v1::Usage { prompt_tokens: self.prompt_tokens, output_tokens: self.output_tokens };
+        for fault in &parsed.faults {
+            tracing::warn!(request = %self.request_id, fault, "a tool call was not taken as one");
+        }
+        let tokens = u32::try_from(token_ids.len()).unwrap_or(u32::MAX);
+        self.usage.output_tokens = self.usage.output_tokens.saturating_add(tokens);
         Ok(Some(v1::GenerateResponse {
             request_id: self.request_id.clone(),
             prompt: self.prompt.take(),
-            text,
+            text: parsed.text,
             token_ids,
             logprobs: logprobs.into_iter().map(Into::into).collect(),
-            usage: finish.is_some().then_some(usage),
+            usage: finish.is_some().then_some(self.usage),
             finish,
+            reasoning: parsed.reasoning,
+            tool_calls: parsed.calls.into_iter().map(|piece| self.piece(piece)).collect(),
         }))
     }
 
-    /// Appends the text of `token_ids` that is now certain. When a stop string is complete, returns it and how many
-    /// of the tokens it took.
-    fn read(&mut self, token_ids: &[u32], last: bool, text: &mut String) -> Option<(usize, String)> {
-        let tokenizer = self.tokenizer.as_ref()?;
-        let mut piece = String::new();
-        for (index, &id) in token_ids.iter().enumerate() {
-            piece.clear();
-            self.detokenizer.push(tokenizer, TokenId(id), &mut piece);
-            if let Some(Matched { stop }) = self.stop.push(&piece, text) {
-                return Some((index + 1, stop));
-            }
-        }
-        if last {
-            piece.clear();
-            self.detokenizer.finish(&mut piece);
-            if let Some(Matched { stop }) = self.stop.push(&piece, text) {
-                return Some((token_ids.len(), stop));
-            }
-            self.stop.finish(text);
-        }
-        None
+    /// Calls are named after their request, so that ids differ over a whole conversation.
+    fn piece(&self, piece: CallPiece) -> v1::ToolCallDelta {
+        let CallPiece { index, name, arguments } = piece;
+        let id = name.as_ref().map(|_| format!("call_{}_{index}", self.request_id));
+        v1::ToolCallDelta { index, id: id.unwrap_or_default(), name: name.unwrap_or_default(), arguments }
     }
 }

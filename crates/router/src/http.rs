@@ -1,17 +1,41 @@
-//! The HTTP listener: probes, version and the list of models.
+//! The HTTP listener: OpenAI's API over the same pipeline as gRPC, probes, version and the list of models.
+
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod generation;
+mod stream;
+mod tokens;
+mod view;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::extract::State;
-use axum::http::StatusCode;
-use axum::routing::get;
+use axum::body::{Bytes, to_bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
 use axum::{Json, Router};
+use futures::future::try_join_all;
+use proto::{Failure, v1};
 use serde_json::{Value, json};
+use tonic::metadata::MetadataMap;
+use types::limits::MESSAGE_BYTES_MAX;
 
+use crate::call::{Call, REQUEST_ID};
 use crate::pipeline::Shared;
 use crate::service::VERSION;
 use crate::workers::Progress;
+
+use error::ApiError;
+use fields::Fields;
+use generation::Common;
+use view::{Api, View};
+
+/// A caller that sends its body slower than this holds a connection for nothing.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Clone)]
 struct Context {
@@ -19,18 +43,158 @@ struct Context {
     started: u64,
 }
 
-/// The routes: `/livez` (this process runs), `/startupz` (it listens), `/readyz` and `/health` (a group serves),
-/// `/version`, `/v1/models`.
+/// The routes: OpenAI's API under `/v1`, `/tokenize` and `/detokenize`; `/livez` (this process runs), `/startupz` (it
+/// listens), `/readyz`, `/health` and `/ping` (a group serves), `/load` (requests taken now), `/version`.
 pub(crate) fn routes(shared: Arc<Shared>) -> Router {
-    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     Router::new()
         .route("/livez", get(livez))
         .route("/startupz", get(startupz))
         .route("/readyz", get(readyz))
         .route("/health", get(readyz))
+        .route("/ping", get(readyz).post(readyz))
+        .route("/load", get(load))
         .route("/version", get(version))
         .route("/v1/models", get(models))
-        .with_state(Context { shared, started })
+        .route("/v1/models/{id}", get(model))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(plain_completions))
+        .route("/v1/embeddings", post(embeddings))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(no_such_method)
+        .with_state(Context { shared, started: now() })
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+async fn no_such_path(request: Request) -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, format!("there is no {}", request.uri().path()))
+}
+
+async fn no_such_method(request: Request) -> ApiError {
+    let message = format!("{} does not take {}", request.uri().path(), request.method());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
+async fn embeddings() -> ApiError {
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, "the served model generates text and has no embeddings")
+}
+
+async fn chat_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
+    let (headers, mut fields) = read(request).await?;
+    let common = chat::take(&mut fields, context.shared.text.as_ref());
+    fields.finish()?;
+    let requests = vec![common.request.clone()];
+    generate(&context.shared, &headers, Api::Chat, (common, requests)).await
+}
+
+async fn plain_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
+    let (headers, mut fields) = read(request).await?;
+    let (common, prompts) = completions::take(&mut fields);
+    fields.finish()?;
+    let each = |prompt| v1::GenerateRequest { prompt: Some(prompt), ..common.request.clone() };
+    let requests = prompts.into_iter().map(each).collect();
+    generate(&context.shared, &headers, Api::Completion, (common, requests)).await
+}
+
+/// Runs one request for each prompt through the pipeline and writes the answers. A caller that goes away drops this,
+/// and with it all that runs for it.
+async fn generate(
+    shared: &Arc<Shared>,
+    headers: &HeaderMap,
+    api: Api,
+    asked: (Common, Vec<v1::GenerateRequest>),
+) -> Result<Response, ApiError> {
+    let (common, requests) = asked;
+    let call = call(headers, &common.request.request_id)?;
+    let several = requests.len() > 1;
+    let mut answers = Vec::new();
+    for (index, request) in requests.into_iter().enumerate() {
+        let mut call = call.clone();
+        if several {
+            call.request_id = format!("{}-{index}", call.request_id);
+        }
+        answers.extend(shared.generate_many(call, request, common.count).await?);
+    }
+    let view = view(shared, api, &call, &common)?;
+    let per_prompt = common.count.get() as usize;
+    let mut response = match common.stream {
+        true => stream::respond(view, answers, per_prompt).await?,
+        false => {
+            let whole = try_join_all(answers.into_iter().map(crate::answer::Answer::collect)).await?;
+            Json(view.whole(whole, per_prompt)).into_response()
+        }
+    };
+    if let Ok(id) = HeaderValue::from_str(&call.request_id) {
+        response.headers_mut().insert(HeaderName::from_static(REQUEST_ID), id);
+    }
+    Ok(response)
+}
+
+fn view(shared: &Shared, api: Api, call: &Call, common: &Common) -> Result<View, Failure> {
+    let (model, facts) = shared.served()?;
+    let prefix = match api {
+        Api::Chat => "chatcmpl",
+        Api::Completion => "cmpl",
+    };
+    Ok(View {
+        api,
+        id: format!("{prefix}-{}", call.request_id),
+        created: now(),
+        model,
+        fingerprint: format!("fp_{VERSION}_{}", facts.config_hash),
+        eos_token_ids: facts.eos_token_ids,
+        tokenizer: shared.text.as_ref().map(|text| Arc::clone(text.tokenizer())),
+        shown: common.shown,
+        logprobs: common.request.response.is_some_and(|response| response.logprobs.is_some()),
+    })
+}
+
+fn call(headers: &HeaderMap, request_id: &str) -> Result<Call, Failure> {
+    Call::new(&MetadataMap::from_headers(headers.clone()), request_id)
+}
+
+/// The headers and fields of a request.
+async fn read(request: Request) -> Result<(HeaderMap, Fields), ApiError> {
+    let (parts, body) = request.into_parts();
+    if let Some(kind) = parts.headers.get(header::CONTENT_TYPE) {
+        let kind = kind.to_str().unwrap_or_default();
+        let essence = kind.split(';').next().unwrap_or_default().trim();
+        if !essence.eq_ignore_ascii_case("application/json") {
+            let message = format!("content-type `{kind}` is not supported; send application/json");
+            return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+        }
+    }
+    let too_large = || {
+        let message = format!("the body has more than {MESSAGE_BYTES_MAX} bytes");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    };
+    let length =
+        parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    if length.is_some_and(|length: u64| length > MESSAGE_BYTES_MAX as u64) {
+        return Err(too_large());
+    }
+    let body = tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MESSAGE_BYTES_MAX)).await;
+    let body: Bytes = match body {
+        Ok(Ok(body)) => body,
+        // A body of unknown length was read up to the limit, or its connection broke and nobody reads this.
+        Ok(Err(_)) => return Err(too_large()),
+        Err(_) => {
+            let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
+            return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message));
+        }
+    };
+    Ok((parts.headers, Fields::read(&body)?))
+}
+
+/// Requests that hold a place now, as vLLM names it.
+async fn load(State(context): State<Context>) -> Json<Value> {
+    let shared = &context.shared;
+    let taken = (shared.limits.requests_max as usize).saturating_sub(shared.permits.available_permits());
+    Json(json!({ "server_load": taken }))
 }
 
 async fn livez() -> Json<Value> {
@@ -61,15 +225,27 @@ async fn version() -> Json<Value> {
 
 /// OpenAI's list form; empty until a group has said what it serves.
 async fn models(State(context): State<Context>) -> Json<Value> {
-    let data: Vec<Value> = match context.shared.served() {
-        Err(_) => Vec::new(),
-        Ok((name, facts)) => vec![json!({
+    let data: Vec<Value> = context.model().into_iter().collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+async fn model(State(context): State<Context>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let (name, _) = context.shared.served()?;
+    match context.model().filter(|_| id == name) {
+        Some(model) => Ok(Json(model)),
+        None => Err(Failure::UnknownModel { asked: id, served: vec![name] }.into()),
+    }
+}
+
+impl Context {
+    fn model(&self) -> Option<Value> {
+        let (name, facts) = self.shared.served().ok()?;
+        Some(json!({
             "id": name,
             "object": "model",
-            "created": context.started,
+            "created": self.started,
             "owned_by": "cohort",
             "max_model_len": facts.context_tokens_max,
-        })],
-    };
-    Json(json!({ "object": "list", "data": data }))
+        }))
+    }
 }

@@ -1,5 +1,6 @@
 //! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use proto::{Failure, GenerationFields, Prompt, Violation, stop_strings, v1, worker};
@@ -8,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use types::limits::MESSAGE_BYTES_MAX;
 use types::{Generation, GenerationSpec, TokenId};
 
-use crate::answer::{Answer, Assembler};
+use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
 use crate::config::Limits;
 use crate::forward::Placed;
@@ -34,23 +35,42 @@ pub(crate) struct Shared {
     pub(crate) closing: CancellationToken,
 }
 
-/// A request that holds its permit and whose every field is right, but for the prompt's tokens.
+/// A request that holds its permits and whose every field is right, but for the prompt's tokens.
 struct Admitted {
-    permit: Permit,
     facts: Facts,
     prompt: Prompt,
-    generation: Generation,
-    stop: Vec<String>,
-    keep_special: bool,
+    sequences: Vec<Sequence>,
+    form: Form,
 }
 
 /// A request whose prompt fits the model.
 struct Tokenized {
-    permit: Permit,
     prompt: Vec<TokenId>,
+    sequences: Vec<Sequence>,
+    form: Form,
+}
+
+/// One of the answers to a request.
+struct Sequence {
+    permit: Permit,
     generation: Generation,
+}
+
+/// The form answers are given in.
+#[derive(Clone)]
+struct Form {
     stop: Vec<String>,
     keep_special: bool,
+    parse: Parse,
+}
+
+/// Whether an answer is taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Parse {
+    No,
+    /// What is written as a tool call is text: none were offered.
+    WithoutTools,
+    WithTools,
 }
 
 impl Shared {
@@ -63,10 +83,32 @@ impl Shared {
         call: Call,
         request: v1::GenerateRequest,
     ) -> Result<Answer, Failure> {
-        let admitted = self.admit_generation(request)?;
-        let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
-        let placed = self.place(&call, &tokenized)?;
-        Ok(self.answer(call, tokenized, placed))
+        let mut answers = self.generate_many(call, request, NonZeroU32::MIN).await?;
+        answers.pop().ok_or_else(|| Failure::Internal { why: "a request was given no answer".to_owned() })
+    }
+
+    /// The whole way down for `count` answers to one prompt. Each holds a permit; their seeds follow each other.
+    ///
+    /// # Errors
+    /// As [`Shared::generate`]: all of them run or none does.
+    pub(crate) async fn generate_many(
+        self: &Arc<Self>,
+        call: Call,
+        request: v1::GenerateRequest,
+        count: NonZeroU32,
+    ) -> Result<Vec<Answer>, Failure> {
+        let admitted = self.admit_generation(request, count)?;
+        let Tokenized { prompt, sequences, form } = call.within(self.tokenize_admitted(admitted)).await?;
+        let several = sequences.len() > 1;
+        let sequences = sequences.into_iter().enumerate().map(|(index, sequence)| {
+            let mut call = call.clone();
+            if several {
+                call.request_id = format!("{}-{index}", call.request_id);
+            }
+            let placed = self.place(&call, &prompt, &sequence.generation)?;
+            Ok(self.answer(call, prompt.clone(), form.clone(), (placed, sequence.permit)))
+        });
+        sequences.collect()
     }
 
     /// A permit to work on one request.
@@ -130,7 +172,7 @@ impl Shared {
         let (field, bytes) = match prompt {
             Prompt::TokenIds(_) => return Ok(()),
             Prompt::Text(text) => ("text", text.len()),
-            Prompt::Chat(chat) => ("chat.messages", chat.messages.iter().map(|m| m.content.len()).sum()),
+            Prompt::Chat(chat) => ("chat.messages", chat.bytes()),
         };
         let max = self.limits.prompt_bytes_max;
         match bytes > max {
@@ -139,14 +181,18 @@ impl Shared {
         }
     }
 
-    fn admit_generation(&self, mut request: v1::GenerateRequest) -> Result<Admitted, Failure> {
-        let permit = self.permit()?;
+    fn admit_generation(
+        &self,
+        mut request: v1::GenerateRequest,
+        count: NonZeroU32,
+    ) -> Result<Admitted, Failure> {
+        let permits = (0..count.get()).map(|_| self.permit()).collect::<Result<Vec<Permit>, Failure>>()?;
         let (name, facts) = self.served()?;
         if !request.model.is_empty() && request.model != name {
             return Err(Failure::UnknownModel { asked: request.model, served: vec![name] });
         }
         let spec = GenerationSpec::from(&request);
-        let keep_special = request.response.unwrap_or_default().keep_special_tokens;
+        let response = request.response.unwrap_or_default();
         let stop = request.stopping.take().unwrap_or_default().stop;
         let mut wrong = Vec::new();
         let prompt = Prompt::try_from(request.prompt).and_then(|prompt| {
@@ -156,23 +202,30 @@ impl Shared {
             Ok(prompt)
         });
         let prompt = unless_invalid(prompt, &mut wrong)?;
-        let generation = spec
-            .validate(random_u64(), facts.vocab_size)
-            .map_err(|error| GenerationFields::Public.refuse(error));
-        let generation = unless_invalid(generation, &mut wrong)?;
+        let sequences = unless_invalid(draw_sequences(permits, &spec, facts.vocab_size), &mut wrong)?;
         wrong.extend(stop_strings(&stop));
-        let (Some(prompt), Some(generation), true) = (prompt, generation, wrong.is_empty()) else {
+        let (Some(prompt), Some(sequences), true) = (prompt, sequences, wrong.is_empty()) else {
             return Err(Failure::Invalid(wrong));
         };
         if !stop.is_empty() {
             self.text("stopping.stop")?;
         }
-        Ok(Admitted { permit, facts, prompt, generation, stop, keep_special })
+        let parse = match (&prompt, response.parse) {
+            (_, false) => Parse::No,
+            (Prompt::Chat(chat), true) if chat.tools.is_empty() => Parse::WithoutTools,
+            (Prompt::Chat(_) | Prompt::Text(_) | Prompt::TokenIds(_), true) => Parse::WithTools,
+        };
+        if parse != Parse::No {
+            self.text("response.parse")?;
+        }
+        let form = Form { stop, keep_special: response.keep_special_tokens, parse };
+        Ok(Admitted { facts, prompt, sequences, form })
     }
 
     async fn tokenize_admitted(&self, admitted: Admitted) -> Result<Tokenized, Failure> {
-        let Admitted { permit, facts, prompt, generation, stop, keep_special } = admitted;
-        let (_, prompt) = self.tokenize(prompt, &permit).await?;
+        let Admitted { facts, prompt, mut sequences, form } = admitted;
+        // Held by the tokenizing thread too, should the caller leave meanwhile.
+        let (_, prompt) = self.tokenize(prompt, &sequences[0].permit).await?;
         let too_long = || Failure::PromptTooLong {
             prompt_tokens: prompt.len() as u64,
             context_tokens_max: facts.context_tokens_max,
@@ -190,26 +243,52 @@ impl Shared {
         if prompt.is_empty() {
             return Err(Violation::new("prompt", "has no tokens").into());
         }
-        check_prompt_logprobs(&generation, tokens)?;
-        Ok(Tokenized { permit, prompt, generation: generation.limited_to(room), stop, keep_special })
+        for sequence in &mut sequences {
+            check_prompt_logprobs(&sequence.generation, tokens)?;
+            sequence.generation = sequence.generation.clone().limited_to(room);
+        }
+        Ok(Tokenized { prompt, sequences, form })
     }
 
-    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<Placed, Failure> {
+    fn place(&self, call: &Call, prompt: &[TokenId], generation: &Generation) -> Result<Placed, Failure> {
         let request = worker::GenerateRequest {
             request_id: call.request_id.clone(),
-            prompt: tokenized.prompt.iter().map(|id| id.0).collect(),
-            generation: Some(worker::Generation::from(&tokenized.generation)),
+            prompt: prompt.iter().map(|id| id.0).collect(),
+            generation: Some(worker::Generation::from(generation)),
         };
         Placed::new(&self.groups, request)
     }
 
-    fn answer(&self, call: Call, tokenized: Tokenized, placed: Placed) -> Answer {
-        let Tokenized { permit, prompt, stop, keep_special, .. } = tokenized;
-        let tokenizer = self.text.as_ref().map(|text| Arc::clone(text.tokenizer()));
-        let assembler =
-            Assembler::new(call.request_id.clone(), prompt, tokenizer).with_text(keep_special, stop);
+    fn answer(&self, call: Call, prompt: Vec<TokenId>, form: Form, way: (Placed, Permit)) -> Answer {
+        let (placed, permit) = way;
+        let Form { stop, keep_special, parse } = form;
+        let reading = self.text.as_ref().map(|text| {
+            let parser = match parse {
+                Parse::No => None,
+                Parse::WithoutTools => Some(text.parser(&prompt, false)),
+                Parse::WithTools => Some(text.parser(&prompt, true)),
+            };
+            Reading { tokenizer: Arc::clone(text.tokenizer()), keep_special, parser, stop }
+        });
+        let assembler = Assembler::new(call.request_id.clone(), prompt, reading);
         Answer::new(call, placed, assembler, permit, self.closing.clone())
     }
+}
+
+/// One sequence a permit. Without a seed one is drawn; those after the first count on from it.
+fn draw_sequences(
+    permits: Vec<Permit>,
+    spec: &GenerationSpec,
+    vocab_size: u32,
+) -> Result<Vec<Sequence>, Failure> {
+    let first = spec.seed.unwrap_or_else(random_u64);
+    let sequences = (0..).zip(permits).map(|(index, permit)| {
+        let spec = GenerationSpec { seed: Some(first.wrapping_add(index)), ..spec.clone() };
+        let generation =
+            spec.validate(first, vocab_size).map_err(|error| GenerationFields::Public.refuse(error))?;
+        Ok(Sequence { permit, generation })
+    });
+    sequences.collect()
 }
 
 impl Facts {

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::serve::ListenerExt;
 use proto::v1::cohort_server::CohortServer;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -170,6 +171,11 @@ async fn serve_http(
     refuse: CancellationToken,
 ) -> Result<(), Error> {
     let Some(listener) = listener else { return std::future::pending().await };
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "a connection keeps its delay");
+        }
+    });
     axum::serve(listener, http::routes(shared))
         .with_graceful_shutdown(refuse.cancelled_owned())
         .await

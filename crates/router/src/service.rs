@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use proto::v1::cohort_server::Cohort;
 use proto::{Failure, Prompt, v1};
 use tonic::metadata::MetadataMap;
@@ -93,7 +93,13 @@ impl Cohort for Service {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let call = call(request.metadata(), &request.get_ref().request_id)?;
         let result = self.shared.generate(call.clone(), request.into_inner()).await;
-        respond(&call, result.map(|answer| Box::pin(answer.into_stream()) as Self::GenerateStream))
+        let labelled = call.clone();
+        let stream = result.map(|answer| {
+            let stream = answer.into_stream();
+            let stream = stream.map(move |message| message.map_err(|failure| labelled.status(&failure)));
+            Box::pin(stream) as Self::GenerateStream
+        });
+        respond(&call, stream)
     }
 
     async fn generate_once(

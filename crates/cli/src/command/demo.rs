@@ -145,8 +145,8 @@ async fn converse(
 async fn ask(mut client: client::Client, question: &str, started: Instant) -> anyhow::Result<Answered> {
     let paint = Paint::stdout();
     say!("\n{} {}\n", paint.accent(">"), paint.bold(question));
-    let message = ChatMessage { role: "user".into(), content: question.to_owned() };
-    let chat = ChatPrompt { messages: vec![message], reasoning: Some(false) };
+    let message = ChatMessage { role: "user".into(), content: question.to_owned(), ..ChatMessage::default() };
+    let chat = ChatPrompt { messages: vec![message], reasoning: Some(false), ..ChatPrompt::default() };
     let request = GenerateRequest {
         prompt: Some(generate_request::Prompt::Chat(chat)),
         sampling: Some(Sampling { temperature: Some(0.0), ..Sampling::default() }),

@@ -146,6 +146,7 @@ impl Args {
                 logprobs: self.logprobs,
                 prompt_logprobs: self.prompt_logprobs,
                 keep_special_tokens: self.keep_special_tokens,
+                parse: false,
             }),
         })
     }
@@ -162,13 +163,20 @@ impl PromptFlags {
         if self.chat.is_empty() {
             bail!("give one of --prompt TEXT, --chat TEXT and --token-ids 1,2,3");
         }
-        let message =
-            |role: &str, content: &String| ChatMessage { role: role.into(), content: content.clone() };
+        let message = |role: &str, content: &String| ChatMessage {
+            role: role.into(),
+            content: content.clone(),
+            ..ChatMessage::default()
+        };
         let system = self.system.iter().map(|content| message("system", content));
         let turns = ["user", "assistant"].into_iter().cycle();
         let turns = turns.zip(&self.chat).map(|(role, content)| message(role, content));
         let messages = system.chain(turns).collect();
-        Ok(generate_request::Prompt::Chat(ChatPrompt { messages, reasoning: self.reasoning }))
+        Ok(generate_request::Prompt::Chat(ChatPrompt {
+            messages,
+            reasoning: self.reasoning,
+            ..ChatPrompt::default()
+        }))
     }
 }
 

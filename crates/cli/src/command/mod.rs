@@ -1,6 +1,7 @@
 //! The subcommands, one file each.
 
 pub mod bench;
+pub mod chat;
 pub mod config;
 pub mod demo;
 pub mod generate;
@@ -43,6 +44,8 @@ pub enum Command {
     Up(Box<up::Args>),
     /// Send one prompt to a running cluster
     Generate(Box<generate::Args>),
+    /// Chat with a running cluster in the terminal
+    Chat(chat::Args),
     /// Measure a running cluster
     Bench(bench::Args),
     /// Check or show a configuration
@@ -67,6 +70,7 @@ impl Command {
             Self::Demo(args) => demo::run(&args, log),
             Self::Up(args) => up::run(&args, log),
             Self::Generate(args) => generate::run(&args),
+            Self::Chat(args) => chat::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
@@ -86,6 +90,7 @@ impl Command {
             Self::Demo(_)
             | Self::Up(_)
             | Self::Generate(_)
+            | Self::Chat(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Plan(_) => false,
@@ -100,6 +105,7 @@ impl Command {
             Self::Demo(_)
             | Self::Up(_)
             | Self::Generate(_)
+            | Self::Chat(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Plan(_) => "warn",

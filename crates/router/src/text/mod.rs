@@ -2,6 +2,7 @@
 
 mod detokenize;
 mod json;
+mod parser;
 mod stop;
 mod strftime;
 mod template;
@@ -9,6 +10,7 @@ mod tokenizer;
 
 pub use detokenize::Detokenizer;
 pub use json::to_python_json;
+pub use parser::{CallPiece, Markers, Parsed, Parser};
 pub use stop::{Matched, StopStrings};
 pub use strftime::strftime;
 pub use template::{Conversation, Template};
@@ -25,6 +27,7 @@ use crate::{Error, ModelFiles};
 #[derive(Debug, Clone)]
 pub struct Text {
     tokenizer: Arc<Tokenizer>,
+    markers: Arc<Markers>,
     template: Option<Arc<Template>>,
 }
 
@@ -36,14 +39,27 @@ impl Text {
     pub fn load(files: &ModelFiles) -> Result<Option<Self>, Error> {
         let Some(tokenizer) = &files.tokenizer_json else { return Ok(None) };
         let tokenizer = Arc::new(Tokenizer::from_bytes(tokenizer)?);
+        let markers = Arc::new(Markers::of(&tokenizer)?);
         let template = Template::load(files)?.map(Arc::new);
-        Ok(Some(Self { tokenizer, template }))
+        Ok(Some(Self { tokenizer, markers, template }))
     }
 
     /// The tokenizer.
     #[must_use]
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         &self.tokenizer
+    }
+
+    /// A parser for the answer to `prompt`; see [`Parser::new`].
+    #[must_use]
+    pub fn parser(&self, prompt: &[TokenId], calls_tools: bool) -> Parser {
+        Parser::new(Arc::clone(&self.markers), prompt, calls_tools)
+    }
+
+    /// Whether there is a chat template and it looks at the variable `name`.
+    #[must_use]
+    pub fn template_reads(&self, name: &str) -> bool {
+        self.template.as_ref().is_some_and(|template| template.reads(name))
     }
 
     /// Whether conversations can be rendered.
@@ -68,8 +84,10 @@ impl Text {
                 let Some(template) = &self.template else {
                     return Err(Failure::NoChatTemplate { needed_for: "chat".to_owned() });
                 };
+                let conversation = Conversation::try_from(&chat)?;
+                template.check_reads(&conversation).map_err(Failure::Invalid)?;
                 let rendered = template
-                    .render(Conversation::from(&chat))
+                    .render(conversation)
                     .map_err(|why| Violation::new("chat", format!("the chat template refused it: {why}")))?;
                 // The template has written the special tokens, BOS included.
                 let ids =

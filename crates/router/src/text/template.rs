@@ -1,18 +1,20 @@
 //! A checkpoint's chat template, run as transformers would run it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind};
-use proto::Chat;
+use proto::{Chat, Message, Violation, v1};
 
 use super::{strftime, to_python_json};
 use crate::{Error, ModelFiles};
 
 const NAME: &str = "chat";
+/// Variables that template arguments cannot set.
+const OF_FIELDS: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
 /// What a template renders.
 #[derive(Debug, Clone, Default)]
@@ -21,17 +23,89 @@ pub struct Conversation {
     pub messages: Value,
     /// A list of tool definitions, or nothing.
     pub tools: Option<Value>,
+    /// A list of documents, or nothing.
+    pub documents: Option<Value>,
     /// Whether the model may think first; `None` leaves it to the template.
     pub reasoning: Option<bool>,
+    /// Further variables by name.
+    pub arguments: BTreeMap<String, Value>,
 }
 
-impl From<&Chat> for Conversation {
-    fn from(chat: &Chat) -> Self {
-        let message = |m: &proto::Message| {
-            Value::from_pairs([("role", m.role.name()), ("content", m.content.as_str())])
+impl TryFrom<&Chat> for Conversation {
+    type Error = Violation;
+
+    /// # Errors
+    /// A violation that names the part which is not a JSON object.
+    fn try_from(chat: &Chat) -> Result<Self, Violation> {
+        let messages = chat.messages.iter().enumerate().map(|(index, m)| message(index, m));
+        let arguments = match &chat.template_arguments {
+            None => BTreeMap::new(),
+            Some(json) => serde_json::from_str(json).map_err(|error| {
+                Violation::new("chat.template_arguments", format!("must be a JSON object: {error}"))
+            })?,
         };
-        let messages = chat.messages.iter().map(message).collect();
-        Self { messages, tools: None, reasoning: chat.reasoning }
+        Ok(Self {
+            messages: messages.collect::<Result<Value, Violation>>()?,
+            tools: objects("chat.tools", &chat.tools)?,
+            documents: objects("chat.documents", &chat.documents)?,
+            reasoning: chat.reasoning,
+            arguments,
+        })
+    }
+}
+
+/// A message in the form transformers gives to templates. Keys that do not apply are left out, and the arguments of a
+/// call are an object.
+fn message(index: usize, message: &Message) -> Result<Value, Violation> {
+    let mut map = BTreeMap::from([
+        ("role", Value::from(message.role.name())),
+        ("content", Value::from(message.content.as_str())),
+    ]);
+    if !message.reasoning.is_empty() {
+        // Templates differ in the name they read.
+        for name in ["reasoning", "reasoning_content"] {
+            map.insert(name, Value::from(message.reasoning.as_str()));
+        }
+    }
+    if let Some(id) = &message.tool_call_id {
+        map.insert("tool_call_id", Value::from(id.as_str()));
+    }
+    if !message.tool_calls.is_empty() {
+        let call = |(at, call): (usize, &v1::ToolCall)| {
+            let field = || format!("chat.messages[{index}].tool_calls[{at}].arguments");
+            let arguments = match call.arguments.trim() {
+                "" => "{}",
+                text => text,
+            };
+            let function =
+                [("name", Value::from(call.name.as_str())), ("arguments", object(field, arguments)?)];
+            Ok(Value::from_pairs([
+                ("id", Value::from(call.id.as_str())),
+                ("type", Value::from("function")),
+                ("function", Value::from_pairs(function)),
+            ]))
+        };
+        let calls = message.tool_calls.iter().enumerate().map(call);
+        map.insert("tool_calls", calls.collect::<Result<Value, Violation>>()?);
+    }
+    Ok(Value::from(map))
+}
+
+fn objects(field: &str, texts: &[String]) -> Result<Option<Value>, Violation> {
+    let read = |(index, text): (usize, &String)| object(|| format!("{field}[{index}]"), text);
+    match texts {
+        [] => Ok(None),
+        texts => texts.iter().enumerate().map(read).collect::<Result<Value, Violation>>().map(Some),
+    }
+}
+
+/// A JSON object whose keys keep their order, which the model was trained to see.
+fn object(field: impl Fn() -> String, json: &str) -> Result<Value, Violation> {
+    let value: Value = serde_json::from_str(json)
+        .map_err(|error| Violation::new(field(), format!("must be a JSON object: {error}")))?;
+    match value.kind() {
+        ValueKind::Map => Ok(value),
+        kind => Err(Violation::new(field(), format!("must be a JSON object, not a {kind}"))),
     }
 }
 
@@ -39,6 +113,8 @@ impl From<&Chat> for Conversation {
 pub struct Template {
     environment: Environment<'static>,
     special_tokens: BTreeMap<String, String>,
+    /// Names the template takes from outside.
+    reads: HashSet<String>,
 }
 
 impl Template {
@@ -63,7 +139,44 @@ impl Template {
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| Error::File { file, reason: format!("chat template: {error:#}") })?;
-        Ok(Some(Self { environment, special_tokens: special_tokens(&config) }))
+        let template = environment.get_template(NAME);
+        let reads = template.map(|template| template.undeclared_variables(false)).unwrap_or_default();
+        Ok(Some(Self { environment, special_tokens: special_tokens(&config), reads }))
+    }
+
+    /// Names each part of a chat that the template never looks at: refused, so that nothing is silently left out.
+    ///
+    /// # Errors
+    /// One violation for each.
+    pub fn check_reads(&self, conversation: &Conversation) -> Result<(), Vec<Violation>> {
+        let given = [
+            ("tools", conversation.tools.is_some()),
+            ("documents", conversation.documents.is_some()),
+            ("reasoning", conversation.reasoning.is_some()),
+        ];
+        let unread = |name: &str| !self.reads(name);
+        let reason =
+            |name: &str| format!("the chat template of the served checkpoint does not read `{name}`");
+        let mut wrong: Vec<Violation> = given
+            .into_iter()
+            .filter(|(name, given)| *given && unread(name))
+            .map(|(name, _)| Violation::new(format!("chat.{name}"), reason(name)))
+            .collect();
+        for name in conversation.arguments.keys() {
+            let field = || format!("chat.template_arguments.{name}");
+            if OF_FIELDS.contains(&name.as_str()) {
+                wrong.push(Violation::new(field(), "is set by a field of its own"));
+            } else if unread(name) {
+                wrong.push(Violation::new(field(), reason(name)));
+            }
+        }
+        if wrong.is_empty() { Ok(()) } else { Err(wrong) }
+    }
+
+    /// Whether the template looks at the variable `name`.
+    #[must_use]
+    pub fn reads(&self, name: &str) -> bool {
+        self.reads.contains(name)
     }
 
     /// Renders a conversation, ending where the model is to go on.
@@ -71,10 +184,11 @@ impl Template {
     /// # Errors
     /// The template's own words when it raises, else what went wrong in it.
     pub fn render(&self, conversation: Conversation) -> Result<String, String> {
-        let mut context = BTreeMap::from([
+        let mut context = conversation.arguments;
+        context.extend([
             ("messages".to_owned(), conversation.messages),
             ("tools".to_owned(), conversation.tools.unwrap_or(Value::from(()))),
-            ("documents".to_owned(), Value::from(())),
+            ("documents".to_owned(), conversation.documents.unwrap_or(Value::from(()))),
             ("add_generation_prompt".to_owned(), Value::from(true)),
         ]);
         if let Some(reasoning) = conversation.reasoning {

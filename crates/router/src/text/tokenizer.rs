@@ -87,6 +87,18 @@ impl Tokenizer {
         &self.bytes[start as usize..end as usize]
     }
 
+    /// The id of the token whose text is `text`, if there is one.
+    #[must_use]
+    pub fn id_of(&self, text: &str) -> Option<TokenId> {
+        self.inner.token_to_id(text).map(TokenId)
+    }
+
+    /// The texts of all special tokens, in the order of their ids.
+    pub fn special_tokens(&self) -> impl Iterator<Item = &str> {
+        let special = (0..).map(TokenId).zip(&self.special).filter(|(_, special)| **special);
+        special.filter_map(|(id, _)| std::str::from_utf8(self.token_bytes(id)).ok())
+    }
+
     /// Whether token `id` is a marker such as `<|END_TEXT|>`, left out of text unless asked for.
     #[must_use]
     pub fn is_special(&self, id: TokenId) -> bool {

@@ -14,8 +14,12 @@ async fn ready() -> TestRouter {
 }
 
 fn chat(role: &str, content: &str) -> v1::GenerateRequest {
-    let messages = vec![v1::ChatMessage { role: role.to_owned(), content: content.to_owned() }];
-    let prompt = Some(Prompt::Chat(v1::ChatPrompt { messages, reasoning: None }));
+    let messages = vec![v1::ChatMessage {
+        role: role.to_owned(),
+        content: content.to_owned(),
+        ..v1::ChatMessage::default()
+    }];
+    let prompt = Some(Prompt::Chat(v1::ChatPrompt { messages, ..v1::ChatPrompt::default() }));
     v1::GenerateRequest { prompt, ..v1::GenerateRequest::default() }
 }
 

@@ -45,9 +45,16 @@ async fn text_and_tokens_go_both_ways() {
     assert_eq!(soon(client.detokenize(request(false))).await.unwrap().into_inner().text, "Hello");
     assert_eq!(soon(client.detokenize(request(true))).await.unwrap().into_inner().text, "<BOS_TOKEN>Hello");
 
-    let messages = vec![v1::ChatMessage { role: "user".to_owned(), content: "Hi".to_owned() }];
-    let prompt =
-        Some(v1::tokenize_request::Prompt::Chat(v1::ChatPrompt { messages, reasoning: Some(false) }));
+    let messages = vec![v1::ChatMessage {
+        role: "user".to_owned(),
+        content: "Hi".to_owned(),
+        ..v1::ChatMessage::default()
+    }];
+    let prompt = Some(v1::tokenize_request::Prompt::Chat(v1::ChatPrompt {
+        messages,
+        reasoning: Some(false),
+        ..v1::ChatPrompt::default()
+    }));
     let chat = soon(client.tokenize(v1::TokenizeRequest { prompt })).await.unwrap().into_inner();
     assert!(chat.rendered.starts_with("<BOS_TOKEN>") && chat.rendered.ends_with("<|END_THINKING|>"));
     assert_eq!(chat.token_ids.iter().filter(|&&id| id == 5).count(), 1, "BOS comes once");

@@ -48,4 +48,8 @@ async fn the_model_is_listed_as_openai_lists_models() {
     let version = json!({ "version": env!("CARGO_PKG_VERSION") });
     assert_eq!(get(&router, "/version").await, (200, version));
     assert_eq!(get(&router, "/no-such-path").await.0, 404);
+    assert_eq!(get(&router, "/v1/models/demo").await, (200, model.clone()));
+    assert_eq!(get(&router, "/v1/models/other").await.0, 404);
+    assert_eq!(get(&router, "/ping").await.0, 200);
+    assert_eq!(get(&router, "/load").await, (200, json!({ "server_load": 0 })));
 }

@@ -16,8 +16,13 @@ async fn with(files: ModelFiles) -> TestRouter {
 }
 
 fn chat() -> v1::GenerateRequest {
-    let messages = vec![v1::ChatMessage { role: "user".to_owned(), content: "x".to_owned() }];
-    let prompt = Some(Prompt::Chat(v1::ChatPrompt { messages, reasoning: None }));
+    let messages = vec![v1::ChatMessage {
+        role: "user".to_owned(),
+        content: "x".to_owned(),
+        ..v1::ChatMessage::default()
+    }];
+    let prompt =
+        Some(Prompt::Chat(v1::ChatPrompt { messages, reasoning: None, ..v1::ChatPrompt::default() }));
     v1::GenerateRequest { prompt, ..v1::GenerateRequest::default() }
 }
 

@@ -36,7 +36,8 @@ fn every_reference_conversation_renders_and_tokenizes_exactly() {
     let (cases, template, tokenizer) = reference();
     for case in cases {
         let Case { messages, tools, reasoning, .. } = case;
-        let rendered = template.render(Conversation { messages, tools, reasoning }).unwrap();
+        let rendered =
+            template.render(Conversation { messages, tools, reasoning, ..Conversation::default() }).unwrap();
         assert_eq!(rendered, case.rendered);
         let ids: Vec<u32> = tokenizer.encode(&rendered, false).unwrap().iter().map(|id| id.0).collect();
         assert_eq!(ids, case.prompt_ids, "{rendered}");
@@ -48,10 +49,19 @@ fn a_chat_from_the_wire_renders_as_the_reference_does() {
     let (cases, template, _) = reference();
     for case in cases.into_iter().filter(|case| case.tools.is_none()) {
         let text = |message: &Value, key: &str| message.get_attr(key).unwrap().as_str().unwrap().to_owned();
-        let message = |m: Value| v1::ChatMessage { role: text(&m, "role"), content: text(&m, "content") };
+        let message = |m: Value| v1::ChatMessage {
+            role: text(&m, "role"),
+            content: text(&m, "content"),
+            ..v1::ChatMessage::default()
+        };
         let messages = case.messages.try_iter().unwrap().map(message).collect();
-        let chat = Chat::try_from(v1::ChatPrompt { messages, reasoning: case.reasoning }).unwrap();
-        assert_eq!(template.render(Conversation::from(&chat)).unwrap(), case.rendered);
+        let chat = Chat::try_from(v1::ChatPrompt {
+            messages,
+            reasoning: case.reasoning,
+            ..v1::ChatPrompt::default()
+        })
+        .unwrap();
+        assert_eq!(template.render(Conversation::try_from(&chat).unwrap()).unwrap(), case.rendered);
     }
 }
 

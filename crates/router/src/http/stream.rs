@@ -1,0 +1,90 @@
+//! Answers as server-sent events.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::time::Duration;
+
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::stream::{Peekable, SelectAll, select_all, unfold};
+use futures::{Stream, StreamExt};
+use proto::{Failure, v1};
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::view::{Progress, Usage, View};
+use crate::answer::Answer;
+
+/// A comment is sent after this much silence, so that proxies keep the connection.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+type Message = (usize, Result<v1::GenerateResponse, Failure>);
+type Messages = Peekable<SelectAll<Pin<Box<dyn Stream<Item = Message> + Send>>>>;
+
+/// All choices of one request on their way out. Dropping it cancels them.
+struct Feed {
+    view: View,
+    /// `None` once everything has been read or something failed.
+    messages: Option<Pin<Box<Messages>>>,
+    progress: Vec<Progress>,
+    per_prompt: usize,
+    usage: Usage,
+    /// Events of the message that was read last.
+    ready: VecDeque<String>,
+}
+
+/// Streams the answers; `per_prompt` of them in a row have the same prompt. What is refused before the first token
+/// is answered with its status as long as nothing else had to be said.
+pub(super) async fn respond(
+    view: View,
+    answers: Vec<Answer>,
+    per_prompt: usize,
+) -> Result<Response, ApiError> {
+    let progress = vec![Progress::default(); answers.len()];
+    let streams = answers.into_iter().enumerate().map(|(index, answer)| {
+        let messages = answer.into_stream().map(move |message| (index, message));
+        Box::pin(messages) as Pin<Box<dyn Stream<Item = Message> + Send>>
+    });
+    let mut messages = Box::pin(select_all(streams).peekable());
+    let refused = match tokio::time::timeout(KEEP_ALIVE, messages.as_mut().peek()).await {
+        Ok(Some((_, Err(failure)))) => Some(failure.clone()),
+        Ok(Some((_, Ok(_))) | None) | Err(_) => None,
+    };
+    if let Some(failure) = refused {
+        return Err(failure.into());
+    }
+    let (usage, ready) = (Usage::default(), VecDeque::new());
+    let feed = Feed { view, messages: Some(messages), progress, per_prompt, usage, ready };
+    let events = unfold(feed, |mut feed| async move { feed.next().await.map(|event| (event, feed)) });
+    let events = events.map(|data| Ok::<Event, Infallible>(Event::default().data(data)));
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+}
+
+impl Feed {
+    async fn next(&mut self) -> Option<String> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
+            }
+            match self.messages.as_mut()?.next().await {
+                Some((index, Ok(message))) => {
+                    if let Some(usage) = message.usage {
+                        self.usage.add(usage, index % self.per_prompt == 0);
+                    }
+                    let chunks = self.view.chunks(index, message, &mut self.progress[index]);
+                    self.ready.extend(chunks.iter().map(Value::to_string));
+                }
+                Some((_, Err(failure))) => self.end(Some(ApiError::from(failure).to_json())),
+                None => self.end(self.view.usage_chunk(self.usage)),
+            }
+        }
+    }
+
+    /// The last events; what still runs is cancelled.
+    fn end(&mut self, last: Option<Value>) {
+        self.messages = None;
+        self.ready.extend(last.map(|last| last.to_string()));
+        self.ready.push_back("[DONE]".to_owned());
+    }
+}

@@ -1,0 +1,190 @@
+//! Takes an answer apart by its markers while it streams: reasoning, text and tool calls.
+//!
+//! A marker is recognised by its text, wherever tokens are cut, and never shows. What comes out does not depend on how
+//! the answer is cut into pieces. One parser serves one answer.
+
+mod action;
+mod json;
+mod markers;
+
+use std::sync::Arc;
+
+use types::TokenId;
+
+pub use markers::Markers;
+
+use action::Action;
+use markers::{Found, Kind};
+
+/// What became certain with a piece of an answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Parsed {
+    /// What the model thought.
+    pub reasoning: String,
+    /// What it said, also what was meant as a tool call and is none.
+    pub text: String,
+    /// Pieces of the tools it calls.
+    pub calls: Vec<CallPiece>,
+    /// Why something was not taken as the tool call it was meant to be.
+    pub faults: Vec<String>,
+}
+
+/// A piece of a tool call.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CallPiece {
+    /// Counts the calls of one answer from 0.
+    pub index: u32,
+    /// The tool's name: in the first piece of each call, and only there.
+    pub name: Option<String>,
+    /// More of the arguments: all pieces together are a JSON object, unless the answer was cut or went wrong inside.
+    pub arguments: String,
+}
+
+impl Parsed {
+    /// Whether nothing became certain.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.reasoning.is_empty() && self.text.is_empty() && self.calls.is_empty() && self.faults.is_empty()
+    }
+
+    fn arguments(&mut self, index: u32, more: &str) {
+        match self.calls.last_mut() {
+            Some(last) if last.index == index => last.arguments.push_str(more),
+            _ => self.calls.push(CallPiece { index, name: None, arguments: more.to_owned() }),
+        }
+    }
+}
+
+/// Where in its answer a model is.
+#[derive(Debug, Clone)]
+enum Place {
+    /// Between the parts. Text here belongs to the answer, but not the blanks before the next part.
+    Between {
+        blanks: String,
+    },
+    Reasoning,
+    Text,
+    Action(Action),
+}
+
+impl Place {
+    const fn between() -> Self {
+        Self::Between { blanks: String::new() }
+    }
+}
+
+/// One answer's parser.
+#[derive(Debug, Clone)]
+pub struct Parser {
+    markers: Arc<Markers>,
+    place: Place,
+    /// The end of the input that may yet become a marker: always a proper prefix of one.
+    held: String,
+    calls_tools: bool,
+    calls: u32,
+}
+
+impl Parser {
+    /// Starts where `prompt` left off: it may have opened the reasoning already. Without `calls_tools` (the model was
+    /// offered none), what it writes as a tool call is text.
+    #[must_use]
+    pub fn new(markers: Arc<Markers>, prompt: &[TokenId], calls_tools: bool) -> Self {
+        let place = match markers.last_in(prompt) {
+            // A model without markers says all it says as text.
+            None if markers.is_empty() => Place::Text,
+            Some(Kind::StartThinking) => Place::Reasoning,
+            Some(Kind::StartText) => Place::Text,
+            Some(Kind::StartAction) if calls_tools => Place::Action(Action::new(0)),
+            Some(Kind::StartAction) => Place::Text,
+            None | Some(Kind::EndThinking | Kind::EndText | Kind::EndAction | Kind::Turn | Kind::Other) => {
+                Place::between()
+            }
+        };
+        Self { markers, place, held: String::new(), calls_tools, calls: 0 }
+    }
+
+    /// Whether the model is thinking at this point.
+    #[must_use]
+    pub const fn is_reasoning(&self) -> bool {
+        matches!(self.place, Place::Reasoning)
+    }
+
+    /// Takes more of the answer, markers included, and appends what became certain.
+    pub fn push(&mut self, text: &str, out: &mut Parsed) {
+        let markers = Arc::clone(&self.markers);
+        let mut input = std::mem::take(&mut self.held);
+        input.push_str(text);
+        let mut rest = input.as_str();
+        loop {
+            match markers.first_in(rest) {
+                Found::Nothing => return self.plain(rest, out),
+                Found::Perhaps { at } => {
+                    self.plain(&rest[..at], out);
+                    rest[at..].clone_into(&mut self.held);
+                    return;
+                }
+                Found::Marker { at, end, kind } => {
+                    self.plain(&rest[..at], out);
+                    self.marker(kind, out);
+                    rest = &rest[end..];
+                }
+            }
+        }
+    }
+
+    /// Ends the answer. A marker that was cut off is dropped like a whole one; a few characters that might as well be
+    /// what the model wanted to say (`Vec<U`) are text.
+    pub fn finish(&mut self, out: &mut Parsed) {
+        let held = std::mem::take(&mut self.held);
+        if held.len() < MARKER_BEGUN_BYTES && !held.starts_with("<|") {
+            self.plain(&held, out);
+        }
+        self.leave(out);
+    }
+
+    fn plain(&mut self, text: &str, out: &mut Parsed) {
+        if text.is_empty() {
+            return;
+        }
+        match &mut self.place {
+            Place::Reasoning => out.reasoning.push_str(text),
+            Place::Text => out.text.push_str(text),
+            Place::Action(action) => action.push(text, out),
+            Place::Between { blanks } if text.trim_start().is_empty() => blanks.push_str(text),
+            Place::Between { blanks } => {
+                out.text.push_str(blanks);
+                out.text.push_str(text);
+                self.place = Place::Text;
+            }
+        }
+    }
+
+    fn marker(&mut self, kind: Kind, out: &mut Parsed) {
+        if kind == Kind::Other {
+            return;
+        }
+        self.leave(out);
+        self.place = match kind {
+            Kind::StartThinking => Place::Reasoning,
+            Kind::StartText => Place::Text,
+            Kind::StartAction if self.calls_tools => Place::Action(Action::new(self.calls)),
+            Kind::StartAction => {
+                out.faults.push("the model calls a tool and was offered none".to_owned());
+                Place::Text
+            }
+            Kind::EndThinking | Kind::EndText | Kind::EndAction | Kind::Turn | Kind::Other => {
+                Place::between()
+            }
+        };
+    }
+
+    fn leave(&mut self, out: &mut Parsed) {
+        if let Place::Action(action) = &mut self.place {
+            self.calls = action.finish(out);
+        }
+        self.place = Place::between();
+    }
+}
+
+/// From this length on, the beginning of a marker is taken for one that was cut off.
+const MARKER_BEGUN_BYTES: usize = 4;

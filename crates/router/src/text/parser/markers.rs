@@ -1,0 +1,147 @@
+//! The markers of a tokenizer, looked up by their text: their ids differ between generations of checkpoints.
+
+use std::collections::BTreeMap;
+
+use types::TokenId;
+
+use crate::Error;
+use crate::text::Tokenizer;
+
+/// What a marker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    StartThinking,
+    EndThinking,
+    StartText,
+    EndText,
+    StartAction,
+    EndAction,
+    /// A border between turns.
+    Turn,
+    /// Any other special token: it does nothing and never shows.
+    Other,
+}
+
+/// Marker texts by what they do. Newer checkpoints write TEXT where older ones write RESPONSE.
+const KINDS: [(&str, Kind); 12] = [
+    ("<|START_THINKING|>", Kind::StartThinking),
+    ("<|END_THINKING|>", Kind::EndThinking),
+    ("<|START_TEXT|>", Kind::StartText),
+    ("<|END_TEXT|>", Kind::EndText),
+    ("<|START_RESPONSE|>", Kind::StartText),
+    ("<|END_RESPONSE|>", Kind::EndText),
+    ("<|START_ACTION|>", Kind::StartAction),
+    ("<|END_ACTION|>", Kind::EndAction),
+    ("<|START_OF_TURN_TOKEN|>", Kind::Turn),
+    ("<|END_OF_TURN_TOKEN|>", Kind::Turn),
+    ("<|CHATBOT_TOKEN|>", Kind::Turn),
+    ("<EOS_TOKEN>", Kind::Turn),
+];
+/// A tokenizer with this marker is of Cohere's chat format, and needs the others.
+const OF_COHERE: &str = "<|START_OF_TURN_TOKEN|>";
+const NEEDED: [&str; 5] =
+    ["<|END_OF_TURN_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>", "<|START_ACTION|>", "<|END_ACTION|>"];
+const NEEDED_PAIRS: [[&str; 2]; 2] =
+    [["<|START_TEXT|>", "<|END_TEXT|>"], ["<|START_RESPONSE|>", "<|END_RESPONSE|>"]];
+
+/// What the beginning of a text holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Found {
+    /// No marker and no beginning of one.
+    Nothing,
+    /// From `at` to its end, the text is a proper prefix of a marker.
+    Perhaps { at: usize },
+    /// The first marker is `at..end`.
+    Marker { at: usize, end: usize, kind: Kind },
+}
+
+/// The markers of one tokenizer.
+#[derive(Debug, Default)]
+pub struct Markers {
+    /// Sorted, and none is a prefix of another.
+    texts: Vec<(String, Kind)>,
+    /// Whether a marker begins with this byte.
+    begins: Vec<bool>,
+    structural: BTreeMap<TokenId, Kind>,
+}
+
+impl Markers {
+    /// Looks up the markers of `tokenizer`. One that is not of Cohere's chat format has none.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming a marker that is missing from a tokenizer of Cohere's chat format.
+    pub fn of(tokenizer: &Tokenizer) -> Result<Self, Error> {
+        if tokenizer.id_of(OF_COHERE).is_none() {
+            return Ok(Self::default());
+        }
+        let missing = |text: &str| tokenizer.id_of(text).is_none();
+        if let Some(text) = NEEDED.iter().find(|text| missing(text)) {
+            return Err(lacks(text));
+        }
+        if NEEDED_PAIRS.iter().all(|pair| pair.iter().any(|text| missing(text))) {
+            return Err(lacks("<|START_TEXT|> and <|END_TEXT|>, or <|START_RESPONSE|> and <|END_RESPONSE|>"));
+        }
+        let mut structural = BTreeMap::new();
+        let mut texts = BTreeMap::new();
+        for text in tokenizer.special_tokens() {
+            texts.insert(text.to_owned(), Kind::Other);
+        }
+        for (text, kind) in KINDS {
+            if let Some(id) = tokenizer.id_of(text) {
+                structural.insert(id, kind);
+                texts.insert(text.to_owned(), kind);
+            }
+        }
+        Ok(Self::new(texts, structural))
+    }
+
+    fn new(sorted: BTreeMap<String, Kind>, structural: BTreeMap<TokenId, Kind>) -> Self {
+        let mut texts: Vec<(String, Kind)> = Vec::with_capacity(sorted.len());
+        for (text, kind) in sorted {
+            let covered = texts.last().is_some_and(|(before, _)| text.starts_with(before.as_str()));
+            if !text.is_empty() && !covered {
+                texts.push((text, kind));
+            }
+        }
+        let mut begins = vec![false; 256];
+        for (text, _) in &texts {
+            begins[usize::from(text.as_bytes()[0])] = true;
+        }
+        Self { texts, begins, structural }
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.texts.is_empty()
+    }
+
+    /// The last structural marker among `tokens`.
+    pub(super) fn last_in(&self, tokens: &[TokenId]) -> Option<Kind> {
+        tokens.iter().rev().find_map(|id| self.structural.get(id).copied())
+    }
+
+    /// The first marker in `text`, or the beginning of one at its end.
+    pub(super) fn first_in(&self, text: &str) -> Found {
+        if self.is_empty() {
+            return Found::Nothing;
+        }
+        for (at, _) in text.bytes().enumerate().filter(|&(_, byte)| self.begins[usize::from(byte)]) {
+            // A marker's first byte begins a character, so this is a character's border.
+            let Some(rest) = text.get(at..) else { continue };
+            let next = self.texts.partition_point(|(marker, _)| marker.as_str() <= rest);
+            if let Some((marker, kind)) = next.checked_sub(1).map(|last| &self.texts[last])
+                && rest.starts_with(marker.as_str())
+            {
+                return Found::Marker { at, end: at + marker.len(), kind: *kind };
+            }
+            if self.texts.get(next).is_some_and(|(marker, _)| marker.starts_with(rest)) {
+                return Found::Perhaps { at };
+            }
+        }
+        Found::Nothing
+    }
+}
+
+fn lacks(what: &str) -> Error {
+    let reason = format!("has {OF_COHERE} and lacks {what}, which answers are taken apart by");
+    Error::File { file: "tokenizer.json", reason }
+}
