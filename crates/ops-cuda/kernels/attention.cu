@@ -76,7 +76,16 @@ struct AttendParams {
 };
 
 // Numbers of one head that a lane holds, and lanes to a key. A lane past D holds zeros.
-#define HELD (D % VECTOR == 0 ? VECTOR : D % 4 == 0 ? 4 : 2)
+#if BF16 && D % 8 == 0
+#define HELD 8
+#define HELD_WORDS 4
+#elif D % 4 == 0
+#define HELD 4
+#define HELD_WORDS (BF16 ? 2 : 4)
+#else
+#define HELD 2
+#define HELD_WORDS (BF16 ? 1 : 2)
+#endif
 #define NEEDED ((D + HELD - 1) / HELD)
 #define LANES (NEEDED <= 1 ? 1 : NEEDED <= 2 ? 2 : NEEDED <= 4 ? 4 : NEEDED <= 8 ? 8 : NEEDED <= 16 ? 16 : 32)
 // Vectors of a lane: one, unless a head has more than 32 of them.
@@ -86,18 +95,42 @@ struct AttendParams {
 #define STREAMS (WARPS * (WARP / LANES))
 #define LOWEST -1e30f
 
-__device__ __forceinline__ void fetch(const T* head, u32 part, float* out) {
+// A lane's part of one head as it lies in memory.
+struct Held {
+#if HELD_WORDS == 4
+    uint4 data[VECTORS];
+#else
+    T data[PER_LANE];
+#endif
+};
+
+__device__ __forceinline__ void request(const T* head, u32 part, Held& held) {
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {
         u32 at = (v * LANES + part) * HELD;
-        if (HELD == VECTOR) {
-            uint4 data = at < D ? load16(head + at) : make_uint4(0, 0, 0, 0);
-            unpack(data, out + v * HELD);
-        } else {
+#if HELD_WORDS == 4
+        held.data[v] = at < D ? load16(head + at) : make_uint4(0, 0, 0, 0);
+#else
 #pragma unroll
-            for (int i = 0; i < HELD; i++) out[v * HELD + i] = at < D ? widen(head[at + i]) : 0.0f;
-        }
+        for (int i = 0; i < HELD; i++) held.data[v * HELD + i] = at < D ? head[at + i] : narrow(0.0f);
+#endif
     }
+}
+
+__device__ __forceinline__ void take(const Held& held, float* out) {
+#if HELD_WORDS == 4
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) unpack(held.data[v], out + v * HELD);
+#else
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) out[i] = widen(held.data[i]);
+#endif
+}
+
+__device__ __forceinline__ void fetch(const T* head, u32 part, float* out) {
+    Held held;
+    request(head, part, held);
+    take(held, out);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const AttendParams p) {
@@ -122,14 +155,22 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const AttendPar
         for (int i = 0; i < PER_LANE; i++) q[h][i] *= scale;
         most[h] = LOWEST;
     }
-    // Streams of one warp go through the same number of rounds, so that shuffles meet.
+    // Streams of one warp go through the same number of rounds, so that shuffles meet. The next round's keys and
+    // values are on their way while this one's are used.
+    auto place = [&](u32 key) {
+        return cached(p.tables, sequence, key < to ? key : from, p.block_tokens, p.kv_heads, kv);
+    };
+    Held next_key, next_value;
+    u64 at = from < to ? place(from + stream) : 0;
+    if (from < to) request(p.keys + at, part, next_key), request(p.values + at, part, next_value);
+    at = from < to ? place(from + stream + STREAMS) : 0;
     for (u32 first = from; first < to; first += STREAMS) {
-        u32 key = first + stream;
-        bool here = key < to;
-        u64 at = cached(p.tables, sequence, here ? key : from, p.block_tokens, p.kv_heads, kv);
+        bool here = first + stream < to;
+        Held this_key = next_key, this_value = next_value;
+        request(p.keys + at, part, next_key), request(p.values + at, part, next_value);
+        at = place(first + stream + 2 * STREAMS);
         float k[PER_LANE], v[PER_LANE], score[GROUP];
-        fetch(p.keys + at, part, k);
-        fetch(p.values + at, part, v);
+        take(this_key, k), take(this_value, v);
 #pragma unroll
         for (int h = 0; h < GROUP; h++) {
             score[h] = 0.0f;
@@ -206,17 +247,32 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const AttendPar
     }
 }
 
-// Merges the ranges of one (row, head): a block each.
-extern "C" __global__ void merge(const AttendParams p) {
-    u32 row = blockIdx.x, head = blockIdx.y, groups = p.query_heads / GROUP;
+// Merges the ranges of one (row, head): a block each; ranges at most RANGES_MAX.
+#define RANGES_MAX 128
+extern "C" __global__ void __launch_bounds__(RANGES_MAX) merge(const AttendParams p) {
+    __shared__ float share[RANGES_MAX], most_of[RANGES_MAX / WARP], total_of[RANGES_MAX / WARP];
+    u32 row = blockIdx.x, head = blockIdx.y, groups = p.query_heads / GROUP, thread = threadIdx.x;
     const float* parts = p.parts + (((u64)row * groups + head / GROUP) * p.ranges * GROUP + head % GROUP) * (D + 2);
     const u64 stride = (u64)GROUP * (D + 2);
-    float most = LOWEST, total = 0.0f;
-    for (u32 r = 0; r < p.ranges; r++) most = fmaxf(most, parts[r * stride + D]);
-    for (u32 r = 0; r < p.ranges; r++) total += parts[r * stride + D + 1] * exp2f(parts[r * stride + D] - most);
-    for (u32 d = threadIdx.x; d < D; d += blockDim.x) {
-        float sum = 0.0f;
-        for (u32 r = 0; r < p.ranges; r++) sum += parts[r * stride + d] * exp2f(parts[r * stride + D] - most);
-        p.out[((u64)row * p.query_heads + head) * D + d] = narrow(sum / total);
+    bool used = thread < p.ranges;
+    float most = used ? parts[thread * stride + D] : LOWEST, total = used ? parts[thread * stride + D + 1] : 0.0f;
+    float all = most;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) all = fmaxf(all, __shfl_xor_sync(ALL, all, step));
+    if (thread % WARP == 0) most_of[thread / WARP] = all;
+    __syncthreads();
+    for (int w = 0; w < RANGES_MAX / WARP; w++) all = fmaxf(all, most_of[w]);
+    float weight = exp2f(most - all);
+    float sum = warp_sum(total * weight);
+    if (thread % WARP == 0) total_of[thread / WARP] = sum;
+    share[thread] = weight;
+    __syncthreads();
+    sum = 0.0f;
+    for (int w = 0; w < RANGES_MAX / WARP; w++) sum += total_of[w];
+    for (u32 d = thread; d < D; d += RANGES_MAX) {
+        float out = 0.0f;
+#pragma unroll 8
+        for (u32 r = 0; r < p.ranges; r++) out = fmaf(parts[r * stride + d], share[r], out);
+        p.out[((u64)row * p.query_heads + head) * D + d] = narrow(out / sum);
     }
 }

@@ -24,6 +24,8 @@ __device__ __forceinline__ u64 rank_key(float v, u32 expert) {
     return ((u64)ordered << 32) | (u32)~expert;
 }
 
+#define KEYS 4
+
 // A warp per row: k times the best key below the one before.
 extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
     u32 lane = threadIdx.x % WARP;
@@ -32,9 +34,20 @@ extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
     const T* logits = p.logits + (u64)row * p.count;
     u64 before = ~0ull;
     float most = 0.0f, total = 0.0f;
+    // The first KEYS of a lane stay in registers; models with more experts look the others up each time.
+    u64 keys[KEYS];
+#pragma unroll
+    for (u32 i = 0; i < KEYS; i++) {
+        u32 e = i * WARP + lane;
+        keys[i] = e < p.count ? rank_key(widen(logits[e]), e) : 0;
+    }
     for (u32 i = 0; i < p.top_k; i++) {
         u64 best = 0;
-        for (u32 e = lane; e < p.count; e += WARP) {
+#pragma unroll
+        for (u32 n = 0; n < KEYS; n++) {
+            if (keys[n] < before && keys[n] > best) best = keys[n];
+        }
+        for (u32 e = KEYS * WARP + lane; e < p.count; e += WARP) {
             u64 key = rank_key(widen(logits[e]), e);
             if (key < before && key > best) best = key;
         }
@@ -123,32 +136,60 @@ struct ExpertDownParams {
     u32 inter;
 };
 
-// One vector of one chosen expert's row, times the routing weight; vectors are numbered through all choices.
-__device__ __forceinline__ float down_part(const ExpertDownParams& p, u32 row, u32 h, u32 at, u32 per_choice, float sum) {
-    u32 choice = at / per_choice, k = at % per_choice * VECTOR;
-    u32 pair = row * p.top_k + choice, expert = p.experts[pair] - p.first;
-    if (p.experts[pair] < p.first || expert >= p.local) return sum;
-    uint4 w = stream16(p.down + ((u64)expert * p.hidden + h) * p.inter + k);
-    return fmaf(p.weights[pair], dot16(load16(p.activated + (u64)pair * p.inter + k), w, 0.0f), sum);
-}
+// Choices of a row at most: their experts and weights wait in shared memory.
+#define CHOICES_MAX 64
+// Vectors of weights that a lane has in flight.
+#define FLIGHT 8
 
-// out[t, h] = Σ over the choices on this rank of weight · (activated · w[e, h]): a warp per element.
+// out[t, h] = Σ over the choices on this rank of weight · (activated · w[e, h]): a warp per element. Vectors are
+// numbered through all choices, so that a lane has loads of several experts on their way at once.
 extern "C" __global__ void __launch_bounds__(128) expert_down(const ExpertDownParams p) {
-    u32 lane = threadIdx.x % WARP;
+    __shared__ float weights[CHOICES_MAX];
+    __shared__ u32 experts[CHOICES_MAX];
+    u32 lane = threadIdx.x % WARP, row = blockIdx.y;
     u32 h = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    u32 row = blockIdx.y;
+    if (threadIdx.x < p.top_k) {
+        u32 expert = p.experts[row * p.top_k + threadIdx.x];
+        bool own = expert >= p.first && expert - p.first < p.local;
+        // Another rank's choice weighs nothing here and is not read.
+        experts[threadIdx.x] = own ? expert - p.first : 0;
+        weights[threadIdx.x] = own ? p.weights[row * p.top_k + threadIdx.x] : 0.0f;
+    }
+    __syncthreads();
     if (h >= p.hidden) return;
+    const T* activated = p.activated + (u64)row * p.top_k * p.inter;
     float sum = 0.0f;
     if (p.inter % VECTOR == 0) {
-        u32 per_choice = p.inter / VECTOR, total = per_choice * p.top_k;
-#pragma unroll 4
-        for (u32 at = lane; at < total; at += WARP) sum = down_part(p, row, h, at, per_choice, sum);
+        u32 per_choice = p.inter / VECTOR, choice = 0, k = lane;
+        auto settle = [&]() {
+            while (k >= per_choice) k -= per_choice, choice++;
+        };
+        settle();
+        while (choice < p.top_k) {
+            uint4 w[FLIGHT], x[FLIGHT];
+            float scale[FLIGHT];
+#pragma unroll
+            for (int i = 0; i < FLIGHT; i++) {
+                bool some = choice < p.top_k;
+                u32 c = some ? choice : 0, at = some ? k * VECTOR : 0;
+                scale[i] = some ? weights[c] : 0.0f;
+                w[i] = x[i] = make_uint4(0, 0, 0, 0);
+                if (scale[i] != 0.0f) {
+                    w[i] = stream16(p.down + ((u64)experts[c] * p.hidden + h) * p.inter + at);
+                    x[i] = load16(activated + c * p.inter + at);
+                }
+                k += WARP;
+                settle();
+            }
+#pragma unroll
+            for (int i = 0; i < FLIGHT; i++) sum = fmaf(scale[i], dot16(x[i], w[i], 0.0f), sum);
+        }
     } else {
         for (u32 at = lane; at < p.inter * p.top_k; at += WARP) {
-            u32 pair = row * p.top_k + at / p.inter, k = at % p.inter, expert = p.experts[pair] - p.first;
-            if (p.experts[pair] < p.first || expert >= p.local) continue;
-            float w = widen(p.down[((u64)expert * p.hidden + h) * p.inter + k]);
-            sum = fmaf(p.weights[pair] * widen(p.activated[(u64)pair * p.inter + k]), w, sum);
+            u32 choice = at / p.inter, k = at % p.inter;
+            if (weights[choice] == 0.0f) continue;
+            float w = widen(p.down[((u64)experts[choice] * p.hidden + h) * p.inter + k]);
+            sum = fmaf(weights[choice] * widen(activated[choice * p.inter + k]), w, sum);
         }
     }
     sum = warp_sum(sum);

@@ -112,9 +112,62 @@ __device__ float block_sum(float v) {
     return warp_sum(v);
 }
 
+// What of a row each thread keeps in registers; wider rows are read again.
+#define KEPT 4
+#define NORM_THREADS 256
+
 // RMS: x / sqrt(mean(x²) + eps), rounded, times weight, rounded. Layer: (x − mean) / sqrt(var + eps) · weight, rounded.
-extern "C" __global__ void __launch_bounds__(256) norm_rows(const NormParams p) {
+__device__ __forceinline__ T normed(const NormParams& p, float v, float mean, float factor, float weight) {
+    v = (v - mean) * factor;
+    // The reference casts what RMSNorm normalised before the weight multiplies it.
+    if (!p.layer) v = rounded(v);
+    return narrow(v * weight);
+}
+
+// Rows of T in whole vectors, at most KEPT of them to a thread: one read.
+__device__ __forceinline__ void norm_kept(const NormParams& p) {
+    const T* x = (const T*)p.x + (u64)blockIdx.x * p.width;
+    float values[KEPT][VECTOR];
+    u32 vectors = p.width / VECTOR;
+    float sum = 0.0f, squares = 0.0f, mean = 0.0f;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        u32 at = threadIdx.x + i * NORM_THREADS;
+        unpack(at < vectors ? load16(x + at * VECTOR) : make_uint4(0, 0, 0, 0), values[i]);
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) sum += values[i][n];
+    }
+    if (p.layer) mean = block_sum(sum) / (float)p.width;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        bool here = threadIdx.x + i * NORM_THREADS < vectors;
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) {
+            float v = here ? values[i][n] - mean : 0.0f;
+            squares = fmaf(v, v, squares);
+        }
+    }
+    float factor = 1.0f / sqrtf(block_sum(squares) / (float)p.width + p.eps);
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        u32 at = threadIdx.x + i * NORM_THREADS;
+        if (at >= vectors) continue;
+        float weight[VECTOR];
+        unpack(load16(p.weight + at * VECTOR), weight);
+        union {
+            T parts[VECTOR];
+            uint4 all;
+        } out;
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) out.parts[n] = normed(p, values[i][n], mean, factor, weight[n]);
+        ((uint4*)(p.out + (u64)blockIdx.x * p.width))[at] = out.all;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_rows(const NormParams p) {
     u64 row = (u64)blockIdx.x * p.width;
+    bool is_t = !BF16 || !p.x_f32;
+    if (is_t && p.width % VECTOR == 0 && p.width <= KEPT * NORM_THREADS * VECTOR) return norm_kept(p);
     float mean = 0.0f;
     if (p.layer) {
         float sum = 0.0f;
@@ -128,10 +181,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_rows(const NormParams p) 
     }
     float factor = 1.0f / sqrtf(block_sum(squares) / (float)p.width + p.eps);
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
-        float v = (either(p.x, p.x_f32, row + i) - mean) * factor;
-        // The reference casts what RMSNorm normalised before the weight multiplies it.
-        if (!p.layer) v = rounded(v);
-        p.out[row + i] = narrow(v * widen(p.weight[i]));
+        p.out[row + i] = normed(p, either(p.x, p.x_f32, row + i), mean, factor, widen(p.weight[i]));
     }
 }
 

@@ -12,8 +12,8 @@ use crate::tensor::{Tensor, size};
 /// Query heads that one block handles at most: their sums stay in registers.
 const GROUP_MAX: usize = 8;
 /// Keys that make a range of their own worth a block.
-const RANGE_KEYS: u32 = 128;
-const RANGES_MAX: u32 = 64;
+const RANGE_KEYS: u32 = 32;
+const RANGES_MAX: u32 = 128;
 /// Blocks per multiprocessor that keep memory busy.
 const BLOCKS_EACH: u32 = 4;
 /// Numbers of a head that one lane holds at most, times the lanes of a warp.

@@ -72,8 +72,8 @@ impl Activations {
         const WORD: usize = 4;
         // The residual stream, the norm, two partial sums and one more beside them.
         let stream = 5 * self.hidden;
-        // Split attention: at most 64 ranges, only for so few rows that this bound holds for them together.
-        let split = (64 + self.rows) * 2 * self.qkv;
+        // Split attention: at most 128 ranges, only for so few rows that this bound holds for them together.
+        let split = (128 + self.rows) * 2 * self.qkv;
         let attention = self.rows * 3 * self.qkv + split;
         let dense = self.rows * 3 * self.intermediate;
         let pair = 3 * self.expert_intermediate + self.hidden + 4;

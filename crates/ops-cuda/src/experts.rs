@@ -13,6 +13,8 @@ use crate::tensor::{Routed, Tensor, Weight, size};
 
 /// Rows of a tile of the grouped product.
 const TILE: usize = 64;
+/// Choices of a row that the kernels have room for.
+const CHOICES_MAX: usize = 64;
 /// Warps of a block of the few-row kernels.
 const WARPS: usize = 4;
 const WORD: usize = 4;
@@ -53,8 +55,12 @@ impl Stack {
 impl CudaBackend {
     pub(crate) fn choose(&self, logits: &Tensor, routing: Routing) -> Result<Routed, Error> {
         let Routing { top_k, scoring } = routing;
-        if top_k == 0 || top_k > logits.width() || logits.dtype() != self.storage() {
-            let detail = format!("top-{top_k} of {} experts, logits in {}", logits.width(), logits.dtype());
+        if top_k == 0 || top_k > logits.width().min(CHOICES_MAX) || logits.dtype() != self.storage() {
+            let detail = format!(
+                "top-{top_k} (at most {CHOICES_MAX}) of {} experts, logits in {}",
+                logits.width(),
+                logits.dtype()
+            );
             return Err(Error::Shape { op: "route", detail });
         }
         let rows = logits.rows();
