@@ -11,6 +11,9 @@ use crate::tensor::{Tensor, size};
 
 /// Query heads that one block handles at most: their sums stay in registers.
 const GROUP_MAX: usize = 8;
+/// (row, head) pairs of one tile of the tensor cores, and warps of a block.
+const TILE_PAIRS: u32 = 16;
+const WARPS: u32 = 4;
 /// Keys that make a range of their own worth a block.
 const RANGE_KEYS: u32 = 32;
 const RANGES_MAX: u32 = 128;
@@ -66,6 +69,8 @@ fn plane_bytes(spec: &KvLayerSpec, dtype: DType) -> usize {
 pub(crate) struct AttentionKernels {
     append: Function,
     attend: Function,
+    /// On the tensor cores, for heads they can take.
+    tiles: Option<Function>,
     merge: Function,
     _module: Module,
 }
@@ -86,10 +91,16 @@ impl AttentionKernels {
         Ok(Self {
             append: module.function("append")?,
             attend: module.function("attend")?,
+            tiles: tiled(backend.storage(), head_dim).then(|| module.function("attend_tiles")).transpose()?,
             merge: module.function("merge")?,
             _module: module,
         })
     }
+}
+
+/// Whether the kernel file has the tensor-core kernel for these heads.
+fn tiled(dtype: DType, head_dim: usize) -> bool {
+    dtype == DType::BF16 && head_dim.is_multiple_of(64) && head_dim <= 128
 }
 
 /// Base of the frequencies (its bits) and head dimension.
@@ -156,7 +167,10 @@ impl CudaBackend {
             Window::All => (0, self.step().longest()),
             Window::Keys(keys) => (keys, self.step().longest().min(keys)),
         };
-        let wanted = (BLOCKS_EACH * self.device().multiprocessors).div_ceil((rows * groups).max(1));
+        // A tile holds several rows of one sequence; single tokens have one each.
+        let tokens = if self.step().single_tokens() { 1 } else { TILE_PAIRS / size("attention", group)? };
+        let (pieces, tokens) = if kernels.tiles.is_some() { (rows.div_ceil(tokens), tokens) } else { (rows, 1) };
+        let wanted = (BLOCKS_EACH * self.device().multiprocessors).div_ceil((pieces * groups).max(1));
         let ranges = wanted.min(keys.div_ceil(RANGE_KEYS)).clamp(1, RANGES_MAX);
         let out = self.tensor(queries.rows(), queries.width())?;
         let parts = match ranges {
@@ -180,11 +194,16 @@ impl CudaBackend {
             block_tokens: append.block_tokens,
             window,
             ranges,
+            rows,
+            tokens,
         };
-        let grid = Grid { blocks: (rows, groups, ranges), threads: 128, shared: 0 };
-        self.device().launch(kernels.attend, grid, &params)?;
+        let (function, blocks) = match kernels.tiles {
+            Some(tiles) => (tiles, ((pieces * ranges).div_ceil(WARPS), groups, 1)),
+            None => (kernels.attend, (rows, groups, ranges)),
+        };
+        self.device().launch(function, Grid { blocks, threads: WARPS * 32, shared: 0 }, &params)?;
         if parts.is_some() {
-            self.device().launch(kernels.merge, Grid::new(rows, append.query_heads, 128), &params)?;
+            self.device().launch(kernels.merge, Grid::new(rows, append.query_heads, 256), &params)?;
         }
         Ok(out)
     }

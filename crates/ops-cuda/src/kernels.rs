@@ -129,6 +129,6 @@ params! {
     AttendParams {
         out: Address, parts: Address, q: Address, keys: Address, values: Address, position: Address,
         sequence: Address, tables: Address,
-        query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32,
+        query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32, rows: u32, tokens: u32,
     }
 }

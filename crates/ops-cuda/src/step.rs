@@ -113,6 +113,11 @@ impl Step {
         self.offsets.rows
     }
 
+    /// Whether every sequence brings one row.
+    pub(crate) const fn single_tokens(&self) -> bool {
+        self.sequences.len() == self.offsets.rows
+    }
+
     /// Keys of the longest sequence, this step's included.
     pub(crate) const fn longest(&self) -> u32 {
         self.longest
