@@ -5,23 +5,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use collectives::{AbortHandle, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions};
+use collectives::{
+    AbortHandle, Collective, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions,
+};
 use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, ShardPlan};
+use ops::Backend;
 use ops_cpu::{CpuBackend, HostCollective};
+use ops_cuda::{CudaBackend, SoloDevice};
 use types::{Bytes, DType, KvGroup};
 
-use crate::{Config, Error, Phase, Report, Reporter, capacity, device};
+use crate::device::{self, Chosen, RankModel};
+use crate::{Config, Error, Phase, Report, Reporter, capacity};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
 const SPIN: std::time::Duration = std::time::Duration::from_micros(20);
 /// Logit rows a step may ask for: prompt log-probabilities of a chunk; made a few at a time, so this costs no memory.
 const LOGIT_ROWS_MAX: u32 = 1 << 14;
 
-/// The model one rank runs.
-pub(crate) type CpuModel = Model<CpuBackend, HostCollective<Tcp>>;
-
 /// What is known before the ranks meet.
 pub(crate) struct Facts {
+    pub(crate) device: Chosen,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) model: ModelConfig,
     pub(crate) plan: ShardPlan,
@@ -32,14 +35,14 @@ pub(crate) struct Facts {
 
 /// A rank that can run steps.
 pub(crate) struct Booted {
-    pub(crate) model: CpuModel,
+    pub(crate) model: RankModel,
     pub(crate) plans: PlanChannel,
     pub(crate) abort: AbortHandle,
 }
 
 /// Reads the checkpoint's configuration and decides everything that follows from it.
 pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
-    device::choose(config.device)?;
+    let device = device::choose(config.device, config.rank.size())?;
     let checkpoint = Checkpoint::open(config.model.clone())?;
     let mut model = ModelConfig::from_files(&config.model)?;
     if let Some(window_keys) = config.window_keys {
@@ -49,7 +52,7 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
     let engine = engine_config(config, &model)?;
     let extra = format!("{} {engine:?}", config.model_name);
     let config_hash = model::config_hash(&checkpoint, config.rank.size(), config.dtype, extra.as_bytes())?;
-    Ok(Facts { checkpoint, model, plan, engine, config_hash })
+    Ok(Facts { device, checkpoint, model, plan, engine, config_hash })
 }
 
 /// The engine's budgets for this model.
@@ -99,16 +102,58 @@ pub(crate) fn load(
     joined: Joined,
     reporter: &Arc<dyn Reporter>,
 ) -> Result<Booted, Error> {
-    let threads = device::threads(config.threads, config.rank.size());
     let rank = config.rank;
-    let mut backend =
-        CpuBackend::new(config.dtype, threads).map_err(|source| Error::Device { rank, source })?;
+    let Joined { collective, plan: plans } = joined;
+    let abort = collective.abort_handle();
+    let model = match facts.device {
+        Chosen::Cpu => {
+            let threads = device::threads(config.threads, rank.size());
+            let backend =
+                CpuBackend::new(config.dtype, threads).map_err(|source| Error::Device { rank, source })?;
+            let plural = if threads == 1 { "" } else { "s" };
+            let name = format!("cpu, {threads} thread{plural}, {}", config.dtype);
+            let line = Line { collective, wrap: |tcp| Ok(HostCollective(tcp)) };
+            RankModel::Cpu(Box::new(assemble(config, facts, (backend, name), line, reporter)?))
+        }
+        Chosen::Cuda => {
+            let options = device::cuda_options(config, &facts.model, &facts.plan, &facts.engine);
+            let backend = CudaBackend::new(&options).map_err(Error::Cuda)?;
+            let name = format!("cuda, {}, {}", backend.card().map_err(Error::Cuda)?, config.dtype);
+            let line = Line { collective, wrap: |tcp| SoloDevice::new(tcp).map_err(Error::Cuda) };
+            RankModel::Cuda(Box::new(assemble(config, facts, (backend, name), line, reporter)?))
+        }
+    };
+    Ok(Booted { model, plans, abort })
+}
+
+/// The connection to the other ranks, and how a backend's tensors go through it.
+struct Line<F> {
+    collective: Tcp,
+    wrap: F,
+}
+
+/// Weights, cache and line of a rank on `backend`, which reports carry the name of.
+fn assemble<B, C, F>(
+    config: &Config,
+    facts: Facts,
+    (mut backend, name): (B, String),
+    line: Line<F>,
+    reporter: &Arc<dyn Reporter>,
+) -> Result<Model<B, C>, Error>
+where
+    B: Backend,
+    C: Collective<B::Tensor>,
+    F: FnOnce(Tcp) -> Result<C, Error>,
+{
+    let rank = config.rank;
     let started = Instant::now();
     let progress =
         LoadProgress { reporter: Arc::clone(reporter), done: AtomicU64::new(0), total: AtomicU64::new(0) };
-    let Facts { checkpoint, model: model_config, plan, engine, .. } = facts;
+    let Facts { checkpoint, model: model_config, plan, engine, device, .. } = facts;
     let kv = kv_bytes(&model_config, &plan, &engine, config.dtype);
-    if let Some(available) = device::memory_available().filter(|&available| kv > available) {
+    // A card refuses what does not fit by itself.
+    let available = device::memory_available().filter(|_| device == Chosen::Cpu);
+    if let Some(available) = available.filter(|&available| kv > available) {
         let what = format!("the KV cache of {} tokens", config.limits.kv_tokens);
         return Err(Error::Device { rank, source: ops::Error::Memory { what, needed: kv, available } });
     }
@@ -120,16 +165,14 @@ pub(crate) fn load(
         skipped_tensors: summary.skipped_tensors,
         skipped_bytes: summary.skipped_bytes,
         elapsed: started.elapsed(),
-        device: format!("cpu, {threads} thread{}, {}", if threads == 1 { "" } else { "s" }, config.dtype),
+        device: name,
     });
-    let Joined { mut collective, plan: plans } = joined;
-    let abort = collective.abort_handle();
+    let Line { mut collective, wrap } = line;
     // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
     collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
-    let comm = HostCollective(collective);
+    let comm = wrap(collective)?;
     let parts = Parts { config: model_config, plan, backend, comm, weights, dispatch: config.dispatch };
-    let model = Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?;
-    Ok(Booted { model, plans, abort })
+    Ok(Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?)
 }
 
 /// Memory the KV cache of both groups takes on this rank.

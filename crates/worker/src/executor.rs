@@ -6,18 +6,18 @@ use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};
 
 use crate::Error;
-use crate::boot::CpuModel;
+use crate::device::RankModel;
 
 /// A rank's model with the block tables its plans refer to.
 pub(crate) struct Executor {
     rank: TpRank,
-    model: CpuModel,
+    model: RankModel,
     tables: SlotTables,
     batch: Batch,
 }
 
 impl Executor {
-    pub(crate) fn new(rank: TpRank, model: CpuModel, config: &engine::Config) -> Result<Self, Error> {
+    pub(crate) fn new(rank: TpRank, model: RankModel, config: &engine::Config) -> Result<Self, Error> {
         let tables = SlotTables::new(config).map_err(|source| Error::Engine { rank, source })?;
         Ok(Self { rank, model, tables, batch: Batch::default() })
     }

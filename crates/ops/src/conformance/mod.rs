@@ -57,27 +57,32 @@ impl Tolerance {
     pub const BF16: Self = Self { relative: 1.0 / 128.0, absolute: 4e-2 };
 }
 
-/// Runs every case on backends made by `make`, with inputs drawn from `seed`.
+/// Runs every case on a backend made by `make`, with inputs drawn from `seed`.
 ///
 /// # Errors
 /// When an op of the backend fails on valid inputs.
 pub fn run<B: Backend>(
-    mut make: impl FnMut() -> Result<B, Error>,
+    make: impl FnOnce() -> Result<B, Error>,
     tolerance: Tolerance,
     seed: u64,
 ) -> Result<Report, Error> {
-    let mut bench =
-        Bench { backend: make()?, random: Random::new(seed), tolerance, report: Report::default() };
-    rows::embed(&mut bench)?;
-    rows::norms(&mut bench)?;
-    rows::linears(&mut bench)?;
-    rows::sums(&mut bench)?;
-    rows::logit_rows(&mut bench)?;
-    mlp::swiglu(&mut bench)?;
-    mlp::routes(&mut bench)?;
-    mlp::experts(&mut bench)?;
+    let mut bench = Bench::new(make()?, tolerance, seed);
+    bench.alone()?;
     dispatch::cases(&mut bench)?;
-    attention::cases(&mut bench)?;
+    Ok(bench.report)
+}
+
+/// As [`run`], without the ops that only a rank among others needs: those that lay rows out for an all-to-all.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_alone<B: Backend>(
+    make: impl FnOnce() -> Result<B, Error>,
+    tolerance: Tolerance,
+    seed: u64,
+) -> Result<Report, Error> {
+    let mut bench = Bench::new(make()?, tolerance, seed);
+    bench.alone()?;
     Ok(bench.report)
 }
 
@@ -90,6 +95,22 @@ struct Bench<B> {
 }
 
 impl<B: Backend> Bench<B> {
+    fn new(backend: B, tolerance: Tolerance, seed: u64) -> Self {
+        Self { backend, random: Random::new(seed), tolerance, report: Report::default() }
+    }
+
+    fn alone(&mut self) -> Result<(), Error> {
+        rows::embed(self)?;
+        rows::norms(self)?;
+        rows::linears(self)?;
+        rows::sums(self)?;
+        rows::logit_rows(self)?;
+        mlp::swiglu(self)?;
+        mlp::routes(self)?;
+        mlp::experts(self)?;
+        attention::cases(self)
+    }
+
     /// Values the compute dtype holds exactly, so that storing inputs loses nothing.
     fn values(&mut self, count: usize) -> Vec<f32> {
         let values = (0..count).map(|_| half::bf16::from_f32(self.random.normal()).to_f32());

@@ -1,0 +1,516 @@
+//! The backend: every op checks shapes, takes its result from the arena and queues its kernel.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Instant;
+
+use half::bf16;
+use ops::{
+    Backend, Batch, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+};
+use types::{Bytes, DType, TokenId};
+
+use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencies, head_shape};
+use crate::cache::KernelCache;
+use crate::device::{Device, Grid, gemm_shared};
+use crate::kernels::{
+    Address, EmbedParams, FillParams, GatherParams, GemmParams, NormParams, RoundParams, SkinnyParams,
+    SumParams, SwigluParams,
+};
+use crate::memory::{DeviceBuffer, Pinned};
+use crate::step::Step;
+use crate::tensor::{Routed, Tensor, Weight, size};
+
+/// Rows that the skinny kernels take at once; more go to the tensor cores where these can take them.
+pub(crate) const SKINNY_ROWS: usize = 8;
+/// Rows from which tiles of 128 pay.
+const LARGE_ROWS: usize = 512;
+
+/// How to use a card.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Which of the cards that `probe` found.
+    pub ordinal: usize,
+    /// Compute dtype.
+    pub dtype: DType,
+    /// Memory for activations; [`Activations::bytes`] says how much a model needs.
+    pub activations: Bytes,
+    /// Where compiled kernels are kept.
+    pub cache: KernelCache,
+}
+
+/// Widths that decide how much memory a step's activations take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activations {
+    /// Rows of a step at most.
+    pub rows: usize,
+    /// Rows whose logits are made at once.
+    pub logit_rows: usize,
+    /// H
+    pub hidden: usize,
+    /// (Q + 2K)·D
+    pub qkv: usize,
+    /// I of the widest dense or shared MLP.
+    pub intermediate: usize,
+    /// E of the model, 0 without experts.
+    pub experts: usize,
+    /// Experts of a row.
+    pub top_k: usize,
+    /// I of one expert.
+    pub expert_intermediate: usize,
+    /// V
+    pub vocab: usize,
+    /// Words of block tables in a step at most, both groups.
+    pub table_words: usize,
+}
+
+impl Activations {
+    /// Bytes that every step within these sizes finds: what is alive at once, as fp32, and a quarter more because
+    /// pieces of other sizes leave gaps.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        const WORD: usize = 4;
+        // The residual stream, the norm, two partial sums and one more beside them.
+        let stream = 5 * self.hidden;
+        // Split attention: at most 128 ranges, only for so few rows that this bound holds for them together.
+        let split = (128 + self.rows) * 2 * self.qkv;
+        let attention = self.rows * 3 * self.qkv + split;
+        let dense = self.rows * 3 * self.intermediate;
+        let pair = 3 * self.expert_intermediate + self.hidden + 4;
+        let experts =
+            self.rows * (self.experts + self.top_k * pair) + 65 * self.experts.min(self.rows * self.top_k);
+        let logits = self.logit_rows * (2 * self.hidden + self.vocab);
+        let widest = attention.max(dense).max(experts).max(logits);
+        let metadata = 4 * self.rows + 4 * self.rows + self.table_words;
+        let words = self.rows * stream + widest + metadata;
+        Bytes((words * WORD + words * WORD / 4 + (1 << 20)) as u64)
+    }
+}
+
+/// The op set on one card for one rank. Not `Send`: the thread that makes it uses it.
+#[derive(Debug)]
+pub struct CudaBackend {
+    dtype: DType,
+    attention: HashMap<HeadShape, AttentionKernels>,
+    turns: HashMap<RopeKey, DeviceBuffer>,
+    landing: Pinned,
+    step: Step,
+    device: Rc<Device>,
+}
+
+impl CudaBackend {
+    /// Takes a card: compiles the kernels (or reads them from the cache) and allocates the activations' memory.
+    ///
+    /// # Errors
+    /// When a library, the card or memory is missing, or a kernel does not compile.
+    pub fn new(options: &Options) -> Result<Self, crate::Error> {
+        let Options { ordinal, dtype, activations, cache } = options.clone();
+        let device = Rc::new(Device::open(ordinal, dtype, activations, cache)?);
+        Ok(Self {
+            dtype,
+            attention: HashMap::new(),
+            turns: HashMap::new(),
+            landing: Pinned::new(1 << 16)?,
+            step: Step::new()?,
+            device,
+        })
+    }
+
+    /// The card's name, as its driver says it.
+    ///
+    /// # Errors
+    /// On a driver failure.
+    pub fn card(&self) -> Result<String, crate::Error> {
+        self.device.name()
+    }
+
+    /// A weight of seeded numbers, uniform in ±`scale`, made on the card: for timing shapes without a checkpoint.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn random_weight(&mut self, dims: &[usize], seed: u64, scale: f32) -> Result<Weight, Error> {
+        self.device.bind()?;
+        let weight = Weight::reserve(dims, self.dtype)?;
+        let count = dims.iter().product::<usize>() as u64;
+        let params = FillParams { out: weight.address(), count, seed, scale };
+        let blocks = self.device.multiprocessors * 8;
+        self.device.launch(self.device.kernels.fill, Grid::new(blocks, 1, 256), &params)?;
+        Ok(weight)
+    }
+
+    /// Bytes a second of large copies on the card, read and written: what a step's bytes are measured against.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn copy_bandwidth(&mut self) -> Result<f64, Error> {
+        const BYTES: usize = 1 << 30;
+        const ROUNDS: u32 = 8;
+        let from = self.random_weight(&[BYTES / self.dtype.bytes()], 1, 1.0)?;
+        let to = self.random_weight(&[BYTES / self.dtype.bytes()], 2, 1.0)?;
+        let mut best = f64::INFINITY;
+        for _ in 0..ROUNDS {
+            self.synchronize()?;
+            let started = Instant::now();
+            self.device.copy(to.address(), from.address(), BYTES)?;
+            self.synchronize()?;
+            best = best.min(started.elapsed().as_secs_f64());
+        }
+        Ok(2.0 * BYTES as f64 / best)
+    }
+
+    /// Waits until the card has done everything that was queued.
+    ///
+    /// # Errors
+    /// On a device failure.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        Ok(self.device.synchronize()?)
+    }
+
+    pub(crate) const fn storage(&self) -> DType {
+        self.dtype
+    }
+
+    pub(crate) const fn device(&self) -> &Rc<Device> {
+        &self.device
+    }
+
+    pub(crate) const fn step(&self) -> &Step {
+        &self.step
+    }
+
+    /// Room in the compute dtype.
+    pub(crate) fn tensor(&self, rows: usize, width: usize) -> Result<Tensor, Error> {
+        Tensor::new(&self.device, rows, width, self.dtype)
+    }
+
+    /// The frequencies of `rope`, on the card from their first use on.
+    pub(crate) fn turns(&mut self, rope: Rope, head_dim: usize) -> Result<Address, Error> {
+        match self.turns.entry((rope.theta.to_bits(), head_dim)) {
+            Entry::Occupied(there) => Ok(there.get().address()),
+            Entry::Vacant(place) => {
+                let values = frequencies(rope, head_dim);
+                let buffer = DeviceBuffer::new("rotary frequencies", values.len() * size_of::<f32>())?;
+                self.device.upload(buffer.address(), &values)?;
+                Ok(place.insert(buffer).address())
+            }
+        }
+    }
+
+    pub(crate) fn attention_kernels(&self, shape: HeadShape) -> Result<&AttentionKernels, Error> {
+        self.attention.get(&shape).ok_or_else(|| Error::Shape {
+            op: "attention",
+            detail: format!("no cache layer with heads of {} in groups of {} was reserved", shape.0, shape.1),
+        })
+    }
+
+    pub(crate) fn gated(&self, gate_up: &Tensor) -> Result<Tensor, Error> {
+        if !gate_up.width().is_multiple_of(2) || gate_up.dtype() != self.dtype {
+            let detail = format!("rows of {} {} are not gate and up", gate_up.width(), gate_up.dtype());
+            return Err(Error::Shape { op: "swiglu", detail });
+        }
+        let width = gate_up.width() / 2;
+        let out = self.tensor(gate_up.rows(), width)?;
+        let params = SwigluParams {
+            out: out.address(),
+            gate_up: gate_up.address(),
+            rows: gate_up.rows() as u64,
+            width: size("swiglu", width)?,
+        };
+        self.device.launch(self.device.kernels.swiglu, Grid::over(out.elements()), &params)?;
+        Ok(out)
+    }
+
+    fn product(&self, x: &Tensor, weight: &Weight, out: DType) -> Result<Tensor, Error> {
+        let (outs, inner) = weight.dims2("linear")?;
+        x.expect("linear", inner, self.dtype)?;
+        let y = Tensor::new(&self.device, x.rows(), outs, out)?;
+        let (rows, outs, inner) = (size("linear", x.rows())?, size("linear", outs)?, size("linear", inner)?);
+        let kernels = &self.device.kernels;
+        if let Some(gemm) = kernels.gemm.filter(|_| x.rows() > SKINNY_ROWS && inner.is_multiple_of(8)) {
+            let params = GemmParams {
+                c: y.address(),
+                a: x.address(),
+                w: weight.address(),
+                sorted: 0,
+                tile_expert: 0,
+                tiles: 0,
+                m: rows,
+                n: outs,
+                k: inner,
+                a_divisor: 1,
+                c_f32: y.is_f32(),
+            };
+            let (function, tile) = if x.rows() >= LARGE_ROWS { (gemm[1], 128) } else { (gemm[0], 64) };
+            let blocks = (rows.div_ceil(tile), outs.div_ceil(tile), 1);
+            self.device.launch(
+                function,
+                Grid { blocks, threads: 128, shared: gemm_shared(tile) },
+                &params,
+            )?;
+            return Ok(y);
+        }
+        let params = SkinnyParams {
+            y: y.address(),
+            x: x.address(),
+            w: weight.address(),
+            rows,
+            outs,
+            inner,
+            y_f32: y.is_f32(),
+        };
+        let vector = 16 / self.dtype.bytes() as u32;
+        let (function, each, outs_each) = match x.rows() {
+            _ if !inner.is_multiple_of(vector) => (kernels.skinny_unaligned, 1, 1),
+            0..=1 => (kernels.skinny[0], 1, 1),
+            2 => (kernels.skinny[1], 2, 2),
+            3..=4 => (kernels.skinny[2], 4, 2),
+            _ => (kernels.skinny[3], 8, 2),
+        };
+        let grid = Grid::new(outs.div_ceil(4 * outs_each), rows.div_ceil(each), 128);
+        self.device.launch(function, grid, &params)?;
+        Ok(y)
+    }
+
+    /// out = a + scale · b, into `out`, which may be `a`.
+    fn sum(&self, out: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<(), Error> {
+        let params = SumParams {
+            out: out.address(),
+            a: a.address(),
+            b: b.address(),
+            count: a.elements() as u64,
+            scale,
+            out_f32: out.is_f32(),
+            a_f32: a.is_f32(),
+            b_f32: b.is_f32(),
+        };
+        Ok(self.device.launch(self.device.kernels.sum, Grid::over(a.elements()), &params)?)
+    }
+}
+
+fn same_shape(op: &'static str, a: &Tensor, b: &Tensor) -> Result<(), Error> {
+    if (a.rows(), a.width()) == (b.rows(), b.width()) {
+        return Ok(());
+    }
+    let detail = format!("{}x{} and {}x{}", a.rows(), a.width(), b.rows(), b.width());
+    Err(Error::Shape { op, detail })
+}
+
+impl Backend for CudaBackend {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type Experts = Weight;
+    type KvLayer = KvLayer;
+    type Routed = Routed;
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn weight(&mut self, host: HostTensor) -> Result<Weight, Error> {
+        self.device.bind()?;
+        Weight::load(&self.device, &host, self.dtype)
+    }
+
+    fn experts(&mut self, host: HostTensor) -> Result<Weight, Error> {
+        let weight = self.weight(host)?;
+        weight.dims3("experts")?;
+        Ok(weight)
+    }
+
+    fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<KvLayer, Error> {
+        self.device.bind()?;
+        let layer = KvLayer::new(self, spec)?;
+        let shape = head_shape(spec);
+        if !self.attention.contains_key(&shape) {
+            let kernels = AttentionKernels::load(self, shape)?;
+            self.attention.insert(shape, kernels);
+        }
+        Ok(layer)
+    }
+
+    fn begin_step(&mut self, batch: &Batch) -> Result<(), Error> {
+        self.device.bind()?;
+        self.step.begin(&self.device, batch)
+    }
+
+    fn embed(&mut self, table: &Weight, first_token: TokenId) -> Result<Tensor, Error> {
+        let (rows, hidden) = table.dims2("embed")?;
+        let out = Tensor::new(&self.device, self.step.rows(), hidden, DType::F32)?;
+        let params = EmbedParams {
+            out: out.address(),
+            table: table.address(),
+            tokens: self.step.tokens()?,
+            first: first_token.0,
+            rows: size("embed", rows)?,
+            width: size("embed", hidden)?,
+        };
+        let grid = Grid::new(size("embed", out.rows())?, 1, 256);
+        self.device.launch(self.device.kernels.embed, grid, &params)?;
+        Ok(out)
+    }
+
+    fn round(&mut self, x: Tensor) -> Result<Tensor, Error> {
+        if x.dtype() == self.dtype {
+            return Ok(x);
+        }
+        let out = self.tensor(x.rows(), x.width())?;
+        let params = RoundParams { out: out.address(), x: x.address(), count: x.elements() as u64 };
+        self.device.launch(self.device.kernels.round, Grid::over(x.elements()), &params)?;
+        Ok(out)
+    }
+
+    fn norm(&mut self, x: &Tensor, weight: &Weight, norm: Norm) -> Result<Tensor, Error> {
+        let width = weight.dims1("norm")?;
+        if x.width() != width {
+            let detail = format!("rows of {} and a weight of {width}", x.width());
+            return Err(Error::Shape { op: "norm", detail });
+        }
+        let out = self.tensor(x.rows(), width)?;
+        let (eps, layer) = match norm {
+            Norm::Rms { eps } => (eps, 0),
+            Norm::Layer { eps } => (eps, 1),
+        };
+        let params = NormParams {
+            out: out.address(),
+            x: x.address(),
+            weight: weight.address(),
+            width: size("norm", width)?,
+            x_f32: x.is_f32(),
+            eps,
+            layer,
+        };
+        self.device.launch(self.device.kernels.norm, Grid::new(size("norm", x.rows())?, 1, 256), &params)?;
+        Ok(out)
+    }
+
+    fn linear(&mut self, x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
+        self.product(x, weight, self.dtype)
+    }
+
+    fn linear_partial(&mut self, x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
+        self.product(x, weight, DType::F32)
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Tensor,
+        kv: &mut KvLayer,
+        rope: Option<Rope>,
+        window: Window,
+    ) -> Result<Tensor, Error> {
+        self.attend(qkv, kv, rope, window)
+    }
+
+    fn swiglu(&mut self, gate_up: &Tensor) -> Result<Tensor, Error> {
+        self.gated(gate_up)
+    }
+
+    fn route(&mut self, logits: &Tensor, routing: Routing) -> Result<Routed, Error> {
+        self.choose(logits, routing)
+    }
+
+    fn routed_experts(
+        &mut self,
+        x: &Tensor,
+        routed: &Routed,
+        gate_up: &Weight,
+        down: &Weight,
+        first_expert: usize,
+    ) -> Result<Tensor, Error> {
+        self.run_experts(x, routed, (gate_up, down), first_expert)
+    }
+
+    fn add_scaled(&mut self, a: Tensor, b: &Tensor, scale: f32) -> Result<Tensor, Error> {
+        same_shape("add_scaled", &a, b)?;
+        let out = match a.dtype() {
+            DType::F32 => None,
+            DType::BF16 => Some(Tensor::new(&self.device, a.rows(), a.width(), DType::F32)?),
+        };
+        self.sum(out.as_ref().unwrap_or(&a), &a, b, scale)?;
+        Ok(out.unwrap_or(a))
+    }
+
+    fn residual_add(&mut self, x: Tensor, sum: &Tensor) -> Result<Tensor, Error> {
+        same_shape("residual_add", &x, sum)?;
+        x.expect("residual_add", sum.width(), self.dtype)?;
+        self.sum(&x, &x, sum, 1.0)?;
+        Ok(x)
+    }
+
+    fn logit_rows(&mut self, x: &Tensor, which: Range<usize>) -> Result<Tensor, Error> {
+        if which.start > which.end || which.end > self.step.logit_count() {
+            let detail = format!("rows {which:?} of {} that have logits", self.step.logit_count());
+            return Err(Error::Shape { op: "logit_rows", detail });
+        }
+        let out = Tensor::new(&self.device, which.len(), x.width(), x.dtype())?;
+        let params = GatherParams {
+            out: out.address(),
+            x: x.address(),
+            which: self.step.logit_rows(which.start)?,
+            width: size("logit_rows", x.width())?,
+            is_f32: x.is_f32(),
+        };
+        let grid = Grid::new(size("logit_rows", which.len())?, 1, 256);
+        self.device.launch(self.device.kernels.gather, grid, &params)?;
+        Ok(out)
+    }
+
+    fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {
+        Tensor::new(&self.device, rows, width, DType::F32)
+    }
+
+    fn slice_rows(&mut self, _x: &Tensor, _rows: Range<usize>) -> Result<Tensor, Error> {
+        Err(alone("slice_rows"))
+    }
+
+    fn pack(
+        &mut self,
+        _x: &Tensor,
+        _routed: &Routed,
+        _owners: ExpertOwners,
+    ) -> Result<Packed<Tensor>, Error> {
+        Err(alone("pack"))
+    }
+
+    fn unpack(&mut self, _packed: &Tensor, _hidden: usize) -> Result<(Tensor, Routed), Error> {
+        Err(alone("unpack"))
+    }
+
+    fn combine(
+        &mut self,
+        _returned: &Tensor,
+        _routed: &Routed,
+        _owners: ExpertOwners,
+    ) -> Result<Tensor, Error> {
+        Err(alone("combine"))
+    }
+
+    fn add_rows(&mut self, _a: Tensor, _first_row: usize, _b: &Tensor, _scale: f32) -> Result<Tensor, Error> {
+        Err(alone("add_rows"))
+    }
+
+    fn upload(&mut self, _width: usize, _values: &[f32]) -> Result<Tensor, Error> {
+        Err(alone("upload"))
+    }
+
+    fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {
+        self.landing.reserve(x.bytes())?;
+        let landed = &mut self.landing.as_mut_slice()[..x.bytes()];
+        self.device.download(landed, x.address())?;
+        let landed = &self.landing.as_slice()[..x.bytes()];
+        Ok(match x.dtype() {
+            DType::F32 => landed.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+            DType::BF16 => landed.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+        })
+    }
+}
+
+/// A card serves a group of one (see [`crate::Error::NoNccl`]), which never sends rows to other ranks.
+fn alone(op: &'static str) -> Error {
+    Error::Device {
+        op,
+        reason: "rows go to other ranks, and a card runs alone as long as there is no NCCL".into(),
+    }
+}

@@ -1,0 +1,88 @@
+//! What keeps a GPU from being used.
+
+use cudarc::driver::result::DriverError;
+use types::Bytes;
+
+/// Why CUDA cannot be used, or failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A run-time library that is not installed.
+    #[error("{library} is not found ({purpose}); install {package}")]
+    LibraryMissing {
+        /// File name.
+        library: &'static str,
+        /// What it is needed for.
+        purpose: &'static str,
+        /// Where it comes from.
+        package: &'static str,
+    },
+    /// The driver is there and refused.
+    #[error("the CUDA driver failed at {call}: {reason}")]
+    Driver {
+        /// The call.
+        call: &'static str,
+        /// The driver's words.
+        reason: String,
+    },
+    /// The driver sees no card.
+    #[error("the CUDA driver finds no device; is one assigned to this process (CUDA_VISIBLE_DEVICES)?")]
+    NoDevice,
+    /// A card that the kernels cannot be compiled for.
+    #[error("{card} has compute capability {major}.{minor}, and the kernels need 8.0 (A100) or newer")]
+    UnsupportedCard {
+        /// The driver's name for it.
+        card: String,
+        /// Its compute capability.
+        major: i32,
+        /// Its compute capability, second part.
+        minor: i32,
+    },
+    /// The compiler refused a kernel.
+    #[error("kernel file {file} does not compile for {arch} (flags {flags}): {log}")]
+    Compile {
+        /// The kernel file.
+        file: &'static str,
+        /// The target.
+        arch: String,
+        /// The constants it was given.
+        flags: String,
+        /// The compiler's words.
+        log: String,
+    },
+    /// Several cards, and no way for them to talk.
+    #[error(
+        "{ranks} ranks on GPUs need NCCL between them, which this version does not use; \
+         use --tensor-parallel 1, or --device cpu"
+    )]
+    NoNccl {
+        /// Ranks of the group.
+        ranks: u32,
+    },
+    /// Memory the card does not have.
+    #[error("{what} need {needed}, and the card has {available} left")]
+    Memory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much it needs.
+        needed: Bytes,
+        /// How much there is.
+        available: Bytes,
+    },
+}
+
+impl Error {
+    pub(crate) fn driver(call: &'static str) -> impl Fn(DriverError) -> Self {
+        move |error| Self::Driver { call, reason: error.to_string() }
+    }
+}
+
+impl From<Error> for ops::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Memory { what, needed, available } => {
+                Self::Memory { what: what.to_owned(), needed, available }
+            }
+            other => Self::Device { op: "CUDA", reason: other.to_string() },
+        }
+    }
+}

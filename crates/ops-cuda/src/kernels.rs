@@ -1,0 +1,134 @@
+//! The kernel files, their constants, and what each launch is told. The parameter structs repeat those of the `.cu`
+//! files field by field; addresses are device addresses.
+
+use types::DType;
+
+/// A kernel file with its constants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    file: &'static str,
+    body: &'static str,
+    defines: Vec<String>,
+}
+
+const COMMON: &str = include_str!("../kernels/common.cuh");
+
+impl Source {
+    /// Embedding, sums, gates, norms.
+    #[must_use]
+    pub fn rows(dtype: DType) -> Self {
+        Self::new("rows.cu", include_str!("../kernels/rows.cu"), dtype)
+    }
+
+    /// Matrix products of few rows.
+    #[must_use]
+    pub fn skinny(dtype: DType) -> Self {
+        Self::new("skinny.cu", include_str!("../kernels/skinny.cu"), dtype)
+    }
+
+    /// Routing and experts.
+    #[must_use]
+    pub fn experts(dtype: DType) -> Self {
+        Self::new("experts.cu", include_str!("../kernels/experts.cu"), dtype)
+    }
+
+    /// Matrix products of many rows, bf16 only.
+    #[must_use]
+    pub fn gemm() -> Self {
+        Self::new("gemm.cu", include_str!("../kernels/gemm.cu"), DType::BF16)
+    }
+
+    /// Attention for one head dimension and `group` query heads at a time.
+    #[must_use]
+    pub fn attention(dtype: DType, head_dim: usize, group: usize) -> Self {
+        let mut source = Self::new("attention.cu", include_str!("../kernels/attention.cu"), dtype);
+        source.defines.extend([format!("D={head_dim}"), format!("GROUP={group}")]);
+        source
+    }
+
+    fn new(file: &'static str, body: &'static str, dtype: DType) -> Self {
+        Self { file, body, defines: vec![format!("BF16={}", u8::from(dtype == DType::BF16))] }
+    }
+
+    /// File name, for messages.
+    #[must_use]
+    pub const fn file(&self) -> &'static str {
+        self.file
+    }
+
+    /// `NAME=value` constants.
+    #[must_use]
+    pub fn defines(&self) -> &[String] {
+        &self.defines
+    }
+
+    /// What the compiler reads.
+    #[must_use]
+    pub fn text(&self) -> String {
+        [COMMON, self.body].concat()
+    }
+}
+
+/// An address in device memory.
+pub(crate) type Address = u64;
+
+/// A struct that a kernel takes by value.
+///
+/// # Safety
+/// The type is `repr(C)`, holds only integers and floats, and repeats the kernel's struct field by field.
+pub(crate) unsafe trait Params: Copy {}
+
+macro_rules! params {
+    ($($name:ident { $($field:ident: $kind:ty),* $(,)? })*) => {$(
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy)]
+        pub(crate) struct $name { $(pub(crate) $field: $kind),* }
+        // SAFETY: `repr(C)` over integers and floats, in the order of the `.cu` file.
+        unsafe impl Params for $name {}
+    )*};
+}
+
+params! {
+    EmbedParams { out: Address, table: Address, tokens: Address, first: u32, rows: u32, width: u32 }
+    SumParams { out: Address, a: Address, b: Address, count: u64, scale: f32, out_f32: u32, a_f32: u32, b_f32: u32 }
+    RoundParams { out: Address, x: Address, count: u64 }
+    SwigluParams { out: Address, gate_up: Address, rows: u64, width: u32 }
+    GatherParams { out: Address, x: Address, which: Address, width: u32, is_f32: u32 }
+    NormParams { out: Address, x: Address, weight: Address, width: u32, x_f32: u32, eps: f32, layer: u32 }
+    FillParams { out: Address, count: u64, seed: u64, scale: f32 }
+    SkinnyParams { y: Address, x: Address, w: Address, rows: u32, outs: u32, inner: u32, y_f32: u32 }
+    GemmParams {
+        c: Address, a: Address, w: Address, sorted: Address, tile_expert: Address, tiles: Address,
+        m: u32, n: u32, k: u32, a_divisor: u32, c_f32: u32,
+    }
+    RouteParams {
+        experts: Address, weights: Address, logits: Address,
+        rows: u32, count: u32, top_k: u32, softmax: u32, renormalize: u32,
+    }
+    ExpertUpParams {
+        activated: Address, x: Address, gate_up: Address, experts: Address,
+        top_k: u32, first: u32, local: u32, hidden: u32, inter: u32,
+    }
+    ExpertDownParams {
+        out: Address, activated: Address, down: Address, experts: Address, weights: Address,
+        top_k: u32, first: u32, local: u32, hidden: u32, inter: u32,
+    }
+    GroupParams {
+        sorted: Address, tile_expert: Address, tiles: Address, experts: Address,
+        pairs: u32, first: u32, local: u32, tile: u32,
+    }
+    CombineParams {
+        out: Address, y: Address, experts: Address, weights: Address,
+        top_k: u32, first: u32, local: u32, hidden: u32,
+    }
+    AppendParams {
+        q: Address, keys: Address, values: Address, qkv: Address, position: Address, sequence: Address,
+        tables: Address, turns: Address,
+        qkv_f32: u32, query_heads: u32, kv_heads: u32, block_tokens: u32, rope: u32,
+    }
+    AttendParams {
+        out: Address, parts: Address, q: Address, keys: Address, values: Address, position: Address,
+        sequence: Address, tables: Address,
+        query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32, rows: u32, tokens: u32,
+    }
+}

@@ -1,0 +1,102 @@
+//! Device and pinned host memory that is freed when dropped.
+
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::slice;
+
+use cudarc::driver::result;
+use types::Bytes;
+
+use crate::Error;
+use crate::kernels::Address;
+
+/// Page-locked and mapped for all contexts: `CU_MEMHOSTALLOC_PORTABLE`.
+const PORTABLE: u32 = 1;
+
+/// One allocation on the device. The context must be current on the thread that makes and drops it.
+#[derive(Debug)]
+pub(crate) struct DeviceBuffer {
+    address: Address,
+    bytes: u64,
+}
+
+impl DeviceBuffer {
+    pub(crate) fn new(what: &'static str, bytes: usize) -> Result<Self, Error> {
+        let (available, _) = result::mem_get_info().map_err(Error::driver("cuMemGetInfo"))?;
+        if bytes > available {
+            return Err(Error::Memory {
+                what,
+                needed: Bytes(bytes as u64),
+                available: Bytes(available as u64),
+            });
+        }
+        // SAFETY: the memory is owned by this value, and nothing reads it before it was written.
+        let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|_| Error::Memory {
+            what,
+            needed: Bytes(bytes as u64),
+            available: Bytes(available as u64),
+        })?;
+        Ok(Self { address, bytes: bytes as u64 })
+    }
+
+    pub(crate) const fn address(&self) -> Address {
+        self.address
+    }
+
+    pub(crate) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated by this value and freed only here; the driver waits for work that still uses it.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}
+
+/// Page-locked host memory, which copies reach at full speed.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Pinned {
+    pub(crate) fn new(bytes: usize) -> Result<Self, Error> {
+        let bytes = bytes.max(1);
+        // SAFETY: the memory is owned by this value and zeroed below before anything reads it.
+        let start =
+            unsafe { result::malloc_host(bytes, PORTABLE) }.map_err(Error::driver("cuMemHostAlloc"))?;
+        let start = NonNull::new(start.cast::<u8>())
+            .ok_or_else(|| Error::Driver { call: "cuMemHostAlloc", reason: "no address".to_owned() })?;
+        // SAFETY: `bytes` bytes were just allocated there.
+        unsafe { start.as_ptr().write_bytes(0, bytes) };
+        Ok(Self { start, bytes })
+    }
+
+    /// Makes room for `bytes`; what was inside is lost when it grows.
+    pub(crate) fn reserve(&mut self, bytes: usize) -> Result<(), Error> {
+        if bytes > self.bytes {
+            *self = Self::new(bytes.next_power_of_two())?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        // SAFETY: allocated with this size, initialised, and borrowed with `self`.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: allocated with this size, initialised, and borrowed with `self`.
+        unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated by this value and freed only here.
+        let _ = unsafe { result::free_host(self.start.as_ptr().cast::<c_void>()) };
+    }
+}

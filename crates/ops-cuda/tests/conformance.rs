@@ -1,0 +1,31 @@
+//! The CUDA op set keeps the contract of `ops`, in both dtypes.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on, or is skipped, says so")]
+
+mod support;
+
+use ops::conformance::{Tolerance, run_alone};
+use support::{backend, skipped};
+use types::DType;
+
+const SEED: u64 = 20_260_501;
+
+fn check(dtype: DType, tolerance: Tolerance) {
+    if skipped() {
+        return;
+    }
+    let report = run_alone(|| backend(dtype), tolerance, SEED).unwrap();
+    println!("{dtype}: {} comparisons, {} mismatches", report.compared, report.mismatches.len());
+    assert!(report.compared > 400, "only {} comparisons", report.compared);
+    let shown: Vec<_> = report.mismatches.iter().take(8).collect();
+    assert!(shown.is_empty(), "seed {SEED}: {} of {}: {shown:#?}", report.mismatches.len(), report.compared);
+}
+
+#[test]
+fn f32_computes_what_the_ops_mean() {
+    check(DType::F32, Tolerance::F32);
+}
+
+#[test]
+fn bf16_computes_what_the_ops_mean() {
+    check(DType::BF16, Tolerance::BF16);
+}

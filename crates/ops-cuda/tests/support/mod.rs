@@ -1,0 +1,25 @@
+//! A card for tests, or a word that there is none.
+
+#![allow(dead_code, reason = "each test file uses the part it needs")]
+
+use ops_cuda::{CudaBackend, KernelCache, Options};
+use types::{Bytes, DType};
+
+/// Why nothing was tested, printed; `None` when a card is there.
+pub(crate) fn skipped() -> bool {
+    match ops_cuda::probe() {
+        Ok(found) => {
+            println!("on {found}");
+            false
+        }
+        Err(error) => {
+            println!("no CUDA driver: skipped ({error})");
+            true
+        }
+    }
+}
+
+pub(crate) fn backend(dtype: DType) -> Result<CudaBackend, ops::Error> {
+    let options = Options { ordinal: 0, dtype, activations: Bytes(256 << 20), cache: KernelCache::user() };
+    Ok(CudaBackend::new(&options)?)
+}
