@@ -36,6 +36,8 @@ use view::{Api, View};
 
 /// A caller that sends its body slower than this holds a connection for nothing.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Enough of the configuration's hash to tell two of them apart.
+const FINGERPRINT_DIGITS: usize = 12;
 
 #[derive(Clone)]
 struct Context {
@@ -145,7 +147,10 @@ fn view(shared: &Shared, api: Api, call: &Call, common: &Common) -> Result<View,
         id: format!("{prefix}-{}", call.request_id),
         created: now(),
         model,
-        fingerprint: format!("fp_{VERSION}_{}", facts.config_hash),
+        fingerprint: format!(
+            "fp_{VERSION}_{}",
+            facts.config_hash.get(..FINGERPRINT_DIGITS).unwrap_or(&facts.config_hash)
+        ),
         eos_token_ids: facts.eos_token_ids,
         tokenizer: shared.text.as_ref().map(|text| Arc::clone(text.tokenizer())),
         shown: common.shown,

@@ -97,8 +97,9 @@ pub(crate) async fn complete(router: &TestRouter, prompt: Value, more: Value) ->
 }
 
 fn with(mut body: Value, more: Value) -> Value {
-    for (name, value) in more.as_object().unwrap() {
-        body[name] = value.clone();
+    let Value::Object(more) = more else { panic!("{more} is no object") };
+    for (name, value) in more {
+        body[name] = value;
     }
     body
 }
