@@ -1,4 +1,5 @@
 //! The CUDA op set keeps the contract of `ops`, in both dtypes.
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it ran on, and stops when it cannot be set up")]
 
 mod support;
 

@@ -1,5 +1,6 @@
 //! Sizes beyond the conformance suite, against the CPU: many rows through the tensor cores, experts grouped by tile,
 //! long contexts in ranges, many sequences at once.
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it ran on, and stops when it cannot be set up")]
 
 mod support;
 
