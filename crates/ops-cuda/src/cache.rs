@@ -36,8 +36,9 @@ impl KernelCache {
             return compile(source, arch);
         };
         let file = directory.join(format!("{}.cubin", key(source, arch)?));
-        if let Some(cubin) = fs::read(&file).ok().and_then(|file| whole(&file)) {
-            return Ok(Compiled { cubin, log: String::new() });
+        let kept = fs::read(&file).unwrap_or_default();
+        if let Some(cubin) = whole(&kept) {
+            return Ok(Compiled { cubin: cubin.to_vec(), log: String::new() });
         }
         let compiled = compile(source, arch)?;
         store(directory, &file, &compiled.cubin);
@@ -54,9 +55,9 @@ fn key(source: &Source, arch: &str) -> Result<String, Error> {
 }
 
 /// The content behind a hash that fits it.
-fn whole(file: &[u8]) -> Option<Vec<u8>> {
+fn whole(file: &[u8]) -> Option<&[u8]> {
     let (hash, content) = file.split_at_checked(HASH_BYTES)?;
-    (Sha256::digest(content).as_slice() == hash).then(|| content.to_vec())
+    (Sha256::digest(content).as_slice() == hash).then_some(content)
 }
 
 /// A kernel that cannot be kept is compiled again next time.

@@ -1,6 +1,10 @@
 //! Every kernel compiles for the cards that are meant, at the shapes of the published models and of the tests, without
 //! a card: NVRTC alone is needed. Registers that go to memory fail.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on, or is skipped, says so")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test says what it ran on, and stops when it cannot be set up"
+)]
 
 use std::fs;
 

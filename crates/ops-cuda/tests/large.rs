@@ -1,6 +1,10 @@
 //! Sizes beyond the conformance suite, against the CPU: many rows through the tensor cores, experts grouped by tile,
 //! long contexts in ranges, many sequences at once.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on, or is skipped, says so")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test says what it ran on, and stops when it cannot be set up"
+)]
 
 mod support;
 

@@ -1,5 +1,9 @@
 //! Looking for what CUDA needs.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on, or is skipped, says so")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on, or is skipped, says so"
+)]
 
 use ops_cuda::{Error, probe};
 
