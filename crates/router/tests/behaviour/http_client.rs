@@ -99,7 +99,7 @@ pub(crate) async fn complete(router: &TestRouter, prompt: Value, more: Value) ->
 fn with(mut body: Value, more: &Value) -> Value {
     let Value::Object(more) = more else { panic!("{more} is no object") };
     for (name, value) in more {
-        body[name] = value;
+        body[name] = value.clone();
     }
     body
 }
