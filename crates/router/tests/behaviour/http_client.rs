@@ -1,4 +1,5 @@
 //! A client of the HTTP listener that shows everything that comes over the wire.
+#![allow(clippy::needless_pass_by_value, reason = "callers write json!(…) in place")]
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -88,18 +89,18 @@ pub(crate) async fn chat(router: &TestRouter, content: &str, more: Value) -> Ans
 
 pub(crate) fn chat_body(content: &str, more: Value) -> Value {
     let body = json!({ "model": "demo", "messages": [{ "role": "user", "content": content }] });
-    with(body, &more)
+    with(body, more)
 }
 
 /// A completion, with further fields.
 pub(crate) async fn complete(router: &TestRouter, prompt: Value, more: Value) -> Answer {
-    post(router, "/v1/completions", &with(json!({ "prompt": prompt }), &more)).await
+    post(router, "/v1/completions", &with(json!({ "prompt": prompt }), more)).await
 }
 
-fn with(mut body: Value, more: &Value) -> Value {
+fn with(mut body: Value, more: Value) -> Value {
     let Value::Object(more) = more else { panic!("{more} is no object") };
     for (name, value) in more {
-        body[name] = value.clone();
+        body[name] = value;
     }
     body
 }
