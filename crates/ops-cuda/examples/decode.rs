@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use collectives::Solo;
 use model::{
-    GatedMlp, KvBudget, LayerWeights, Mlp, MlpWeights, Model, ModelConfig, Parts, ShardPlan, WeightBytes, Weights,
-    kv_bytes_per_token,
+    GatedMlp, KvBudget, LayerWeights, Mlp, MlpWeights, Model, ModelConfig, Parts, ShardPlan, WeightBytes,
+    Weights, kv_bytes_per_token,
 };
 use ops::{Batch, BatchSequence, BlockTable, KvGroup};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice, Weight};
@@ -53,9 +53,18 @@ fn main() -> Result<(), Failure> {
     let started = Instant::now();
     let weights = random_weights(&config, &plan, &mut backend)?;
     backend.synchronize()?;
-    println!("weights     {} bf16, made in {:.1} s", WeightBytes::new(&config, &plan, DType::BF16).total(),
-        started.elapsed().as_secs_f64());
-    let parts = Parts { config: config.clone(), plan: plan.clone(), backend, comm: SoloDevice::new(Solo::new())?, weights };
+    println!(
+        "weights     {} bf16, made in {:.1} s",
+        WeightBytes::new(&config, &plan, DType::BF16).total(),
+        started.elapsed().as_secs_f64()
+    );
+    let parts = Parts {
+        config: config.clone(),
+        plan: plan.clone(),
+        backend,
+        comm: SoloDevice::new(Solo::new())?,
+        weights,
+    };
     let pool = u32::try_from(most * blocks)?;
     let budget = KvBudget { block_size: BlockSize::new(BLOCK)?, blocks: [pool; 2] };
     let mut run = Run { model: Model::new(parts, budget)?, blocks };
@@ -67,7 +76,10 @@ fn main() -> Result<(), Failure> {
     }
     run.step(&[(0, context, 1)], true)?;
     let elapsed = started.elapsed().as_secs_f64();
-    println!("prefill     {:.0} tok/s: {most} prompts of {context} in chunks of {CHUNK}", (most * context) as f64 / elapsed);
+    println!(
+        "prefill     {:.0} tok/s: {most} prompts of {context} in chunks of {CHUNK}",
+        (most * context) as f64 / elapsed
+    );
     for batch in batches {
         run.decode(&config, &plan, (batch, context), copy)?;
     }
@@ -92,7 +104,11 @@ fn options(config: &ModelConfig, table_words: usize) -> Options {
 }
 
 /// Uniform numbers whose products keep the size of their input.
-fn random_weights(config: &ModelConfig, plan: &ShardPlan, backend: &mut CudaBackend) -> Result<Weights<CudaBackend>, Failure> {
+fn random_weights(
+    config: &ModelConfig,
+    plan: &ShardPlan,
+    backend: &mut CudaBackend,
+) -> Result<Weights<CudaBackend>, Failure> {
     let (h, mut seed) = (config.hidden_size, 0);
     let mut random = |dims: &[usize]| -> Result<Weight, Failure> {
         seed += 1;
@@ -137,7 +153,9 @@ impl Run {
         let mut batch = Batch::default();
         for &(sequence, start, count) in parts {
             let rows = batch.tokens.len()..batch.tokens.len() + count;
-            batch.tokens.extend((start..start + count).map(|i| TokenId((i as u32 * 7919 + sequence as u32) % 262_144)));
+            batch.tokens.extend(
+                (start..start + count).map(|i| TokenId((i as u32 * 7919 + sequence as u32) % 262_144)),
+            );
             let used = (start + count).div_ceil(BLOCK as usize);
             let table = || BlockTable {
                 first: 0,
@@ -153,7 +171,8 @@ impl Run {
         let (started, mut queued, mut chosen) = (Instant::now(), 0.0, Vec::new());
         let sink = |_: usize, rows: &[f32]| {
             for row in rows.chunks(vocab) {
-                let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(i, _)| i as u32);
+                let best =
+                    row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(i, _)| i as u32);
                 chosen.push(best);
             }
             Ok(())
@@ -193,7 +212,12 @@ impl Run {
         println!(
             "decode      batch {batch}, context {context}: {:.0} tok/s, {:.2} ms a step (median of {STEPS}); floor {:.2} ms \
              ({:.2} GB): {:.0} %; queued after {:.2} ms",
-            batch as f64 / time, time * 1e3, floor * 1e3, bytes / 1e9, 100.0 * floor / time, host * 1e3
+            batch as f64 / time,
+            time * 1e3,
+            floor * 1e3,
+            bytes / 1e9,
+            100.0 * floor / time,
+            host * 1e3
         );
         Ok(())
     }

@@ -57,7 +57,10 @@ impl KvLayer {
 
 /// Rotation needs pairs; 16-byte pieces or smaller ones must fill a head with a warp's lanes.
 const fn fits(head_dim: usize) -> bool {
-    head_dim > 0 && head_dim.is_multiple_of(2) && (head_dim <= 64 || head_dim.is_multiple_of(8)) && head_dim <= HEAD_DIM_MAX
+    head_dim > 0
+        && head_dim.is_multiple_of(2)
+        && (head_dim <= 64 || head_dim.is_multiple_of(8))
+        && head_dim <= HEAD_DIM_MAX
 }
 
 fn plane_bytes(spec: &KvLayerSpec, dtype: DType) -> usize {
@@ -169,7 +172,8 @@ impl CudaBackend {
         };
         // A tile holds several rows of one sequence; single tokens have one each.
         let tokens = if self.step().single_tokens() { 1 } else { TILE_PAIRS / size("attention", group)? };
-        let (pieces, tokens) = if kernels.tiles.is_some() { (rows.div_ceil(tokens), tokens) } else { (rows, 1) };
+        let (pieces, tokens) =
+            if kernels.tiles.is_some() { (rows.div_ceil(tokens), tokens) } else { (rows, 1) };
         let wanted = (BLOCKS_EACH * self.device().multiprocessors).div_ceil((pieces * groups).max(1));
         let ranges = wanted.min(keys.div_ceil(RANGE_KEYS)).clamp(1, RANGES_MAX);
         let out = self.tensor(queries.rows(), queries.width())?;

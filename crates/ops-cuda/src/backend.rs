@@ -14,8 +14,8 @@ use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencie
 use crate::cache::KernelCache;
 use crate::device::{Device, Grid, gemm_shared};
 use crate::kernels::{
-    Address, EmbedParams, FillParams, GatherParams, GemmParams, NormParams, RoundParams, SkinnyParams, SumParams,
-    SwigluParams,
+    Address, EmbedParams, FillParams, GatherParams, GemmParams, NormParams, RoundParams, SkinnyParams,
+    SumParams, SwigluParams,
 };
 use crate::memory::{DeviceBuffer, Pinned};
 use crate::step::Step;
@@ -77,7 +77,8 @@ impl Activations {
         let attention = self.rows * 3 * self.qkv + split;
         let dense = self.rows * 3 * self.intermediate;
         let pair = 3 * self.expert_intermediate + self.hidden + 4;
-        let experts = self.rows * (self.experts + self.top_k * pair) + 65 * self.experts.min(self.rows * self.top_k);
+        let experts =
+            self.rows * (self.experts + self.top_k * pair) + 65 * self.experts.min(self.rows * self.top_k);
         let logits = self.logit_rows * (2 * self.hidden + self.vocab);
         let widest = attention.max(dense).max(experts).max(logits);
         let metadata = 4 * self.rows + 4 * self.rows + self.table_words;
@@ -241,11 +242,22 @@ impl CudaBackend {
             };
             let (function, tile) = if x.rows() >= LARGE_ROWS { (gemm[1], 128) } else { (gemm[0], 64) };
             let blocks = (rows.div_ceil(tile), outs.div_ceil(tile), 1);
-            self.device.launch(function, Grid { blocks, threads: 128, shared: gemm_shared(tile) }, &params)?;
+            self.device.launch(
+                function,
+                Grid { blocks, threads: 128, shared: gemm_shared(tile) },
+                &params,
+            )?;
             return Ok(y);
         }
-        let params =
-            SkinnyParams { y: y.address(), x: x.address(), w: weight.address(), rows, outs, inner, y_f32: y.is_f32() };
+        let params = SkinnyParams {
+            y: y.address(),
+            x: x.address(),
+            w: weight.address(),
+            rows,
+            outs,
+            inner,
+            y_f32: y.is_f32(),
+        };
         let vector = 16 / self.dtype.bytes() as u32;
         let (function, each, outs_each) = match x.rows() {
             _ if !inner.is_multiple_of(vector) => (kernels.skinny_unaligned, 1, 1),

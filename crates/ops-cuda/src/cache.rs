@@ -7,9 +7,9 @@ use std::process;
 
 use sha2::{Digest, Sha256};
 
+use crate::Error;
 use crate::kernels::Source;
 use crate::nvrtc::{Compiled, compile, options, version};
-use crate::Error;
 
 const HASH_BYTES: usize = 32;
 

@@ -21,7 +21,8 @@ impl<C: Collective<[f32]>> SoloDevice<C> {
     }
 
     fn copy(collective: &'static str, from: &Tensor, counts: &[usize], to: &Tensor) -> Result<(), Error> {
-        for (what, got) in [("length of the input", from.elements()), ("length of the output", to.elements())] {
+        for (what, got) in [("length of the input", from.elements()), ("length of the output", to.elements())]
+        {
             if counts != [got] || from.dtype() != to.dtype() {
                 let expected = format!("{counts:?} numbers of {}", from.dtype());
                 return Err(Error::Argument { collective, what, expected, got: got as u64 });

@@ -33,7 +33,12 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn open(ordinal: usize, dtype: DType, arena: Bytes, cache: KernelCache) -> Result<Self, Error> {
+    pub(crate) fn open(
+        ordinal: usize,
+        dtype: DType,
+        arena: Bytes,
+        cache: KernelCache,
+    ) -> Result<Self, Error> {
         probe()?;
         let context = CudaContext::new(ordinal).map_err(Error::driver("cuDevicePrimaryCtxRetain"))?;
         let capability = context.compute_capability().map_err(Error::driver("cuDeviceGetAttribute"))?;
@@ -83,14 +88,16 @@ impl Device {
     /// Copies `from` to the device after what was launched before, and waits.
     pub(crate) fn upload<E>(&self, to: Address, from: &[E]) -> Result<(), Error> {
         // SAFETY: the caller's buffer has room for `from`, and the wait below keeps `from` alive for the copy.
-        unsafe { result::memcpy_htod_async(to, from, self.stream()) }.map_err(Error::driver("cuMemcpyHtoDAsync"))?;
+        unsafe { result::memcpy_htod_async(to, from, self.stream()) }
+            .map_err(Error::driver("cuMemcpyHtoDAsync"))?;
         self.synchronize()
     }
 
     /// Copies to `to` after what was launched before, and waits.
     pub(crate) fn download(&self, to: &mut [u8], from: Address) -> Result<(), Error> {
         // SAFETY: `from` has `to.len()` readable bytes by the caller's shapes, and the wait keeps `to` borrowed.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream()) }.map_err(Error::driver("cuMemcpyDtoHAsync"))?;
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream()) }
+            .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
         self.synchronize()
     }
 
@@ -107,7 +114,8 @@ impl Device {
     /// Fills with zeros, in stream order.
     pub(crate) fn zero(&self, at: Address, bytes: usize) -> Result<(), Error> {
         // SAFETY: the range lies in a live allocation of at least `bytes`.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream()) }.map_err(Error::driver("cuMemsetD8Async"))
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream()) }
+            .map_err(Error::driver("cuMemsetD8Async"))
     }
 
     /// Queues `function` over `grid`. A grid with nothing in it is not launched.

@@ -79,7 +79,9 @@ impl Error {
 impl From<Error> for ops::Error {
     fn from(error: Error) -> Self {
         match error {
-            Error::Memory { what, needed, available } => Self::Memory { what: what.to_owned(), needed, available },
+            Error::Memory { what, needed, available } => {
+                Self::Memory { what: what.to_owned(), needed, available }
+            }
             other => Self::Device { op: "CUDA", reason: other.to_string() },
         }
     }

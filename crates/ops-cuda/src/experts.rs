@@ -180,7 +180,8 @@ impl CudaBackend {
             c_f32: 0,
         };
         let tiles = size(OP, tiles)?;
-        let grid = |n: u32| Grid { blocks: (tiles, n.div_ceil(64), 1), threads: 128, shared: gemm_shared(64) };
+        let grid =
+            |n: u32| Grid { blocks: (tiles, n.div_ceil(64), 1), threads: 128, shared: gemm_shared(64) };
         self.device().launch(gemm, grid(product.n), &product)?;
         // Rows of pairs that other ranks compute hold whatever was there; nothing reads what comes of them.
         let activated = self.gated(&gate_up)?;

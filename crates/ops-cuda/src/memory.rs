@@ -24,7 +24,11 @@ impl DeviceBuffer {
     pub(crate) fn new(what: &'static str, bytes: usize) -> Result<Self, Error> {
         let (available, _) = result::mem_get_info().map_err(Error::driver("cuMemGetInfo"))?;
         if bytes > available {
-            return Err(Error::Memory { what, needed: Bytes(bytes as u64), available: Bytes(available as u64) });
+            return Err(Error::Memory {
+                what,
+                needed: Bytes(bytes as u64),
+                available: Bytes(available as u64),
+            });
         }
         // SAFETY: the memory is owned by this value, and nothing reads it before it was written.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|_| Error::Memory {
@@ -62,7 +66,8 @@ impl Pinned {
     pub(crate) fn new(bytes: usize) -> Result<Self, Error> {
         let bytes = bytes.max(1);
         // SAFETY: the memory is owned by this value and zeroed below before anything reads it.
-        let start = unsafe { result::malloc_host(bytes, PORTABLE) }.map_err(Error::driver("cuMemHostAlloc"))?;
+        let start =
+            unsafe { result::malloc_host(bytes, PORTABLE) }.map_err(Error::driver("cuMemHostAlloc"))?;
         let start = NonNull::new(start.cast::<u8>())
             .ok_or_else(|| Error::Driver { call: "cuMemHostAlloc", reason: "no address".to_owned() })?;
         // SAFETY: `bytes` bytes were just allocated there.

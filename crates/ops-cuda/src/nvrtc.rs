@@ -59,11 +59,8 @@ pub fn compile(source: &Source, arch: &str) -> Result<Compiled, Error> {
 }
 
 pub(crate) fn options(source: &Source, arch: &str) -> Vec<String> {
-    let mut options = vec![
-        format!("--gpu-architecture={arch}"),
-        "--std=c++17".to_owned(),
-        "--ptxas-options=-v".to_owned(),
-    ];
+    let mut options =
+        vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned(), "--ptxas-options=-v".to_owned()];
     options.extend(source.defines().iter().map(|define| format!("-D{define}")));
     options
 }

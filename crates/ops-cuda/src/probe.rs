@@ -39,12 +39,8 @@ impl fmt::Display for Found {
 /// The first piece that is missing, and where to get it.
 pub fn probe() -> Result<Found, Error> {
     // SAFETY: the calls open a shared library by name and look at the result; no CUDA function is called.
-    let present = unsafe {
-        [
-            cudarc::driver::sys::is_culib_present(),
-            cudarc::nvrtc::sys::is_culib_present(),
-        ]
-    };
+    let present =
+        unsafe { [cudarc::driver::sys::is_culib_present(), cudarc::nvrtc::sys::is_culib_present()] };
     let libraries = [
         ("libcuda.so.1", "the driver", "the NVIDIA driver"),
         ("libnvrtc.so", "compiling kernels", "cuda-nvrtc of the CUDA 13 runtime"),

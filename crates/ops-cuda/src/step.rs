@@ -97,7 +97,9 @@ impl Step {
                 words.extend([next as u32, table.first]);
                 next += table.blocks.len();
             }
-            words.extend(batch.sequences.iter().flat_map(|s| &s.tables[group.index()].blocks).map(|block| block.0));
+            words.extend(
+                batch.sequences.iter().flat_map(|s| &s.tables[group.index()].blocks).map(|block| block.0),
+            );
         }
     }
 
@@ -196,7 +198,9 @@ struct Event(CUevent);
 
 impl Event {
     fn new() -> Result<Self, crate::Error> {
-        event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).map(Self).map_err(crate::Error::driver("cuEventCreate"))
+        event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map(Self)
+            .map_err(crate::Error::driver("cuEventCreate"))
     }
 
     fn record(&self, device: &Device) -> Result<(), crate::Error> {

@@ -148,5 +148,6 @@ pub struct Routed {
 
 /// Kernels take sizes as u32; a larger one is refused, not cut.
 pub(crate) fn size(op: &'static str, value: usize) -> Result<u32, Error> {
-    u32::try_from(value).map_err(|_| Error::Shape { op, detail: format!("{value} is more than a kernel counts to") })
+    u32::try_from(value)
+        .map_err(|_| Error::Shape { op, detail: format!("{value} is more than a kernel counts to") })
 }

@@ -1,6 +1,10 @@
 //! Every kernel compiles for the cards that are meant, at the shapes of the published models and of the tests, without
 //! a card: NVRTC alone is needed. Registers that go to memory fail.
-#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it ran on, and stops when it cannot be set up")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test says what it ran on, and stops when it cannot be set up"
+)]
 
 use std::fs;
 
@@ -34,7 +38,8 @@ fn compiled(source: &Source, arch: &str) -> Option<Compiled> {
 
 /// ptxas' lines about spilled bytes that are not zero.
 fn spills(log: &str) -> Vec<&str> {
-    let spilled = |line: &&str| line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores");
+    let spilled =
+        |line: &&str| line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores");
     log.lines().filter(spilled).collect()
 }
 

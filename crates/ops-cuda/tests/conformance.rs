@@ -1,5 +1,9 @@
 //! The CUDA op set keeps the contract of `ops`, in both dtypes.
-#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it ran on, and stops when it cannot be set up")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test says what it ran on, and stops when it cannot be set up"
+)]
 
 mod support;
 

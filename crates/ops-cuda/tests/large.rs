@@ -1,13 +1,17 @@
 //! Sizes beyond the conformance suite, against the CPU: many rows through the tensor cores, experts grouped by tile,
 //! long contexts in ranges, many sequences at once.
-#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it ran on, and stops when it cannot be set up")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test says what it ran on, and stops when it cannot be set up"
+)]
 
 mod support;
 
 use ops::conformance::Random;
 use ops::{
-    Backend, Batch, BatchSequence, BlockTable, Error, HostTensor, KvGroup, KvLayerSpec, Norm, Rope, Routing, Scoring,
-    Window,
+    Backend, Batch, BatchSequence, BlockTable, Error, HostTensor, KvGroup, KvLayerSpec, Norm, Rope, Routing,
+    Scoring, Window,
 };
 use ops_cpu::CpuBackend;
 use support::{backend, skipped};
@@ -44,7 +48,9 @@ fn embedded<B: Backend>(b: &mut B, batch: Batch, width: usize, data: Vec<f32>) -
 
 fn products<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
     let mut random = Random::new(SEED);
-    for (rows, inner, outs) in [(2, 2048, 515), (8, 4096, 64), (16, 768, 200), (65, 320, 130), (600, 328, 257)] {
+    for (rows, inner, outs) in
+        [(2, 2048, 515), (8, 4096, 64), (16, 768, 200), (65, 320, 130), (600, 328, 257)]
+    {
         let x = values(&mut random, rows * inner, 1.0);
         let w = values(&mut random, outs * inner, 1.0 / (inner as f32).sqrt());
         let (x, w) = (rows_of(b, inner, x)?, b.weight(host(&[outs, inner], w))?);
@@ -115,7 +121,11 @@ fn attention<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> 
             let mut next = 0;
             for (s, &count) in counts.iter().enumerate() {
                 let tables = [table(s), BlockTable::default()];
-                batch.sequences.push(BatchSequence { rows: next..next + count, start: Position(lengths[s]), tables });
+                batch.sequences.push(BatchSequence {
+                    rows: next..next + count,
+                    start: Position(lengths[s]),
+                    tables,
+                });
                 next += count;
                 lengths[s] += count as u32;
             }

@@ -1,6 +1,10 @@
 //! The model on a card: golden checkpoints against the reference (transformers, float32), and the demo model against
 //! the CPU.
-#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it ran on, and stops when it cannot be set up")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test says what it ran on, and stops when it cannot be set up"
+)]
 
 #[path = "../../model/tests/golden/mod.rs"]
 mod golden;
@@ -94,15 +98,20 @@ fn f32_on_a_card_agrees_with_the_reference_however_a_prompt_is_cut() {
     }
     for name in CASES {
         let golden = load(name);
-        let mut runner =
-            Runner::new(&golden.directory, backend(DType::F32).unwrap(), SoloDevice::new(Solo::new()).unwrap());
+        let mut runner = Runner::new(
+            &golden.directory,
+            backend(DType::F32).unwrap(),
+            SoloDevice::new(Solo::new()).unwrap(),
+        );
         for chunk in [usize::MAX, 5, 1] {
             let mut most = 0.0_f64;
             for (i, prompt) in golden.prompts.iter().enumerate() {
                 let place = format!("{name} prompt {i}, {chunk} tokens at a time");
-                let (logits, greedy) = runner.run(&prompt.ids, chunk.min(prompt.ids.len()), prompt.greedy.len());
+                let (logits, greedy) =
+                    runner.run(&prompt.ids, chunk.min(prompt.ids.len()), prompt.greedy.len());
                 let vocab = golden.config.vocab_size;
-                let off = distance(&log_probabilities(&logits, vocab), &log_probabilities(&prompt.logits, vocab));
+                let off =
+                    distance(&log_probabilities(&logits, vocab), &log_probabilities(&prompt.logits, vocab));
                 most = most.max(off);
                 assert!(off <= LOGPROB_TOLERANCE, "{place}: a log-probability is off by {off:e}");
                 assert_eq!(greedy, prompt.greedy, "{place}: greedy tokens");
@@ -119,16 +128,23 @@ fn bf16_on_a_card_stays_near_the_reference() {
     }
     for name in CASES {
         let golden = load(name);
-        let mut runner =
-            Runner::new(&golden.directory, backend(DType::BF16).unwrap(), SoloDevice::new(Solo::new()).unwrap());
+        let mut runner = Runner::new(
+            &golden.directory,
+            backend(DType::BF16).unwrap(),
+            SoloDevice::new(Solo::new()).unwrap(),
+        );
         for (i, prompt) in golden.prompts.iter().enumerate() {
             let (logits, _) = runner.run(&prompt.ids, prompt.ids.len(), 0);
             let vocab = golden.config.vocab_size;
-            let (ours, theirs) = (log_probabilities(&logits, vocab), log_probabilities(&prompt.logits, vocab));
+            let (ours, theirs) =
+                (log_probabilities(&logits, vocab), log_probabilities(&prompt.logits, vocab));
             let squares: f64 = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum();
             let off = (squares / ours.len() as f64).sqrt();
             println!("{name} prompt {i}: bf16 log-probabilities off by {off:.3} (root mean square)");
-            assert!(off < 0.15, "{name} prompt {i}: bf16 log-probabilities are off by {off} (root mean square)");
+            assert!(
+                off < 0.15,
+                "{name} prompt {i}: bf16 log-probabilities are off by {off} (root mean square)"
+            );
         }
     }
 }
@@ -161,7 +177,9 @@ fn the_demo_model_says_the_same_on_a_card_as_on_the_cpu() {
         let choices = logits.chunks(vocab).skip(ids.len() - 1).map(best);
         agreed += choices.zip(&continued).filter(|(a, b)| a == *b).count();
     }
-    println!("demo model, {tokens} greedy tokens: f32 {same} equal to the CPU's; bf16, teacher-forced, {agreed} equal");
+    println!(
+        "demo model, {tokens} greedy tokens: f32 {same} equal to the CPU's; bf16, teacher-forced, {agreed} equal"
+    );
     assert_eq!(same, tokens, "f32 greedy tokens");
     assert!(agreed * 100 >= tokens * 95, "bf16 agrees on {agreed} of {tokens}");
 }

@@ -31,7 +31,9 @@ pub(crate) enum Chosen {
 pub(crate) fn choose(device: Device, ranks: TpSize) -> Result<Chosen, Error> {
     match device {
         Device::Cpu => Ok(Chosen::Cpu),
-        Device::Cuda if ranks != TpSize::ONE => Err(Error::Cuda(ops_cuda::Error::NoNccl { ranks: ranks.get() })),
+        Device::Cuda if ranks != TpSize::ONE => {
+            Err(Error::Cuda(ops_cuda::Error::NoNccl { ranks: ranks.get() }))
+        }
         Device::Cuda => ops_cuda::probe().map(|_| Chosen::Cuda).map_err(Error::Cuda),
         Device::Auto => match ops_cuda::probe() {
             Ok(found) if ranks == TpSize::ONE => {
@@ -55,7 +57,12 @@ pub(crate) fn threads(asked: Option<usize>, ranks: TpSize) -> usize {
 }
 
 /// How a card is used for this rank: memory for the largest step the engine plans.
-pub(crate) fn cuda_options(config: &Config, model: &ModelConfig, plan: &ShardPlan, engine: &engine::Config) -> Options {
+pub(crate) fn cuda_options(
+    config: &Config,
+    model: &ModelConfig,
+    plan: &ShardPlan,
+    engine: &engine::Config,
+) -> Options {
     let shared = plan.shared.as_ref().map_or(0, ExactSizeIterator::len);
     let dense = plan.dense.as_ref().map_or(0, ExactSizeIterator::len);
     // Two words for each sequence and group before its blocks; sequences may share blocks, which a factor covers.

@@ -20,7 +20,6 @@ pub(crate) fn skipped() -> bool {
 }
 
 pub(crate) fn backend(dtype: DType) -> Result<CudaBackend, ops::Error> {
-    let options =
-        Options { ordinal: 0, dtype, activations: Bytes(256 << 20), cache: KernelCache::user() };
+    let options = Options { ordinal: 0, dtype, activations: Bytes(256 << 20), cache: KernelCache::user() };
     Ok(CudaBackend::new(&options)?)
 }
