@@ -141,7 +141,7 @@ struct ExpertDownParams {
 // Choices of a row at most: their experts and weights wait in shared memory.
 #define CHOICES_MAX 64
 // Vectors of weights that a lane has in flight.
-#define FLIGHT 8
+#define FLIGHT (BF16 ? 8 : 4)
 
 // out[t, h] = Σ over the choices on this rank of weight · (activated · w[e, h]): a warp per element. Vectors are
 // numbered through all choices, so that a lane has loads of several experts on their way at once.
