@@ -61,7 +61,8 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let started = Instant::now();
     let stop = signals::stop_token(false)?;
     let settings = settings()?;
-    let log = super::quiet(log);
+    // Its processes are stopped in the middle of nothing: that they miss each other then is no trouble.
+    let log = super::quiet(log, "error");
     let paint = Paint::stdout();
     say!(
         "{}  one router and {RANKS} tensor-parallel CPU workers serve {}",

@@ -113,10 +113,10 @@ impl Command {
     }
 }
 
-/// The level children log at: what the user asked for, else only their troubles, so bars and answers stay readable.
-fn quiet(log: &LogFlags) -> LogFlags {
+/// The level children log at: what the user asked for, else `level`, so that bars and answers stay readable.
+fn quiet(log: &LogFlags, level: &str) -> LogFlags {
     let asked = log.log_level.is_some() || std::env::var_os("RUST_LOG").is_some();
-    let log_level = if asked { log.log_level.clone() } else { Some("warn".into()) };
+    let log_level = if asked { log.log_level.clone() } else { Some(level.into()) };
     LogFlags { log_level, ..log.clone() }
 }
 

@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         &args.file,
         &[&GroupsFlag(args.groups), &args.model, &args.compute, &args.group, &args.router],
     )?;
-    let log = super::quiet(log);
+    let log = super::quiet(log, "warn");
     super::runtime()?.block_on(async {
         let display = Arc::new(Display::new(&settings));
         tokio::spawn(say_stopping(stop.clone(), Arc::clone(&display)));
