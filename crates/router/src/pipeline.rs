@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use proto::{Failure, GenerationFields, Prompt, Violation, stop_strings, v1, worker};
+use proto::{Failure, GenerationFields, Prompt, Role, Violation, stop_strings, v1, worker};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use types::limits::MESSAGE_BYTES_MAX;
@@ -11,8 +11,9 @@ use types::{Generation, GenerationSpec, TokenId};
 
 use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
-use crate::config::Limits;
+use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
+use crate::running::Running;
 use crate::text::Text;
 use crate::workers::{Facts, Groups};
 
@@ -28,7 +29,9 @@ pub(crate) struct Shared {
     pub(crate) text: Option<Text>,
     pub(crate) model_name: Option<String>,
     pub(crate) limits: Limits,
+    pub(crate) http_patience: HttpPatience,
     pub(crate) permits: Arc<Semaphore>,
+    pub(crate) running: Arc<Running>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
     /// Ends what is still open when the drain grace is over.
@@ -62,6 +65,8 @@ struct Form {
     stop: Vec<String>,
     keep_special: bool,
     parse: Parse,
+    /// Whether the conversation has something to cite.
+    cites: bool,
 }
 
 /// Whether an answer is taken apart.
@@ -97,6 +102,7 @@ impl Shared {
         request: v1::GenerateRequest,
         count: NonZeroU32,
     ) -> Result<Vec<Answer>, Failure> {
+        let call = call.listed(&self.running);
         let admitted = self.admit_generation(request, count)?;
         let Tokenized { prompt, sequences, form } = call.within(self.tokenize_admitted(admitted)).await?;
         let several = sequences.len() > 1;
@@ -218,7 +224,13 @@ impl Shared {
         if parse != Parse::No {
             self.text("response.parse")?;
         }
-        let form = Form { stop, keep_special: response.keep_special_tokens, parse };
+        let cites = match &prompt {
+            Prompt::Chat(chat) => {
+                !chat.documents.is_empty() || chat.messages.iter().any(|message| message.role == Role::Tool)
+            }
+            Prompt::Text(_) | Prompt::TokenIds(_) => false,
+        };
+        let form = Form { stop, keep_special: response.keep_special_tokens, parse, cites };
         Ok(Admitted { facts, prompt, sequences, form })
     }
 
@@ -261,13 +273,14 @@ impl Shared {
 
     fn answer(&self, call: Call, prompt: Vec<TokenId>, form: Form, way: (Placed, Permit)) -> Answer {
         let (placed, permit) = way;
-        let Form { stop, keep_special, parse } = form;
+        let Form { stop, keep_special, parse, cites } = form;
         let reading = self.text.as_ref().map(|text| {
             let parser = match parse {
                 Parse::No => None,
                 Parse::WithoutTools => Some(text.parser(&prompt, false)),
                 Parse::WithTools => Some(text.parser(&prompt, true)),
             };
+            let parser = parser.map(|parser| if cites { parser.with_citations() } else { parser });
             Reading { tokenizer: Arc::clone(text.tokenizer()), keep_special, parser, stop }
         });
         let assembler = Assembler::new(call.request_id.clone(), prompt, reading);

@@ -1,5 +1,6 @@
 //! The subcommands, one file each.
 
+pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod config;
@@ -46,6 +47,8 @@ pub enum Command {
     Generate(Box<generate::Args>),
     /// Chat with a running cluster in the terminal
     Chat(chat::Args),
+    /// Send a file of requests to a running cluster
+    Batch(batch::Args),
     /// Measure a running cluster
     Bench(bench::Args),
     /// Check or show a configuration
@@ -71,6 +74,7 @@ impl Command {
             Self::Up(args) => up::run(&args, log),
             Self::Generate(args) => generate::run(&args),
             Self::Chat(args) => chat::run(&args),
+            Self::Batch(args) => batch::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
@@ -91,6 +95,7 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Plan(_) => false,
@@ -106,6 +111,7 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Plan(_) => "warn",

@@ -139,11 +139,12 @@ fn read_message(fields: &mut Fields, index: usize, raw: &RawValue) -> Option<v1:
         reasoning: message.reasoning.unwrap_or_default(),
         tool_calls: message.tool_calls.unwrap_or_default().into_iter().map(call).collect(),
         tool_call_id: message.tool_call_id.unwrap_or_default(),
+        results: Vec::new(),
     })
 }
 
-/// The tools the model is offered: none when it must not call any.
-fn take_tools(fields: &mut Fields) -> Vec<String> {
+/// The definitions of tools.
+pub(super) fn take_definitions(fields: &mut Fields) -> Vec<String> {
     let tools = texts(fields.take("tools"));
     for (index, tool) in tools.iter().enumerate() {
         let value: Value = serde_json::from_str(tool).unwrap_or_default();
@@ -153,6 +154,12 @@ fn take_tools(fields: &mut Fields) -> Vec<String> {
             fields.refuse(format!("tools[{index}]"), reason);
         }
     }
+    tools
+}
+
+/// The tools the model is offered: none when it must not call any.
+fn take_tools(fields: &mut Fields) -> Vec<String> {
+    let tools = take_definitions(fields);
     match fields.take::<Value>("tool_choice") {
         None => tools,
         Some(choice) if choice == "auto" => tools,
