@@ -1,6 +1,6 @@
 //! Messages to our types and back, where a plain `From` or `TryFrom` says it all.
 
-use types::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
+use types::limits::{BAD_WORD_BYTES_MAX, BAD_WORD_TEXTS_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 use types::{Constraint, Generation, GenerationSpec, Priority, TokenId};
 
 use crate::{Failure, Violation, v1, worker};
@@ -212,18 +212,29 @@ impl TryFrom<worker::Finish> for v1::Finish {
 /// bytes. One violation for each that is refused, named `stopping.stop[i]`.
 #[must_use]
 pub fn stop_strings(stop: &[String]) -> Vec<Violation> {
+    texts("stopping.stop", stop, (STOP_STRINGS_MAX, STOP_STRING_BYTES_MAX))
+}
+
+/// Checks a request's bad words: at most [`BAD_WORD_TEXTS_MAX`], none empty, none above [`BAD_WORD_BYTES_MAX`] bytes.
+/// One violation for each that is refused, named `sampling.bad_words[i]`.
+#[must_use]
+pub fn bad_words(words: &[String]) -> Vec<Violation> {
+    texts("sampling.bad_words", words, (BAD_WORD_TEXTS_MAX, BAD_WORD_BYTES_MAX))
+}
+
+fn texts(field: &'static str, texts: &[String], max: (usize, usize)) -> Vec<Violation> {
+    let (texts_max, bytes_max) = max;
     let mut wrong = Vec::new();
-    if stop.len() > STOP_STRINGS_MAX {
-        let reason = format!("has {} entries; at most {STOP_STRINGS_MAX}", stop.len());
-        return vec![Violation::new("stopping.stop", reason)];
+    if texts.len() > texts_max {
+        return vec![Violation::new(field, format!("has {} entries; at most {texts_max}", texts.len()))];
     }
-    for (index, text) in stop.iter().enumerate() {
+    for (index, text) in texts.iter().enumerate() {
         let reason = match text.len() {
             0 => "is empty and would match everywhere".to_owned(),
-            1..=STOP_STRING_BYTES_MAX => continue,
-            bytes => format!("has {bytes} bytes; at most {STOP_STRING_BYTES_MAX}"),
+            bytes if bytes <= bytes_max => continue,
+            bytes => format!("has {bytes} bytes; at most {bytes_max}"),
         };
-        wrong.push(Violation::new(format!("stopping.stop[{index}]"), reason));
+        wrong.push(Violation::new(format!("{field}[{index}]"), reason));
     }
     wrong
 }

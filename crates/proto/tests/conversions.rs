@@ -1,8 +1,8 @@
 //! What comes over the wire becomes our types, or is refused by the name its caller used.
 
 use proto::{Failure, GenerationFields, Prompt, Role, priority, stop_strings, v1, worker};
-use types::{Constraint, GenerationSpec, Priority};
 use types::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
+use types::{Constraint, GenerationSpec, Priority};
 
 fn fields(failure: Failure) -> Vec<String> {
     match failure {
@@ -127,7 +127,10 @@ fn a_constraint_keeps_its_form() {
     };
     assert_eq!(read(Form::Regex("a+".into())), Some(Constraint::Regex("a+".into())));
     let choices = vec!["a".to_owned(), "b".to_owned()];
-    assert_eq!(read(Form::Choice(v1::Choices { choices: choices.clone() })), Some(Constraint::Choice(choices)));
+    assert_eq!(
+        read(Form::Choice(v1::Choices { choices: choices.clone() })),
+        Some(Constraint::Choice(choices))
+    );
     assert_eq!(read(Form::JsonObject(true)), Some(Constraint::JsonObject));
     assert_eq!(read(Form::JsonObject(false)), None);
 }

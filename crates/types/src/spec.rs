@@ -308,7 +308,9 @@ mod tests {
 
     #[test]
     fn a_constraint_is_refused_by_its_name() {
-        let refuse = |constraint| refused(GenerationSpec { constraint: Some(constraint), ..GenerationSpec::default() });
+        let refuse = |constraint| {
+            refused(GenerationSpec { constraint: Some(constraint), ..GenerationSpec::default() })
+        };
         assert_eq!(refuse(Constraint::JsonObject), ["json_object"]);
         assert_eq!(refuse(Constraint::Regex("a".into())), ["regex"]);
     }
