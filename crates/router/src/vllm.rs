@@ -4,11 +4,9 @@
 mod request;
 mod response;
 
-use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::stream::select_all;
 use futures::{Stream, StreamExt};
 use proto::vllm::control_server::Control as ControlService;
 use proto::vllm::inference_server::Inference as InferenceService;
@@ -37,21 +35,15 @@ impl Inference {
         Self { shared }
     }
 
-    /// The answers to a request and how they are shown.
-    async fn start(
-        &self,
-        call: &Call,
-        request: vllm::GenerateRequest,
-    ) -> Result<(Vec<Answer>, View), Failure> {
+    /// The answers to a request as they come, and how they are shown.
+    async fn start(&self, call: &Call, request: vllm::GenerateRequest) -> Result<(Answer, View), Failure> {
         let Asked { mut request, truncate, shown } = Asked::try_from(request)?;
         let (_, facts) = self.shared.served()?;
         if let Some(most) = truncate {
             request.prompt = Some(self.truncated(call, request.prompt, most).await?);
         }
-        let count = NonZeroU32::new(shown.sequences).unwrap_or(NonZeroU32::MIN);
-        let answers = self.shared.generate_many(call.clone(), request, count).await;
-        let answers = answers.map_err(request::renamed)?;
-        Ok((answers, View::new(shown, facts.eos_token_ids)))
+        let answer = self.shared.generate(call.clone(), request).await.map_err(request::renamed)?;
+        Ok((answer, View::new(shown, facts.eos_token_ids)))
     }
 
     /// The last `most` tokens of a prompt.
@@ -100,19 +92,18 @@ impl InferenceService for Inference {
             return Err(call.status(&Violation::new("sampling.num_sequences", reason).into()));
         }
         let result = async {
-            let (answers, mut view) = self.start(&call, request).await?;
+            let (answer, mut view) = self.start(&call, request).await?;
             // An aborted request is answered with what there was.
-            let mut messages =
-                Box::pin(select_all(answers.into_iter().map(|answer| Box::pin(answer.into_stream()))));
+            let mut messages = Box::pin(answer.into_stream());
             let mut whole = v1::GenerateResponse::default();
             while let Some(message) = messages.next().await {
                 match message {
                     Ok(message) => response::append(&mut whole, message),
-                    Err(Failure::Cancelled) => return Ok(view.aborted(0, Some(whole))),
+                    Err(Failure::Cancelled) => return Ok(view.aborted(whole)),
                     Err(failure) => return Err(failure),
                 }
             }
-            Ok(view.message(0, whole))
+            Ok(view.message(whole))
         };
         respond(&call, result.await)
     }
@@ -124,15 +115,13 @@ impl InferenceService for Inference {
         let call = call(&request, &request.get_ref().request_id)?.listed(&self.shared.running);
         let result = self.start(&call, request.into_inner()).await;
         let labelled = call.clone();
-        let stream = result.map(|(answers, mut view)| {
-            let indexed = answers
-                .into_iter()
-                .zip(0_u32..)
-                .map(|(answer, index)| Box::pin(answer.into_stream().map(move |message| (index, message))));
-            let messages = select_all(indexed).map(move |(index, message)| match message {
-                Ok(message) => Ok(view.message(index, message)),
-                Err(Failure::Cancelled) => Ok(view.aborted(index, None)),
-                Err(failure) => Err(labelled.status(&failure)),
+        let stream = result.map(|(answer, mut view)| {
+            let messages = answer.into_stream().flat_map(move |message| {
+                futures::stream::iter(match message {
+                    Ok(message) => vec![Ok(view.message(message))],
+                    Err(Failure::Cancelled) => view.aborted_all().into_iter().map(Ok).collect(),
+                    Err(failure) => vec![Err(labelled.status(&failure))],
+                })
             });
             Box::pin(messages) as Self::GenerateStreamStream
         });

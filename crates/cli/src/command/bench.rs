@@ -1,6 +1,8 @@
 //! `cohort bench`: measures a running cluster.
 
+mod leader;
 mod load;
+mod router;
 mod stats;
 
 use std::time::Duration;
@@ -13,6 +15,7 @@ use crate::out::say;
 use crate::table::{Align, Table};
 
 pub use load::Random;
+pub use router::RouterArgs;
 pub use stats::{Measured, Percentiles, Summary};
 
 const MORE: &str = "\
@@ -39,6 +42,8 @@ pub struct Args {
 pub enum What {
     /// Latency and throughput of a cluster under load
     Serve(ServeArgs),
+    /// What a router adds to a leader that answers at once; needs no cluster
+    Router(RouterArgs),
 }
 
 /// Flags of `cohort bench serve`.
@@ -80,6 +85,7 @@ pub struct ServeArgs {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let args = match &args.what {
         Some(What::Serve(serve)) => serve,
+        Some(What::Router(own)) => return router::run(own),
         None => &args.serve,
     };
     let plan = load::Plan::try_from(args)?;

@@ -77,7 +77,8 @@ async fn answer(shared: &Arc<Shared>, request: Request, id: &mut String) -> Resu
     if stream {
         return respond(view, answer.into_stream()).await;
     }
-    Ok(Json(view.whole(answer.collect().await.map_err(named)?)).into_response())
+    let mut whole = answer.collect().await.map_err(named)?;
+    Ok(Json(view.whole(whole.pop().unwrap_or_default())).into_response())
 }
 
 /// Names fields as this API's callers sent them.

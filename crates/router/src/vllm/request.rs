@@ -3,7 +3,6 @@
 use proto::vllm::candidate_tokens::Select;
 use proto::vllm::decoding_parameters::StructuredOutput;
 use proto::{Failure, Violation, v1, vllm};
-use types::limits::SEQUENCES_MAX;
 
 /// As vLLM's server has it.
 const MAX_TOKENS_DEFAULT: u32 = 20;
@@ -96,14 +95,12 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
         refused.unsupported("lora_name", !wire.lora_name.is_empty());
         refused.unsupported("kv_hints", wire.kv_hints.is_some());
         refused.unsupported("engine_reasoning_gate", wire.engine_reasoning_gate.is_some());
-        refused.unsupported("priority", wire.priority != 0);
-        refuse_kv(&mut refused, &wire.kv.unwrap_or_default());
-        refuse_decoding(&mut refused, &wire.decoding.unwrap_or_default());
+        let kv = wire.kv.unwrap_or_default();
+        refused.unsupported("kv.kv_transfer_params", kv.kv_transfer_params.is_some());
+        refused.unsupported("kv.ec_transfer_params", kv.ec_transfer_params.is_some());
+        let decoding = wire.decoding.unwrap_or_default();
+        refused.unsupported("decoding.bad_words_token_ids", !decoding.bad_words_token_ids.is_empty());
         let random = wire.sampling.unwrap_or_default();
-        if random.num_sequences > SEQUENCES_MAX {
-            let reason = format!("must be at most {SEQUENCES_MAX}, not {}", random.num_sequences);
-            refused.0.push(Violation::new("sampling.num_sequences", reason));
-        }
         let stopping = wire.stopping.unwrap_or_default();
         let budget = stopping.thinking_token_budget.filter(|&budget| budget != -1);
         refused.unsupported("stopping.thinking_token_budget", budget.is_some());
@@ -139,7 +136,11 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
             request_id: wire.request_id,
             model: wire.model,
             prompt: wire.prompt.map(ours),
-            sampling: Some(sampling(wire.temperature, random)),
+            priority: wire.priority,
+            cache_salt: kv.cache_salt,
+            bypass_prefix_cache: kv.bypass_prefix_cache,
+            constraint: decoding.structured_output.clone().map(constraint),
+            sampling: Some(sampling(wire.temperature, random, decoding)),
             stopping: Some(ours_stopping(stopping)),
             response: Some(v1::Response {
                 logprobs: output.logprobs.map(Logprobs::asked),
@@ -153,13 +154,24 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
     }
 }
 
-fn sampling(temperature: Option<f32>, random: vllm::RandomSampling) -> v1::Sampling {
+fn sampling(
+    temperature: Option<f32>,
+    random: vllm::RandomSampling,
+    decoding: vllm::DecodingParameters,
+) -> v1::Sampling {
     v1::Sampling {
         temperature: Some(temperature.unwrap_or(0.0)),
         top_k: random.top_k,
         top_p: random.top_p,
         min_p: random.min_p,
         seed: random.seed.map(i64::cast_unsigned),
+        n: Some(random.num_sequences.max(1)),
+        presence_penalty: Some(decoding.presence_penalty),
+        frequency_penalty: Some(decoding.frequency_penalty),
+        repetition_penalty: Some(decoding.repetition_penalty).filter(|&penalty| penalty != 0.0),
+        logit_bias: decoding.logit_bias.into_iter().collect(),
+        allowed_token_ids: decoding.allowed_token_ids,
+        bad_words: Vec::new(),
     }
 }
 
@@ -177,33 +189,18 @@ fn ours_stopping(stopping: vllm::StoppingCriteria) -> v1::Stopping {
     }
 }
 
-fn refuse_kv(refused: &mut Refused, kv: &vllm::KvCacheParameters) {
-    refused.unsupported("kv.bypass_prefix_cache", kv.bypass_prefix_cache);
-    refused.unsupported("kv.cache_salt", !kv.cache_salt.is_empty());
-    refused.unsupported("kv.kv_transfer_params", kv.kv_transfer_params.is_some());
-    refused.unsupported("kv.ec_transfer_params", kv.ec_transfer_params.is_some());
-}
-
-fn refuse_decoding(refused: &mut Refused, decoding: &vllm::DecodingParameters) {
-    refused.unsupported("decoding.presence_penalty", decoding.presence_penalty != 0.0);
-    refused.unsupported("decoding.frequency_penalty", decoding.frequency_penalty != 0.0);
-    let repetition = decoding.repetition_penalty;
-    refused.unsupported("decoding.repetition_penalty", repetition != 0.0 && repetition != 1.0);
-    refused.unsupported("decoding.logit_bias", !decoding.logit_bias.is_empty());
-    refused.unsupported("decoding.allowed_token_ids", !decoding.allowed_token_ids.is_empty());
-    refused.unsupported("decoding.bad_words_token_ids", !decoding.bad_words_token_ids.is_empty());
-    let structured = match &decoding.structured_output {
-        None | Some(StructuredOutput::JsonObject(false)) => None,
-        Some(StructuredOutput::JsonObject(true)) => Some("decoding.json_object"),
-        Some(StructuredOutput::Json(_)) => Some("decoding.json"),
-        Some(StructuredOutput::Regex(_)) => Some("decoding.regex"),
-        Some(StructuredOutput::Choice(_)) => Some("decoding.choice"),
-        Some(StructuredOutput::Grammar(_)) => Some("decoding.grammar"),
-        Some(StructuredOutput::StructuralTag(_)) => Some("decoding.structural_tag"),
+/// Constraints go under the same names.
+fn constraint(structured: StructuredOutput) -> v1::Constraint {
+    use v1::constraint::Form;
+    let form = match structured {
+        StructuredOutput::Json(schema) => Form::Json(schema),
+        StructuredOutput::Regex(regex) => Form::Regex(regex),
+        StructuredOutput::Choice(choice) => Form::Choice(v1::Choices { choices: choice.choices }),
+        StructuredOutput::Grammar(grammar) => Form::Grammar(grammar),
+        StructuredOutput::JsonObject(any) => Form::JsonObject(any),
+        StructuredOutput::StructuralTag(tag) => Form::StructuralTag(tag),
     };
-    if let Some(field) = structured {
-        refused.unsupported(field, true);
-    }
+    v1::Constraint { form: Some(form) }
 }
 
 fn ours(prompt: vllm::generate_request::Prompt) -> v1::generate_request::Prompt {
@@ -215,6 +212,10 @@ fn ours(prompt: vllm::generate_request::Prompt) -> v1::generate_request::Prompt 
     }
 }
 
+/// Fields of our sampling that this API has under `decoding`.
+const DECODING: [&str; 5] =
+    ["presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"];
+
 /// A failure whose fields have the names this API's callers sent.
 pub(super) fn renamed(failure: Failure) -> Failure {
     let rename = |violation: Violation| {
@@ -223,11 +224,21 @@ pub(super) fn renamed(failure: Failure) -> Failure {
             Some("prompt" | "token_ids" | "text") => field.into_owned(),
             _ => match &*field {
                 "sampling.temperature" => "temperature".to_owned(),
+                "sampling.n" => "sampling.num_sequences".to_owned(),
+                "cache_salt" => "kv.cache_salt".to_owned(),
                 "stopping.max_tokens" => "stopping.max_new_tokens".to_owned(),
                 "stopping.min_tokens" => "stopping.min_new_tokens".to_owned(),
                 "response.logprobs" => "response.output_candidates".to_owned(),
                 "response.prompt_logprobs" => "response.prompt_candidates".to_owned(),
-                other => other.replace("stopping.stop[", "stopping.stop_strings["),
+                other => {
+                    let name = other.strip_prefix("constraint").map(|form| format!("decoding{form}"));
+                    let name =
+                        name.unwrap_or_else(|| other.replace("stopping.stop[", "stopping.stop_strings["));
+                    match name.strip_prefix("sampling.") {
+                        Some(own) if DECODING.contains(&own) => format!("decoding.{own}"),
+                        _ => name,
+                    }
+                }
             },
         };
         // min_tokens is compared with max_tokens in the words of our own API.

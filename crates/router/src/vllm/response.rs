@@ -14,22 +14,30 @@ pub(super) struct View {
     shown: Shown,
     eos_token_ids: Vec<u32>,
     prompt_shown: bool,
-    /// Tokens of each sequence so far.
-    output_tokens: Vec<u32>,
+    sequences: Vec<Sequence>,
+}
+
+/// One of the answers so far.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sequence {
+    tokens: u32,
+    ended: bool,
 }
 
 impl View {
     pub(super) fn new(shown: Shown, eos_token_ids: Vec<u32>) -> Self {
-        let output_tokens = vec![0; shown.sequences as usize];
-        Self { shown, eos_token_ids, prompt_shown: false, output_tokens }
+        let sequences = vec![Sequence::default(); shown.sequences as usize];
+        Self { shown, eos_token_ids, prompt_shown: false, sequences }
     }
 
-    /// One message of sequence `index`.
-    pub(super) fn message(&mut self, index: u32, message: v1::GenerateResponse) -> GenerateResponse {
+    /// One message of a sequence.
+    pub(super) fn message(&mut self, message: v1::GenerateResponse) -> GenerateResponse {
+        let index = message.index;
         let Part { text, token_ids, logprobs } = self.shown.output;
         let count = u32::try_from(message.token_ids.len()).unwrap_or(u32::MAX);
-        if let Some(tokens) = self.output_tokens.get_mut(index as usize) {
-            *tokens = tokens.saturating_add(count);
+        if let Some(sequence) = self.sequences.get_mut(index as usize) {
+            sequence.tokens = sequence.tokens.saturating_add(count);
+            sequence.ended = message.finish.is_some();
         }
         let prompt_info = message.prompt.filter(|_| !std::mem::replace(&mut self.prompt_shown, true));
         let positions: Vec<Option<&v1::TokenLogprob>> = message.logprobs.iter().map(Some).collect();
@@ -61,15 +69,24 @@ impl View {
     }
 
     /// The last message of a sequence that was ended by its id, with what is still to be shown of it.
-    pub(super) fn aborted(&mut self, index: u32, rest: Option<v1::GenerateResponse>) -> GenerateResponse {
-        let mut message = self.message(index, rest.unwrap_or_default());
+    pub(super) fn aborted(&mut self, rest: v1::GenerateResponse) -> GenerateResponse {
+        let index = rest.index as usize;
+        let mut message = self.message(rest);
         let info = FinishInfo {
-            num_output_tokens: self.output_tokens.get(index as usize).copied().unwrap_or(0),
+            num_output_tokens: self.sequences.get(index).map_or(0, |sequence| sequence.tokens),
             finish_reason: FinishReason::Aborted.into(),
             ..FinishInfo::default()
         };
         message.outputs.get_or_insert_default().finish_info = Some(info);
         message
+    }
+
+    /// The last messages of all sequences that still ran when their request was ended by its id.
+    pub(super) fn aborted_all(&mut self) -> Vec<GenerateResponse> {
+        let open = self.sequences.iter().zip(0_u32..).filter(|(sequence, _)| !sequence.ended);
+        let open: Vec<u32> = open.map(|(_, index)| index).collect();
+        let ended = |index| self.aborted(v1::GenerateResponse { index, ..v1::GenerateResponse::default() });
+        open.into_iter().map(ended).collect()
     }
 
     fn finish(&self, finish: &v1::Finish, usage: Option<v1::Usage>) -> FinishInfo {
@@ -82,8 +99,10 @@ impl View {
             Matched::TokenId(id) => StopReason::StopTokenId(*id),
             Matched::Stop(stop) => StopReason::StopString(stop.clone()),
         });
+        let usage = usage.unwrap_or_default();
         FinishInfo {
-            num_output_tokens: usage.unwrap_or_default().output_tokens,
+            num_output_tokens: usage.output_tokens,
+            num_cached_tokens: Some(usage.cached_tokens),
             finish_reason: reason.into(),
             stop_reason,
             ..FinishInfo::default()

@@ -107,7 +107,7 @@ impl Checked {
 }
 
 /// The lines that are not blank, with their numbers from 1.
-fn numbered(path: &Path) -> anyhow::Result<impl Iterator<Item = (usize, anyhow::Result<String>)>> {
+fn numbered(path: &Path) -> anyhow::Result<impl Iterator<Item = (usize, anyhow::Result<String>)> + use<>> {
     let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
     let mut reader = BufReader::new(file);
     let mut number = 0;

@@ -13,13 +13,8 @@ use crate::text::Text;
 /// As Cohere's API has them.
 const TEMPERATURE_DEFAULT: f32 = 0.3;
 const P_DEFAULT: f32 = 0.75;
-const WITHOUT_EFFECT: [(&str, &str); 5] = [
-    ("frequency_penalty", "0"),
-    ("presence_penalty", "0"),
-    ("priority", "0"),
-    ("strict_tools", "false"),
-    ("response_format", "{\"type\":\"text\"}"),
-];
+const WITHOUT_EFFECT: [(&str, &str); 2] =
+    [("strict_tools", "false"), ("response_format", "{\"type\":\"text\"}")];
 
 /// A request in our terms.
 pub(super) struct Asked {
@@ -95,6 +90,8 @@ pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Asked {
         top_k: fields.take("k"),
         top_p: Some(fields.take("p").unwrap_or(P_DEFAULT)),
         seed: fields.take::<i64>("seed").map(i64::cast_unsigned),
+        frequency_penalty: fields.take("frequency_penalty"),
+        presence_penalty: fields.take("presence_penalty"),
         ..v1::Sampling::default()
     };
     let stopping = v1::Stopping {
@@ -105,6 +102,7 @@ pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Asked {
     let response = v1::Response { logprobs: logprobs.then_some(0), parse: true, ..v1::Response::default() };
     let request = v1::GenerateRequest {
         model: fields.take("model").unwrap_or_default(),
+        priority: fields.take("priority").unwrap_or_default(),
         prompt: Some(v1::generate_request::Prompt::Chat(chat)),
         sampling: Some(sampling),
         stopping: Some(stopping),
