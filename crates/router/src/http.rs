@@ -158,7 +158,7 @@ fn view(shared: &Shared, api: Api, call: &Call, common: &Common) -> Result<View,
         eos_token_ids: facts.eos_token_ids,
         tokenizer: shared.text.as_ref().map(|text| Arc::clone(text.tokenizer())),
         shown: common.shown,
-        logprobs: common.request.response.is_some_and(|response| response.logprobs.is_some()),
+        logprobs: common.logprobs,
     })
 }
 

@@ -247,7 +247,7 @@ impl Shared {
         let Admitted { permit, facts, prompt, mut spec, bad_words, options, form } = admitted;
         // Held by the tokenizing thread too, should the caller leave meanwhile.
         let (_, prompt) = self.tokenize(prompt, &permit).await?;
-        spec.bad_words = self.tokenize_bad_words(bad_words, &permit).await?;
+        spec.bad_words.extend(self.tokenize_bad_words(bad_words, &permit).await?);
         let too_long = || Failure::PromptTooLong {
             prompt_tokens: prompt.len() as u64,
             context_tokens_max: facts.context_tokens_max,

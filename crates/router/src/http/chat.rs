@@ -12,7 +12,8 @@ use super::generation::Common;
 use crate::text::Text;
 
 const TOP_LOGPROBS_MAX: u32 = 20;
-const WITHOUT_EFFECT: [(&str, &str); 4] = [
+const WITHOUT_EFFECT: [(&str, &str); 5] = [
+    ("best_of", "1"),
     ("parallel_tool_calls", "true"),
     ("add_generation_prompt", "true"),
     ("continue_final_message", "false"),
@@ -92,6 +93,7 @@ pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Common {
         fields.refuse("top_logprobs", "needs logprobs; set it to true");
     }
     response.logprobs = wanted.then_some(top.unwrap_or(0));
+    common.logprobs = wanted;
     common
 }
 

@@ -99,7 +99,6 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
         refused.unsupported("kv.kv_transfer_params", kv.kv_transfer_params.is_some());
         refused.unsupported("kv.ec_transfer_params", kv.ec_transfer_params.is_some());
         let decoding = wire.decoding.unwrap_or_default();
-        refused.unsupported("decoding.bad_words_token_ids", !decoding.bad_words_token_ids.is_empty());
         let random = wire.sampling.unwrap_or_default();
         let stopping = wire.stopping.unwrap_or_default();
         let budget = stopping.thinking_token_budget.filter(|&budget| budget != -1);
@@ -172,6 +171,7 @@ fn sampling(
         logit_bias: decoding.logit_bias.into_iter().collect(),
         allowed_token_ids: decoding.allowed_token_ids,
         bad_words: Vec::new(),
+        bad_word_token_ids: decoding.bad_words_token_ids.into_iter().map(token_ids).collect(),
     }
 }
 
@@ -206,10 +206,14 @@ fn constraint(structured: StructuredOutput) -> v1::Constraint {
 fn ours(prompt: vllm::generate_request::Prompt) -> v1::generate_request::Prompt {
     match prompt {
         vllm::generate_request::Prompt::Text(text) => v1::generate_request::Prompt::Text(text),
-        vllm::generate_request::Prompt::TokenIds(vllm::TokenIds { ids }) => {
-            v1::generate_request::Prompt::TokenIds(v1::TokenIds { ids })
+        vllm::generate_request::Prompt::TokenIds(ids) => {
+            v1::generate_request::Prompt::TokenIds(token_ids(ids))
         }
     }
+}
+
+fn token_ids(wire: vllm::TokenIds) -> v1::TokenIds {
+    v1::TokenIds { ids: wire.ids }
 }
 
 /// Fields of our sampling that this API has under `decoding`.
@@ -225,6 +229,7 @@ pub(super) fn renamed(failure: Failure) -> Failure {
             _ => match &*field {
                 "sampling.temperature" => "temperature".to_owned(),
                 "sampling.n" => "sampling.num_sequences".to_owned(),
+                "sampling.bad_words" => "decoding.bad_words_token_ids".to_owned(),
                 "cache_salt" => "kv.cache_salt".to_owned(),
                 "stopping.max_tokens" => "stopping.max_new_tokens".to_owned(),
                 "stopping.min_tokens" => "stopping.min_new_tokens".to_owned(),

@@ -120,6 +120,19 @@ async fn defaults_are_vllms_and_values_reach_the_leader() {
             thinking_token_budget: Some(-1),
             ..vllm::StoppingCriteria::default()
         }),
+        decoding: Some(vllm::DecodingParameters {
+            presence_penalty: 0.5,
+            frequency_penalty: -0.5,
+            logit_bias: [(7, 1.5)].into(),
+            allowed_token_ids: vec![7, 8, 11],
+            bad_words_token_ids: vec![vllm::TokenIds { ids: vec![7, 8] }],
+            ..vllm::DecodingParameters::default()
+        }),
+        kv: Some(vllm::KvCacheParameters {
+            cache_salt: "mine".to_owned(),
+            ..vllm::KvCacheParameters::default()
+        }),
+        priority: -3,
         watermarking: Some(true),
         ..from_ids(&[5])
     };
@@ -132,6 +145,11 @@ async fn defaults_are_vllms_and_values_reach_the_leader() {
     assert_eq!((got.max_tokens, got.min_tokens, got.temperature), (Some(7), Some(2), Some(0.5)));
     assert_eq!((got.top_k, got.top_p, got.min_p, got.seed), (Some(3), Some(0.5), Some(0.25), Some(u64::MAX)));
     assert_eq!((got.stop_token_ids, got.ignore_eos), (vec![11], true));
+    assert_eq!((got.presence_penalty, got.frequency_penalty), (Some(0.5), Some(-0.5)));
+    assert_eq!((got.logit_bias, got.allowed_token_ids), ([(7, 1.5)].into(), vec![7, 8, 11]));
+    assert_eq!(got.bad_words[0].ids, [7, 8]);
+    // A lower number goes first there, a higher one below.
+    assert_eq!((open.request.priority, open.request.cache_salt.len()), (3, 16));
     open.play(vec![last(&[11], worker::FinishReason::StopToken, Some(11))]).await;
     let end = finish(&soon(asked).await.unwrap().unwrap().into_inner());
     assert_eq!(end.stop_reason, Some(StopReason::StopTokenId(11)));
@@ -215,20 +233,24 @@ async fn a_prompt_is_cut_to_its_last_tokens_when_asked() {
 
 #[tokio::test]
 async fn several_sequences_stream_side_by_side() {
-    let leader = Leader::serving().await.play_always(answer("Hello"));
+    let numbered =
+        |index| answer("Hello").into_iter().map(move |chunk| worker::GenerateChunk { index, ..chunk });
+    let leader = Leader::serving().await.play_always((0..3).flat_map(numbered).collect());
     let router = TestRouter::ready(&[&leader]).await;
     let sampling = vllm::RandomSampling { num_sequences: 3, ..vllm::RandomSampling::default() };
     let request = vllm::GenerateRequest { sampling: Some(sampling), ..from_ids(&[5]) };
     let messages = stream(&router, request.clone()).await.unwrap();
     assert_eq!(messages.iter().filter(|message| message.prompt_info.is_some()).count(), 1);
     for index in 0..3 {
-        let own = messages
-            .iter()
-            .filter_map(|message| message.outputs.as_ref())
-            .filter(|output| output.index == index);
-        assert_eq!(own.map(|output| output.text.as_str()).collect::<String>(), "Hello");
+        let outputs = messages.iter().filter_map(|message| message.outputs.as_ref());
+        let own: Vec<&vllm::SequenceOutput> = outputs.filter(|output| output.index == index).collect();
+        assert_eq!(own.iter().map(|output| output.text.as_str()).collect::<String>(), "Hello");
+        assert!(own.last().unwrap().finish_info.is_some());
     }
     assert_eq!(fields(&once(&router, request).await.unwrap_err()), ["sampling.num_sequences"]);
+    let many = vllm::RandomSampling { num_sequences: 1000, ..vllm::RandomSampling::default() };
+    let refused = stream(&router, vllm::GenerateRequest { sampling: Some(many), ..from_ids(&[5]) }).await;
+    assert_eq!(fields(&refused.unwrap_err()), ["sampling.num_sequences"]);
 }
 
 #[tokio::test]
@@ -242,6 +264,7 @@ async fn a_field_that_does_not_work_is_refused_by_its_name() {
         vllm::GenerateRequest { response: Some(response), ..from_ids(&[5]) }
     };
     use vllm_proto::candidate_tokens::Select;
+    let decoding = |decoding| vllm::GenerateRequest { decoding: Some(decoding), ..from_ids(&[5]) };
     let stopping = |stopping| vllm::GenerateRequest { stopping: Some(stopping), ..from_ids(&[5]) };
     let cases = [
         (vllm::GenerateRequest { session_id: Some("s".into()), ..from_ids(&[5]) }, "session_id"),
@@ -276,6 +299,22 @@ async fn a_field_that_does_not_work_is_refused_by_its_name() {
         (candidates(Select::TokenIds(vllm::TokenIds::default())), "response.output_candidates.token_ids"),
         (candidates(Select::TopN(1000)), "response.output_candidates"),
         (vllm::GenerateRequest { temperature: Some(-1.0), ..from_ids(&[5]) }, "temperature"),
+        (vllm::GenerateRequest { priority: 1000, ..from_ids(&[5]) }, "priority"),
+        (
+            decoding(vllm::DecodingParameters { presence_penalty: 9.0, ..Default::default() }),
+            "decoding.presence_penalty",
+        ),
+        (
+            decoding(vllm::DecodingParameters { logit_bias: [(9999, 1.0)].into(), ..Default::default() }),
+            "decoding.logit_bias",
+        ),
+        (
+            decoding(vllm::DecodingParameters {
+                bad_words_token_ids: vec![vllm::TokenIds::default()],
+                ..Default::default()
+            }),
+            "decoding.bad_words_token_ids",
+        ),
         (
             stopping(vllm::StoppingCriteria { min_new_tokens: 30, ..Default::default() }),
             "stopping.min_new_tokens",
