@@ -233,9 +233,7 @@ async fn a_prompt_is_cut_to_its_last_tokens_when_asked() {
 
 #[tokio::test]
 async fn several_sequences_stream_side_by_side() {
-    let numbered =
-        |index| answer("Hello").into_iter().map(move |chunk| worker::GenerateChunk { index, ..chunk });
-    let leader = Leader::serving().await.play_always((0..3).flat_map(numbered).collect());
+    let leader = Leader::serving().await.play_always(answer("Hello"));
     let router = TestRouter::ready(&[&leader]).await;
     let sampling = vllm::RandomSampling { num_sequences: 3, ..vllm::RandomSampling::default() };
     let request = vllm::GenerateRequest { sampling: Some(sampling), ..from_ids(&[5]) };
