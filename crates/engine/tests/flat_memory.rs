@@ -37,7 +37,7 @@ unsafe impl GlobalAlloc for Weighing {
 #[global_allocator]
 static ALLOCATOR: Weighing = Weighing;
 
-const STEP: Micros = Micros(30_000);
+const STEP: Micros = Micros(50_000);
 const HOUR: u64 = 3_600_000_000;
 
 /// Requests of all kinds, as many as the engine can take, with cancels and deadlines among them.
@@ -147,7 +147,7 @@ fn an_hour_of_load_leaves_memory_where_it_was() {
         *part = HELD.get().max(*part);
     }
     println!("{} finished, {} refused, bytes {highest:?}", load.finished, load.refused);
-    assert!(load.finished > 30_000, "{} finished", load.finished);
+    assert!(load.finished > 20_000, "{} finished", load.finished);
     let (first, last) = (highest[0], highest[5]);
     assert!(last <= first + first / 20, "the last ten minutes held {last} bytes, the first {first}");
 }
