@@ -112,8 +112,7 @@ impl Leader {
         let (sink, mut answers) = tokio::sync::mpsc::channel(8);
         self.submit(Submission { request, deadline: None, sink });
         self.turn()?;
-        while self.is_busy() {
-            self.wait()?;
+        while self.is_busy() && self.wait()? {
             self.turn()?;
         }
         while let Ok(answer) = answers.try_recv() {
