@@ -155,6 +155,31 @@ pub(crate) mod parsed {
     }
 }
 
+/// Anything written as text that may be left out.
+pub(crate) mod parsed_option {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::Serializer;
+
+    use super::*;
+
+    pub(crate) fn deserialize<'de, D, T>(from: D) -> Result<Option<T>, D::Error>
+    where
+        D: Deserializer<'de>,
+        T: FromStr<Err: Display>,
+    {
+        parsed::deserialize(from).map(Some)
+    }
+
+    pub(crate) fn serialize<S: Serializer, T: Display>(value: &Option<T>, to: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => to.collect_str(value),
+            None => to.serialize_none(),
+        }
+    }
+}
+
 /// A span in seconds, whole or not.
 pub(crate) mod seconds {
     use std::time::Duration;

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use model::Preset;
 use serde::{Deserialize, Serialize};
 use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
-use worker::Device;
+use worker::{Device, LoadFormat};
 
 use crate::strict;
 
@@ -37,7 +38,17 @@ pub struct Model {
     /// model.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     pub path: Option<PathBuf>,
-    /// Name the model is served under. Default: the directory's name, or `cohort-demo` for the embedded model.
+    /// A published model whose shape is built in, with `load_format = "dummy"`. Default: none.
+    #[serde(with = "strict::parsed_option")]
+    pub preset: Option<Preset>,
+    /// `checkpoint`, or `dummy`: seeded random weights in the model's shape, for which a `config.json` is enough.
+    /// Default: `checkpoint`.
+    #[serde(with = "strict::parsed")]
+    pub load_format: LoadFormat,
+    /// Layers to keep of a model with dummy weights. Default: all.
+    #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    pub layers: Option<u32>,
+    /// Name the model is served under. Default: the directory's or preset's name, or `cohort-demo` for the embedded model.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     pub name: Option<String>,
     /// Compute dtype, `f32` or `bf16`. Default: `f32`.
@@ -186,7 +197,16 @@ impl FromStr for HttpListen {
 
 impl Default for Model {
     fn default() -> Self {
-        Self { path: None, name: None, dtype: DType::F32, device: Device::Auto, window_keys: None }
+        Self {
+            path: None,
+            preset: None,
+            load_format: LoadFormat::Checkpoint,
+            layers: None,
+            name: None,
+            dtype: DType::F32,
+            device: Device::Auto,
+            window_keys: None,
+        }
     }
 }
 

@@ -28,6 +28,8 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
     let size = TpSize::new(size).unwrap();
     Config {
         model: model::Files::Directory(demo()),
+        load_format: worker::LoadFormat::Checkpoint,
+        layers: None,
         model_name: "demo".into(),
         dtype: DType::F32,
         device: Device::Cpu,
