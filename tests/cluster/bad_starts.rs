@@ -115,7 +115,11 @@ fn cuda_with_a_driver_and_no_kernel_compiler_says_how_to_get_one() {
         // This machine has one where every process finds it.
         return;
     }
-    assert!(compiles.1.contains("libnvrtc") && compiles.1.contains("COHORT_CUDA_LIBRARIES"), "{}", compiles.1);
+    assert!(
+        compiles.1.contains("libnvrtc") && compiles.1.contains("COHORT_CUDA_LIBRARIES"),
+        "{}",
+        compiles.1
+    );
     // Any library stands in for the driver: it is not called before the compiler is found.
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     let some_library = maps.split_whitespace().find(|word| word.contains("/libc.so")).unwrap();

@@ -81,7 +81,8 @@ impl ModelFlags {
     /// For a command that needs no weights: a preset or a cut model needs no word about them.
     #[must_use]
     pub fn of_shape(&self) -> Self {
-        let dummy = (self.preset.is_some() || self.layers.is_some()).then(|| LoadFormat::Dummy.name().to_owned());
+        let dummy =
+            (self.preset.is_some() || self.layers.is_some()).then(|| LoadFormat::Dummy.name().to_owned());
         Self { load_format: self.load_format.clone().or(dummy), ..self.clone() }
     }
 }

@@ -57,7 +57,9 @@ fn prefill_and_kernels_and_collectives_report_their_floors() {
     let found = json(&format!("kernels --rows 1,3 --context 64 --repeats 2 {DEMO}"));
     let names: Vec<&str> =
         found["kernels"].as_array().unwrap().iter().map(|row| row["op"].as_str().unwrap()).collect();
-    for op in ["norm", "qkv", "attention, full", "attention, sliding", "attention out", "router", "experts", "head"] {
+    for op in
+        ["norm", "qkv", "attention, full", "attention, sliding", "attention out", "router", "experts", "head"]
+    {
         assert_eq!(names.iter().filter(|name| **name == op).count(), 2, "{op} in {names:?}");
     }
 

@@ -1,5 +1,9 @@
 //! `cohort kernels check`: a table for people, JSON for machines, and one word about a missing compiler.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on, or is skipped, says so")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on, or is skipped, says so"
+)]
 
 use std::env;
 use std::process::{Command, Output};

@@ -41,7 +41,8 @@ impl Preset {
     #[must_use]
     pub const fn files(self) -> Files {
         const NORTH: &[(&str, &[u8])] = &[("config.json", include_bytes!("../presets/north-mini-code.json"))];
-        const COMMAND: &[(&str, &[u8])] = &[("config.json", include_bytes!("../presets/command-a-plus.json"))];
+        const COMMAND: &[(&str, &[u8])] =
+            &[("config.json", include_bytes!("../presets/command-a-plus.json"))];
         Files::Embedded(match self {
             Self::NorthMiniCode => NORTH,
             Self::CommandAPlus => COMMAND,

@@ -30,11 +30,7 @@ fn logits(config: &ModelConfig, ranks: u32, experts: ExpertSharding) -> Vec<f32>
     })
 }
 
-fn rank_logits(
-    config: &ModelConfig,
-    (rank, comm): (TpRank, InProcess),
-    experts: ExpertSharding,
-) -> Vec<f32> {
+fn rank_logits(config: &ModelConfig, (rank, comm): (TpRank, InProcess), experts: ExpertSharding) -> Vec<f32> {
     let plan = ShardPlan::sharded(config, rank, experts).unwrap();
     let mut backend = CpuBackend::new(DType::F32, 1).unwrap();
     let (weights, _) = load_dummy(config, &plan, &mut backend, &()).unwrap();

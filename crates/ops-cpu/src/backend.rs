@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use half::bf16;
 use ops::{
-    Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing,
-    Window,
+    Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm,
+    Packed, Rope, Routing, Window,
 };
 use rayon::prelude::*;
 use types::{DType, TokenId};

@@ -24,7 +24,9 @@ pub(crate) fn known(arch: &str) -> Result<(), Error> {
     let digits = arch.strip_prefix("sm_").map(|rest| rest.trim_end_matches('a'));
     let number = digits.filter(|digits| digits.len() >= 2).and_then(|digits| digits.parse::<i32>().ok());
     match number {
-        Some(number) if (number / 10, number % 10) >= OLDEST && target((number / 10, number % 10)) == arch => {
+        Some(number)
+            if (number / 10, number % 10) >= OLDEST && target((number / 10, number % 10)) == arch =>
+        {
             Ok(())
         }
         _ => Err(Error::Arch { arch: arch.to_owned() }),

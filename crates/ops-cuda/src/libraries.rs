@@ -71,7 +71,9 @@ fn preload() {
             match unsafe { Library::open(Some(&file), RTLD_LAZY | RTLD_GLOBAL) } {
                 // Kept open until the process ends.
                 Ok(library) => std::mem::forget(library),
-                Err(error) => tracing::warn!(file = %file.display(), %error, "{FOLDERS_VARIABLE}: not loaded"),
+                Err(error) => {
+                    tracing::warn!(file = %file.display(), %error, "{FOLDERS_VARIABLE}: not loaded")
+                }
             }
         }
     });
@@ -87,5 +89,8 @@ fn files(folder: &Path) -> Vec<PathBuf> {
         let name = file.file_name().and_then(OsStr::to_str).unwrap_or_default();
         name.starts_with(start) && !name.contains(".alt.")
     };
-    NAMES.iter().flat_map(|start| names.iter().filter(|file| is(file, start)).cloned().collect::<Vec<_>>()).collect()
+    NAMES
+        .iter()
+        .flat_map(|start| names.iter().filter(|file| is(file, start)).cloned().collect::<Vec<_>>())
+        .collect()
 }

@@ -74,7 +74,11 @@ fn every_kernel_compiles_for_every_card_without_spilling() {
                 assert!(kernel.registers > 0, "{place} {}: no report of registers", kernel.name);
                 println!(
                     "{place:<44} {:<20} {:>3} registers {:>6} B shared {:>3} B stack {:>3} B spilled",
-                    kernel.name, kernel.registers, kernel.shared_bytes, kernel.stack_bytes, kernel.spill_bytes
+                    kernel.name,
+                    kernel.registers,
+                    kernel.shared_bytes,
+                    kernel.stack_bytes,
+                    kernel.spill_bytes
                 );
                 if kernel.spills() {
                     spilled.push(format!("{place} {kernel:?}"));

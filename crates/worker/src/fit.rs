@@ -62,8 +62,13 @@ impl Part<'_> {
             return Ok(());
         }
         let mut table = String::new();
-        let mut row = |what: &str, bytes: Bytes| table.push_str(&format!("\n  {what:<40}{:>12}", bytes.to_string()));
-        weights.kinds().into_iter().filter(|(_, bytes)| bytes.0 > 0).for_each(|(kind, bytes)| row(kind, bytes));
+        let mut row =
+            |what: &str, bytes: Bytes| table.push_str(&format!("\n  {what:<40}{:>12}", bytes.to_string()));
+        weights
+            .kinds()
+            .into_iter()
+            .filter(|(_, bytes)| bytes.0 > 0)
+            .for_each(|(kind, bytes)| row(kind, bytes));
         row("all weights", weights.total());
         row(&format!("the KV cache of {} tokens", self.limits.kv_tokens), kv);
         row("needed", weights.total() + kv);
@@ -87,7 +92,9 @@ impl Part<'_> {
             (tokens > 0).then(|| format!("it fits with --tensor-parallel {larger} --kv-tokens {tokens}"))
         });
         fits.next().unwrap_or_else(|| match memory {
-            Memory::OfEachRank => "it does not fit on any number of ranks that this model divides by".to_owned(),
+            Memory::OfEachRank => {
+                "it does not fit on any number of ranks that this model divides by".to_owned()
+            }
             Memory::Shared => "the weights alone are too large for this machine".to_owned(),
         })
     }

@@ -4,9 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use collectives::{
-    Collective, InProcess, Member, Rendezvous, RendezvousOptions, TcpOptions, join,
-};
+use collectives::{Collective, InProcess, Member, Rendezvous, RendezvousOptions, TcpOptions, join};
 use serde::Serialize;
 use serde_json::json;
 use types::{TpRank, TpSize};
@@ -140,7 +138,14 @@ fn measure<C: Collective<[f32]> + Send>(
             for &bytes in sizes {
                 let time = time(&mut line, operation, (bytes, args.repeats))?;
                 let bytes_per_s = (operation != Operation::Barrier).then(|| f64::from(bytes) / time);
-                rows.push(Measured { transport, operation, ranks: args.ranks, bytes, us: time * 1e6, bytes_per_s });
+                rows.push(Measured {
+                    transport,
+                    operation,
+                    ranks: args.ranks,
+                    bytes,
+                    us: time * 1e6,
+                    bytes_per_s,
+                });
             }
         }
         Ok(rows)
@@ -189,10 +194,7 @@ fn time<C: Collective<[f32]>>(
 
 /// Ranks of this process that meet as workers do.
 fn tcp_group(size: TpSize) -> anyhow::Result<Vec<collectives::Tcp>> {
-    let options = RendezvousOptions {
-        within: DEADLINE,
-        tcp: TcpOptions { deadline: DEADLINE, spin: SPIN },
-    };
+    let options = RendezvousOptions { within: DEADLINE, tcp: TcpOptions { deadline: DEADLINE, spin: SPIN } };
     let member = |rank: TpRank| Member { rank, plan: "bench".to_owned(), config_hash: [0; 32] };
     let rendezvous = Rendezvous::bind(ANYWHERE.parse().context("the loopback address")?)?;
     let address = rendezvous.local_addr().to_string();

@@ -102,8 +102,7 @@ impl Settled for CudaBackend {
 
 impl Target {
     pub(super) fn new(args: &TargetArgs) -> anyhow::Result<Self> {
-        let settings =
-            args::load(StartedBy::User, &args.file, &[&args.model.of_shape(), &args.compute])?;
+        let settings = args::load(StartedBy::User, &args.file, &[&args.model.of_shape(), &args.compute])?;
         let config = embedded::model_config(&settings)?;
         let preset_alone = settings.model.preset.is_some() && args.compute.dtype.is_none();
         let cores = available_parallelism().map_or(1, NonZero::get);
@@ -119,7 +118,11 @@ impl Target {
     }
 
     /// Takes the device, measures its ceilings, and runs `measurement` on it.
-    pub(super) fn measure<M: Measurement>(&self, bounds: &StepBounds, measurement: M) -> anyhow::Result<M::Found> {
+    pub(super) fn measure<M: Measurement>(
+        &self,
+        bounds: &StepBounds,
+        measurement: M,
+    ) -> anyhow::Result<M::Found> {
         let cuda = match self.device {
             Device::Cpu => false,
             Device::Cuda => true,

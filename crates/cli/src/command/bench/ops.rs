@@ -9,7 +9,7 @@ use model::{Attention, Mlp};
 use ops::{Batch, BatchSequence, BlockTable, KvGroup, KvLayerSpec, Window, chosen};
 use serde::Serialize;
 use serde_json::json;
-use types::{BlockId, BlockSize, Position, TokenId};
+use types::{BlockId, BlockSize, DType, Position, TokenId};
 use worker::StepBounds;
 
 use super::machine::{self, Machine, Measurement, Settled, Target, TargetArgs, weight};
@@ -66,14 +66,14 @@ pub(super) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
     say!("{} on {}", target.name, machine.line());
     let [left, right] = [Align::Left, Align::Right];
     let mut table = Table::new([left, right, right, right, right, right, right]);
-    table.row(["operation", "rows", "µs", "MB", "GFLOP", "floor µs", "of floor"].map(str::to_owned));
+    table.row(["operation", "rows", "µs", "MB", "MFLOP", "floor µs", "of floor"].map(str::to_owned));
     for op in found {
         table.row([
             op.op.to_owned(),
             op.rows.to_string(),
             format!("{:.1}", op.us),
             format!("{:.3}", op.bytes / 1e6),
-            format!("{:.3}", op.flop / 1e9),
+            format!("{:.1}", op.flop / 1e6),
             format!("{:.1}", op.floor_us),
             format!("{:.1} %", 100.0 * op.share_of_floor),
         ]);
@@ -113,7 +113,9 @@ impl Measurement for Ops<'_> {
         bench.norm(rows)?;
         bench.linear("qkv", rows, (qkv, hidden))?;
         bench.linear("attention out", rows, (hidden, heads))?;
-        for (attention, name) in [(Attention::Full, "attention, full"), (Attention::Sliding, "attention, sliding")] {
+        for (attention, name) in
+            [(Attention::Full, "attention, full"), (Attention::Sliding, "attention, sliding")]
+        {
             if config.layers.iter().any(|layer| layer.attention == attention) {
                 bench.attention((name, attention), rows, self.args.context)?;
             }
@@ -130,13 +132,18 @@ impl Measurement for Ops<'_> {
 }
 
 impl<B: Settled> Bench<'_, B> {
-    /// Bytes of one number of the compute dtype.
+    /// Bytes of one activation.
     fn each(&self) -> f64 {
         self.target.dtype.bytes() as f64
     }
 
+    /// Bytes of so many weights, as the backend keeps them.
+    fn kept(&self, elements: usize) -> f64 {
+        (elements * self.backend.weight_dtype(DType::BF16).bytes()) as f64
+    }
+
     fn copies(&self, elements: usize) -> usize {
-        (ROTATED_BYTES / (elements * self.target.dtype.bytes()).max(1)).clamp(1, COPIES_MAX)
+        (ROTATED_BYTES / (self.kept(elements) as usize).max(1)).clamp(1, COPIES_MAX)
     }
 
     /// Times `work` on each copy in turn, all of them in a round, and notes what one took.
@@ -164,14 +171,19 @@ impl<B: Settled> Bench<'_, B> {
         Ok(())
     }
 
-    fn linear(&mut self, op: &'static str, rows: &[u32], (outs, inner): (usize, usize)) -> anyhow::Result<()> {
+    fn linear(
+        &mut self,
+        op: &'static str,
+        rows: &[u32],
+        (outs, inner): (usize, usize),
+    ) -> anyhow::Result<()> {
         let copies = self.copies(outs * inner);
         let made = (0..copies).map(|i| self.backend.dummy_weight(&weight(&[outs, inner], i as u64)));
         let weights = made.collect::<Result<Vec<_>, _>>()?;
         for &count in rows {
             let t = count as usize;
             let x = machine::rows(&mut self.backend, t, inner)?;
-            let bytes = (outs * inner + t * (inner + outs)) as f64 * self.each();
+            let bytes = self.kept(outs * inner) + (t * (inner + outs)) as f64 * self.each();
             let flop = 2.0 * (t * outs * inner) as f64;
             self.note((op, count), (bytes, flop), copies, |backend, copy| {
                 backend.linear(&x, &weights[copy]).map(drop)
@@ -186,7 +198,7 @@ impl<B: Settled> Bench<'_, B> {
         for &count in rows {
             let t = count as usize;
             let x = machine::rows(&mut self.backend, t, hidden)?;
-            let bytes = (2 * t * hidden + hidden) as f64 * self.each();
+            let bytes = self.kept(hidden) + (2 * t * hidden) as f64 * self.each();
             self.note(("norm", count), (bytes, 0.0), 16, |backend, _| {
                 backend.norm(&x, &scale, norm).map(drop)
             })?;
@@ -216,14 +228,15 @@ impl<B: Settled> Bench<'_, B> {
             let logits = self.backend.linear(&x, &router)?;
             let routed = self.backend.route(&logits, moe.routing)?;
             let touched = chosen(&self.backend.read(&logits)?, moe.experts, moe.routing.top_k).len();
-            let moved = (moe.experts * hidden + t * (hidden + moe.experts)) as f64 * self.each();
+            let moved = self.kept(moe.experts * hidden) + (t * (hidden + moe.experts)) as f64 * self.each();
             let flop = 2.0 * (t * moe.experts * hidden) as f64;
             self.note(("router", rows), (moved, flop), 16, |backend, _| {
                 let logits = backend.linear(&x, &router)?;
                 backend.route(&logits, moe.routing).map(drop)
             })?;
             // Results are fp32.
-            let moved = (touched * expert + t * hidden) as f64 * self.each() + (4 * t * hidden) as f64;
+            let moved =
+                self.kept(touched * expert) + (t * hidden) as f64 * self.each() + (4 * t * hidden) as f64;
             let flop = 2.0 * (t * moe.routing.top_k * expert) as f64;
             self.note(("experts", rows), (moved, flop), copies, |backend, copy| {
                 let (gate_up, down) = &stacks[copy];
@@ -241,7 +254,8 @@ impl<B: Settled> Bench<'_, B> {
         context: u32,
     ) -> anyhow::Result<()> {
         let (config, plan) = (&self.target.config, &self.target.plan);
-        let (query_heads, kv_heads, head_dim) = (plan.query_heads.len(), plan.kv_heads.len(), config.head_dim);
+        let (query_heads, kv_heads, head_dim) =
+            (plan.query_heads.len(), plan.kv_heads.len(), config.head_dim);
         let (window, seen) = match kind {
             Attention::Full => (Window::All, context),
             Attention::Sliding => (Window::Keys(config.window_keys), context.min(config.window_keys)),

@@ -102,7 +102,10 @@ pub(super) fn decode(args: &DecodeArgs) -> anyhow::Result<()> {
     }
     say!("{} on {}", target.name, machine.line());
     let mut table = Table::new([Align::Right; 8]);
-    table.row(["batch", "context", "tok/s", "ms a step", "GB", "floor ms", "of floor", "experts a layer"].map(str::to_owned));
+    table.row(
+        ["batch", "context", "tok/s", "ms a step", "GB", "floor ms", "of floor", "experts a layer"]
+            .map(str::to_owned),
+    );
     for row in rows {
         table.row([
             row.batch.to_string(),
@@ -131,14 +134,14 @@ pub(super) fn prefill(args: &PrefillArgs) -> anyhow::Result<()> {
     }
     say!("{} on {}", target.name, machine.line());
     let mut table = Table::new([Align::Right; 7]);
-    table.row(["prompt", "chunk", "tok/s", "ms", "TFLOP", "floor ms", "of floor"].map(str::to_owned));
+    table.row(["prompt", "chunk", "tok/s", "ms", "GFLOP", "floor ms", "of floor"].map(str::to_owned));
     for row in rows {
         table.row([
             row.prompt.to_string(),
             row.chunk.to_string(),
             format!("{:.0}", row.tokens_per_s),
             format!("{:.1}", row.ms),
-            format!("{:.2}", row.flop / 1e12),
+            format!("{:.1}", row.flop / 1e9),
             format!("{:.1}", row.floor_ms),
             format!("{:.1} %", 100.0 * row.share_of_floor),
         ]);
