@@ -97,6 +97,9 @@ pub struct ComputeFlags {
     /// Where the model runs [default: auto, a GPU when one is found]
     #[arg(long, value_parser = ["auto", "cpu", "cuda"])]
     pub device: Option<String>,
+    /// Look at every layer's output, so that a request that fails on a value that is no number is told the layer; slow
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub check_numerics: Option<bool>,
     /// Keys a sliding layer sees [default: the checkpoint's sliding_window]
     #[arg(long, value_name = "N")]
     pub window_keys: Option<u32>,
@@ -207,6 +210,7 @@ impl ConfigFlags for ComputeFlags {
         [
             given("--dtype", "model.dtype", self.dtype.as_ref()),
             given("--device", "model.device", self.device.as_ref()),
+            given("--check-numerics", "model.check_numerics", self.check_numerics.as_ref()),
             given("--window-keys", "model.window_keys", self.window_keys.as_ref()),
         ]
         .into_iter()
@@ -278,6 +282,7 @@ impl From<&Settings> for ComputeFlags {
         Self {
             dtype: Some(model.dtype.to_string()),
             device: Some(device.into()),
+            check_numerics: Some(model.check_numerics),
             window_keys: model.window_keys,
         }
     }

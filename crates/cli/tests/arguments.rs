@@ -50,11 +50,14 @@ fn model() -> impl Strategy<Value = ModelFlags> {
 fn compute() -> impl Strategy<Value = ComputeFlags> {
     let dtype = prop_oneof![Just("f32"), Just("bf16")].prop_map(str::to_owned);
     let device = prop_oneof![Just("auto"), Just("cpu"), Just("cuda")].prop_map(str::to_owned);
-    (of(dtype), of(device), any::<Option<u32>>()).prop_map(|(dtype, device, window_keys)| ComputeFlags {
-        dtype,
-        device,
-        window_keys,
-    })
+    (of(dtype), of(device), any::<(Option<bool>, Option<u32>)>()).prop_map(
+        |(dtype, device, (check_numerics, window_keys))| ComputeFlags {
+            dtype,
+            device,
+            check_numerics,
+            window_keys,
+        },
+    )
 }
 
 fn group_flags() -> impl Strategy<Value = GroupFlags> {

@@ -58,6 +58,7 @@ impl Settings {
             model: files,
             load_format: self.model.load_format,
             layers: self.model.layers,
+            check_numerics: self.model.check_numerics,
             model_name: name,
             dtype: self.model.dtype,
             device: self.model.device,

@@ -180,6 +180,39 @@ pub(crate) mod parsed_option {
     }
 }
 
+/// Yes or no.
+pub(crate) mod truth {
+    use serde::Serializer;
+
+    use super::*;
+
+    struct Truth;
+
+    impl Visitor<'_> for Truth {
+        type Value = bool;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("true or false")
+        }
+
+        fn visit_bool<E: Error>(self, value: bool) -> Result<bool, E> {
+            Ok(value)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<bool, E> {
+            text.trim().parse().map_err(|_| E::custom(format!("must be true or false, not {text:?}")))
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<bool, D::Error> {
+        from.deserialize_any(Truth)
+    }
+
+    pub(crate) fn serialize<S: Serializer>(value: &bool, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bool(*value)
+    }
+}
+
 /// A span in seconds, whole or not.
 pub(crate) mod seconds {
     use std::time::Duration;

@@ -57,6 +57,10 @@ pub struct Model {
     /// `cpu`, `cuda` or `auto` (a GPU when one is found). Default: `auto`.
     #[serde(with = "strict::device")]
     pub device: Device,
+    /// Look at every layer's output, so that a request that fails on a value that is no number is told the layer; slow.
+    /// Default: `false`.
+    #[serde(with = "strict::truth")]
+    pub check_numerics: bool,
     /// Keys a sliding layer sees. Default: the checkpoint's `sliding_window`.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
     pub window_keys: Option<u32>,
@@ -205,6 +209,7 @@ impl Default for Model {
             name: None,
             dtype: DType::F32,
             device: Device::Auto,
+            check_numerics: false,
             window_keys: None,
         }
     }

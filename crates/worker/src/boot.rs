@@ -14,7 +14,7 @@ use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{CudaBackend, SoloDevice};
 use types::{Bytes, DType};
 
-use crate::device::{self, Chosen, RankModel, StepBounds};
+use crate::device::{self, Chosen, OnDevice, RankModel, StepBounds};
 use crate::{Config, Error, LoadFormat, Part, Phase, RankMemory, Report, Reporter, capacity};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
@@ -122,7 +122,7 @@ pub(crate) fn load(
     let rank = config.rank;
     let Joined { collective, plan: plans } = joined;
     let abort = collective.abort_handle();
-    let model = match facts.device {
+    let on = match facts.device {
         Chosen::Cpu => {
             let threads = device::threads(config.threads, rank.size());
             let backend =
@@ -132,7 +132,7 @@ pub(crate) fn load(
             let line = Line { collective, wrap: |tcp| Ok(HostCollective(tcp)) };
             let available = device::memory_available().map(|bytes| (bytes, RankMemory::Shared));
             let ready = Ready { backend, name, available };
-            RankModel::Cpu(Box::new(assemble(config, facts, ready, line, reporter)?))
+            OnDevice::Cpu(Box::new(assemble(config, facts, ready, line, reporter)?))
         }
         Chosen::Cuda => {
             let bounds = StepBounds::of(&facts.engine);
@@ -143,10 +143,10 @@ pub(crate) fn load(
             let free = backend.memory_free().map_err(Error::Cuda)?;
             let available = Some((free, RankMemory::OfEachRank));
             let ready = Ready { backend, name, available };
-            RankModel::Cuda(Box::new(assemble(config, facts, ready, line, reporter)?))
+            OnDevice::Cuda(Box::new(assemble(config, facts, ready, line, reporter)?))
         }
     };
-    Ok(Booted { model, plans, abort })
+    Ok(Booted { model: RankModel::new(on, config.check_numerics), plans, abort })
 }
 
 /// The connection to the other ranks, and how a backend's tensors go through it.

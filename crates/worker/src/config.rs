@@ -104,6 +104,9 @@ pub struct Config {
     pub limits: Limits,
     /// Keys a sliding layer sees, when it is not the checkpoint's `sliding_window`.
     pub window_keys: Option<u32>,
+    /// Whether every layer's output is looked at for values that are no numbers, so that the failing request is told the
+    /// layer. Each layer then waits for a copy to the host.
+    pub check_numerics: bool,
     /// Longest wait for all ranks to come together.
     pub boot_timeout: Duration,
     /// Longest a collective may take before the missing rank is named and the group ends.

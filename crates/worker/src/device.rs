@@ -3,13 +3,14 @@
 use std::num::NonZero;
 use std::thread::available_parallelism;
 
-use collectives::Tcp;
+use collectives::{Collective, Tcp};
 use model::{Model, ModelConfig, ShardPlan};
-use ops::{Batch, KvGroup};
+use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
 use types::{Bytes, DType, TpSize};
 
+use crate::numerics::Numerics;
 use crate::{Device, Error};
 
 /// Rows whose logits the model makes at once at most.
@@ -110,7 +111,14 @@ pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &
 }
 
 /// The model one rank runs.
-pub(crate) enum RankModel {
+pub(crate) struct RankModel {
+    on: OnDevice,
+    /// Looks at every layer, when asked to.
+    numerics: Option<Numerics>,
+}
+
+/// Where it runs.
+pub(crate) enum OnDevice {
     /// On the CPU, in a group of any size.
     Cpu(Box<Model<CpuBackend, HostCollective<Tcp>>>),
     /// On a card, alone.
@@ -118,22 +126,47 @@ pub(crate) enum RankModel {
 }
 
 impl RankModel {
+    pub(crate) fn new(on: OnDevice, check_numerics: bool) -> Self {
+        Self { on, numerics: check_numerics.then(Numerics::default) }
+    }
+
+    /// What is found when every layer is looked at.
+    pub(crate) fn numerics(&self) -> Option<Numerics> {
+        self.numerics.clone()
+    }
+
     /// As [`Model::step`].
     pub(crate) fn step(
         &mut self,
         batch: &Batch,
         sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
     ) -> Result<(), model::Error> {
-        match self {
-            Self::Cpu(model) => model.step(batch, sink),
-            Self::Cuda(model) => model.step(batch, sink),
+        let numerics = self.numerics.as_ref();
+        match &mut self.on {
+            OnDevice::Cpu(model) => step(model, batch, sink, numerics),
+            OnDevice::Cuda(model) => step(model, batch, sink, numerics),
         }
     }
 
     pub(crate) const fn config(&self) -> &ModelConfig {
-        match self {
-            Self::Cpu(model) => model.config(),
-            Self::Cuda(model) => model.config(),
+        match &self.on {
+            OnDevice::Cpu(model) => model.config(),
+            OnDevice::Cuda(model) => model.config(),
         }
     }
+}
+
+fn step<B: Backend, C: Collective<B::Tensor>>(
+    model: &mut Model<B, C>,
+    batch: &Batch,
+    sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
+    numerics: Option<&Numerics>,
+) -> Result<(), model::Error> {
+    let Some(numerics) = numerics else { return model.step(batch, sink) };
+    let mut found = false;
+    model.step_observed(batch, sink, |backend, at, x| {
+        // What follows the first is a consequence.
+        found = found || numerics.look(backend, at, x)?;
+        Ok(())
+    })
 }

@@ -13,6 +13,7 @@ mod fit;
 mod follower;
 mod inbox;
 mod leader;
+mod numerics;
 mod report;
 mod run;
 mod server;
