@@ -5,6 +5,7 @@ mod answers;
 mod bad_requests;
 mod bad_starts;
 mod deaths;
+mod dummy_weights;
 mod endings;
 mod examples;
 mod parity;
