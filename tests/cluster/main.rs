@@ -6,6 +6,7 @@ mod bad_requests;
 mod bad_starts;
 mod batches;
 mod deaths;
+mod dummy_weights;
 mod endings;
 mod examples;
 mod parity;

@@ -57,6 +57,9 @@ impl Settings {
         let group = &self.group;
         worker::Config {
             model: files,
+            load_format: self.model.load_format,
+            layers: self.model.layers,
+            check_numerics: self.model.check_numerics,
             model_name: name,
             dtype: self.model.dtype,
             device: self.model.device,

@@ -7,6 +7,7 @@ pub mod config;
 pub mod demo;
 pub mod generate;
 pub mod group;
+pub mod kernels;
 pub mod plan;
 pub mod router;
 pub mod up;
@@ -55,6 +56,8 @@ pub enum Command {
     Config(config::Args),
     /// Say whether a group would fit and what it would serve; needs no weights and no GPU
     Plan(Box<plan::Args>),
+    /// Check the GPU kernels of a model; needs no GPU
+    Kernels(kernels::Args),
     /// Run a router for worker groups that run elsewhere
     Router(Box<router::Args>),
     /// Run the ranks of one worker group on this machine
@@ -78,6 +81,7 @@ impl Command {
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
+            Self::Kernels(args) => kernels::run(&args),
             Self::Router(args) => router::run(&args),
             Self::Group(args) => group::run(&args, log),
             Self::Worker(args) => worker::run(&args),
@@ -98,6 +102,7 @@ impl Command {
             | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Kernels(_)
             | Self::Plan(_) => false,
         }
     }
@@ -114,6 +119,7 @@ impl Command {
             | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Kernels(_)
             | Self::Plan(_) => "warn",
         }
     }
