@@ -8,4 +8,5 @@ mod deaths;
 mod endings;
 mod examples;
 mod parity;
+mod resumes;
 mod support;

@@ -12,6 +12,7 @@ mod forward;
 mod http;
 pub mod pick;
 mod pipeline;
+mod resume;
 mod serve;
 mod service;
 pub mod text;

@@ -117,6 +117,7 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
         model_name: config.model_name.clone(),
         limits: config.limits,
         permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
+        resume_grace: config.resume_grace,
         withdrawn: CancellationToken::new(),
         closing: CancellationToken::new(),
     }))

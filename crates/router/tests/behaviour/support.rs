@@ -13,7 +13,7 @@ use proto::{Failure, Phase, v1, worker};
 use router::text::Tokenizer;
 use router::{Bound, Config, Limits, ModelFiles};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
@@ -135,12 +135,16 @@ impl Open {
 }
 
 /// What a leader does before its first chunk.
-type Refusal = Arc<Mutex<Option<Failure>>>;
+#[derive(Default)]
+struct Refusal {
+    with: Mutex<Option<Failure>>,
+    given: Notify,
+}
 
 struct Service {
     states: watch::Receiver<worker::WorkerState>,
     opened: mpsc::UnboundedSender<Open>,
-    refusal: Refusal,
+    refusal: Arc<Refusal>,
 }
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -159,7 +163,8 @@ impl Worker for Service {
         &self,
         request: Request<worker::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        if let Some(failure) = self.refusal.lock().unwrap().clone() {
+        if let Some(failure) = self.refusal.with.lock().unwrap().clone() {
+            self.refusal.given.notify_one();
             return Err(failure.to_status());
         }
         let (chunks, stream) = mpsc::channel(1);
@@ -174,7 +179,7 @@ pub(crate) struct Leader {
     pub(crate) address: String,
     pub(crate) states: watch::Sender<worker::WorkerState>,
     pub(crate) opened: mpsc::UnboundedReceiver<Open>,
-    refusal: Refusal,
+    refusal: Arc<Refusal>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -193,7 +198,7 @@ impl Leader {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (states, states_seen) = watch::channel(first);
         let (opened_at, opened) = mpsc::unbounded_channel();
-        let refusal = Refusal::default();
+        let refusal = Arc::<Refusal>::default();
         let service = Service { states: states_seen, opened: opened_at, refusal: Arc::clone(&refusal) };
         let (tell, told) = oneshot::channel();
         runtime.spawn(async move {
@@ -213,7 +218,17 @@ impl Leader {
 
     /// Refuses every further request with `failure` before its first chunk.
     pub(crate) fn refuse(&self, failure: Failure) {
-        *self.refusal.lock().unwrap() = Some(failure);
+        *self.refusal.with.lock().unwrap() = Some(failure);
+    }
+
+    /// Takes requests again.
+    pub(crate) fn accept(&self) {
+        *self.refusal.with.lock().unwrap() = None;
+    }
+
+    /// Waits until it has refused a request.
+    pub(crate) async fn refused(&self) {
+        soon(self.refusal.given.notified()).await;
     }
 
     /// Ends it without a word; its port is free afterwards.
@@ -262,6 +277,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         workers: workers.iter().map(|&address| address.to_owned()).collect(),
         model_name: None,
         limits: Limits::default(),
+        resume_grace: Duration::ZERO,
         withdraw_grace: Duration::ZERO,
         drain_grace: PATIENCE,
     }
