@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use types::TokenId;
 
 use crate::call::Call;
-use crate::forward::{Broken, Chunks, Placed};
+use crate::forward::{Broken, Chunks, Piece, Placed};
 use crate::pipeline::Permit;
 use crate::resume::Replay;
 use crate::text::{CallPiece, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer};
@@ -114,11 +114,11 @@ impl Answer {
             let Work::Open(streams) = &mut self.work else {
                 return Err(internal("read past the end of an answer".to_owned()));
             };
-            let Some(chunk) = streams.next().await else {
+            let Some(piece) = streams.next().await else {
                 return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
             };
-            let chunk = match chunk {
-                Ok(chunk) => chunk,
+            let Piece { chunk, group } = match piece {
+                Ok(piece) => piece,
                 Err(broken) => {
                     self.recover(&broken)?;
                     continue;
@@ -128,9 +128,22 @@ impl Answer {
             let wrong = || format!("the leader generated sequence {} of {count}", chunk.index);
             let sequence = self.sequences.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
             sequence.tokens.extend(&chunk.token_ids);
-            if let Some(message) = sequence.assembler.take(chunk)? {
+            let (index, runs) = (chunk.index, chunk.finish.is_none() && !sequence.assembler.ended);
+            let message = sequence.assembler.take(chunk)?;
+            if let Some(group) = group.filter(|_| runs && sequence.assembler.ended) {
+                self.leave(group, index);
+            }
+            if let Some(message) = message {
                 return Ok(message);
             }
+        }
+    }
+
+    /// Lets go of a sequence that a stop string ended and its group goes on with. The end of the last one ends the
+    /// stream, which says it too.
+    fn leave(&self, group: usize, index: u32) {
+        if !self.sequences.iter().all(|one| one.assembler.ended) {
+            self.replay.cancel(group, index);
         }
     }
 
@@ -183,7 +196,7 @@ pub(crate) struct Assembler {
     prompt: Option<v1::PromptInfo>,
     usage: v1::Usage,
     reader: Option<Reader>,
-    /// Nothing comes after the end, as when a stop string ended it and its group does not know.
+    /// Nothing comes after the end, as when a stop string ended it and its group does not know yet.
     ended: bool,
 }
 

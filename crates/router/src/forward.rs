@@ -24,7 +24,14 @@ pub(crate) struct Placed {
 
 /// What a group generates for a request, until all its sequences have ended or it broke. Dropping it cancels the
 /// request at the leader.
-pub(crate) type Chunks = Pin<Box<dyn Stream<Item = Result<worker::GenerateChunk, Broken>> + Send>>;
+pub(crate) type Chunks = Pin<Box<dyn Stream<Item = Result<Piece, Broken>> + Send>>;
+
+/// A chunk, and the group it came from unless it was made here.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    pub(crate) chunk: worker::GenerateChunk,
+    pub(crate) group: Option<usize>,
+}
 
 /// The end of a stream that did not come to its end.
 #[derive(Debug, Clone)]
@@ -171,7 +178,7 @@ impl WorkerStream {
         let next = |stream: Option<Self>| async {
             let mut stream = stream.filter(|stream| stream.open > 0)?;
             match stream.next().await {
-                Ok(chunk) => Some((Ok(chunk), Some(stream))),
+                Ok(chunk) => Some((Ok(Piece { chunk, group: Some(stream.place.index()) }), Some(stream))),
                 Err(failure) => {
                     let Self { place, sequences, .. } = stream;
                     let group = place.index();

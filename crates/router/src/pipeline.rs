@@ -294,6 +294,8 @@ impl Shared {
             priority: priority.level(),
             cache_salt,
             bypass_prefix_cache,
+            // Never 0, which names nothing.
+            key: random_u64() | 1,
             ..worker::GenerateRequest::default()
         };
         let request = Arc::new(request);

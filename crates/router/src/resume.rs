@@ -10,7 +10,7 @@ use proto::{Failure, worker};
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::forward::{Broken, Chunks, Placed, chunks};
+use crate::forward::{Broken, Chunks, Piece, Placed, chunks};
 use crate::workers::Groups;
 
 /// Times one request may lose its group: one that brings down whatever runs it must not bring down everything.
@@ -18,6 +18,8 @@ const LOSSES_MAX: u32 = 3;
 /// Between two looks for a group that takes what was interrupted, doubled up to the maximum.
 const LOOK_MIN: Duration = Duration::from_millis(10);
 const LOOK_MAX: Duration = Duration::from_millis(500);
+/// Longest wait for a leader to take note of a cancel.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What it takes to run sequences of a request again.
 pub(crate) struct Replay {
@@ -69,7 +71,7 @@ impl Replay {
             // Only the word that it had ended was lost.
             let finish = Some(finish);
             let chunk = worker::GenerateChunk { index, finish, ..worker::GenerateChunk::default() };
-            return once(async { Ok(chunk) }).boxed();
+            return once(async { Ok(Piece { chunk, group: None }) }).boxed();
         }
         let resume_tokens = tokens.to_vec();
         let mut request = worker::GenerateRequest { first_stream: index, resume_tokens, ..self.part(1) };
@@ -77,6 +79,18 @@ impl Replay {
             generation.prompt_logprobs = None;
         }
         self.search(request, broken)
+    }
+
+    /// Tells a group that sequence `index` is not wanted any more, while its stream goes on for others.
+    pub(crate) fn cancel(&self, group: usize, index: u32) {
+        let Some(mut client) = self.groups.client(group) else { return };
+        let request = worker::CancelRequest { key: self.request.key, index };
+        tokio::spawn(async move {
+            // Without it the sequence is computed to its end, and nobody reads it.
+            if let Ok(Err(status)) = tokio::time::timeout(CANCEL_TIMEOUT, client.cancel(request)).await {
+                tracing::debug!(index, %status, "a sequence could not be cancelled");
+            }
+        });
     }
 
     /// All sequences of a stream that had generated nothing.

@@ -220,6 +220,11 @@ impl Groups {
         (self.groups.len(), (0..self.groups.len()).filter(|&index| state.takes(index)).count())
     }
 
+    /// A client of group `index`, as [`Groups::place`] counts them.
+    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Channel>> {
+        self.groups.get(index).map(|group| group.client())
+    }
+
     /// Counts a sequence that goes on after the loss of its group.
     pub(crate) fn count_resumed(&self) {
         self.resumed.fetch_add(1, Ordering::Relaxed);

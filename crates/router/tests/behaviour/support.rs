@@ -144,6 +144,7 @@ struct Refusal {
 struct Service {
     states: watch::Receiver<worker::WorkerState>,
     opened: mpsc::UnboundedSender<Open>,
+    cancelled: mpsc::UnboundedSender<worker::CancelRequest>,
     refusal: Arc<Refusal>,
 }
 
@@ -172,6 +173,14 @@ impl Worker for Service {
         self.opened.send(Open { request: request.into_inner(), headers, chunks }).unwrap();
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
+
+    async fn cancel(
+        &self,
+        request: Request<worker::CancelRequest>,
+    ) -> Result<Response<worker::CancelResponse>, Status> {
+        self.cancelled.send(request.into_inner()).unwrap();
+        Ok(Response::new(worker::CancelResponse {}))
+    }
 }
 
 /// A leader in its own runtime, so that [`Leader::kill`] cuts its connections as the death of a process would.
@@ -179,6 +188,8 @@ pub(crate) struct Leader {
     pub(crate) address: String,
     pub(crate) states: watch::Sender<worker::WorkerState>,
     pub(crate) opened: mpsc::UnboundedReceiver<Open>,
+    /// Single sequences that were cancelled.
+    pub(crate) cancelled: mpsc::UnboundedReceiver<worker::CancelRequest>,
     refusal: Arc<Refusal>,
     runtime: Option<tokio::runtime::Runtime>,
 }
@@ -198,8 +209,14 @@ impl Leader {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (states, states_seen) = watch::channel(first);
         let (opened_at, opened) = mpsc::unbounded_channel();
+        let (cancelled_at, cancelled) = mpsc::unbounded_channel();
         let refusal = Arc::<Refusal>::default();
-        let service = Service { states: states_seen, opened: opened_at, refusal: Arc::clone(&refusal) };
+        let service = Service {
+            states: states_seen,
+            opened: opened_at,
+            cancelled: cancelled_at,
+            refusal: Arc::clone(&refusal),
+        };
         let (tell, told) = oneshot::channel();
         runtime.spawn(async move {
             let listener = TcpListener::bind(address).await.unwrap();
@@ -208,7 +225,7 @@ impl Leader {
             server.serve_with_incoming(TcpIncoming::from(listener)).await.unwrap();
         });
         let address = format!("http://{}", soon(told).await.unwrap());
-        Self { address, states, opened, refusal, runtime: Some(runtime) }
+        Self { address, states, opened, cancelled, refusal, runtime: Some(runtime) }
     }
 
     /// The next request that reaches it.
