@@ -105,6 +105,7 @@ struct Seen {
     link: Link,
     facts: Option<Facts>,
     reported: u64,
+    kv_blocks: u32,
 }
 
 /// One worker group.
@@ -189,7 +190,7 @@ impl Groups {
             }));
         }
         let link = Link::Down { why: "not connected yet".to_owned() };
-        let seen = vec![Seen { link, facts: None, reported: 0 }; groups.len()];
+        let seen = vec![Seen { link, facts: None, reported: 0, kv_blocks: 0 }; groups.len()];
         let state = Mutex::new(State { seen, served: None });
         Ok(Self { groups, state, changed: watch::Sender::new(()), resumed: AtomicU64::new(0) })
     }
@@ -233,6 +234,11 @@ impl Groups {
     /// Sequences that went on after the loss of their group, since the start.
     pub(crate) fn resumed(&self) -> u64 {
         self.resumed.load(Ordering::Relaxed)
+    }
+
+    /// KV blocks of all groups together, as they reported them last.
+    pub(crate) fn kv_blocks(&self) -> u64 {
+        self.state().seen.iter().map(|seen| u64::from(seen.kv_blocks)).sum()
     }
 
     /// How far the most advanced group is.
@@ -326,6 +332,7 @@ impl Groups {
             seen.link = Link::Up { phase, percent: state.percent.min(100) };
             seen.facts = facts;
             seen.reported = u64::from(load.running) + u64::from(load.waiting);
+            seen.kv_blocks = load.kv_blocks;
         });
     }
 

@@ -3,17 +3,20 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use engine::Effect;
+use engine::{Effect, Finish};
 use proto::Failure;
 use types::SeqId;
 
 use crate::chunk::{self, Origin};
 use crate::inbox::Sink;
+use crate::numerics::Numerics;
 
 /// Open sequences. Bounded by the engine's queue and batch.
 #[derive(Default)]
 pub(crate) struct Streams {
     open: BTreeMap<SeqId, Open>,
+    /// What every layer was found to hold, when that is looked at.
+    numerics: Option<Numerics>,
 }
 
 /// One sequence and the stream it shares with the others of its request: the stream ends with the last of them.
@@ -39,6 +42,10 @@ impl Streams {
         let named = |open: &Open| key != 0 && open.key == key && open.origin.index() == index;
         let seq = self.open.iter().find(|(_, open)| named(open)).map(|(&seq, _)| seq)?;
         self.open.remove(&seq).map(|_| seq)
+    }
+
+    pub(crate) fn explain_with(&mut self, numerics: Option<Numerics>) {
+        self.numerics = numerics;
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -76,7 +83,11 @@ impl Streams {
             Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
             Effect::Finished { seq, finish, .. } => {
                 if let Some(Open { sink, origin, .. }) = self.open.remove(&seq) {
-                    let _ = sink.try_send(chunk::finish(&origin, finish).map_err(Into::into));
+                    let end = match (finish, &self.numerics) {
+                        (Finish::NotANumber, Some(numerics)) => Err(numerics.failure()),
+                        _ => chunk::finish(&origin, finish),
+                    };
+                    let _ = sink.try_send(end.map_err(Into::into));
                 }
             }
             Effect::Refused { seq, refusal } => {

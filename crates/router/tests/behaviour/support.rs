@@ -295,6 +295,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         model_name: None,
         limits: Limits::default(),
         resume_grace: Duration::ZERO,
+        http_patience: router::HttpPatience::default(),
         withdraw_grace: Duration::ZERO,
         drain_grace: PATIENCE,
     }
