@@ -4,6 +4,7 @@
 mod answers;
 mod bad_requests;
 mod bad_starts;
+mod batches;
 mod deaths;
 mod dummy_weights;
 mod endings;

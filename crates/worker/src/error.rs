@@ -79,6 +79,14 @@ pub enum Error {
         /// What the engine reported.
         why: String,
     },
+    /// The executor ended while the engine went on; its own error says more.
+    #[error("{rank}: no more steps can be run: {why}")]
+    Stopped {
+        /// Who reports it.
+        rank: TpRank,
+        /// What the executor said.
+        why: String,
+    },
     /// The gRPC server ended by itself.
     #[error("the gRPC server failed: {0}")]
     Server(String),

@@ -2,9 +2,12 @@
 
 mod collectives;
 mod floor;
+mod leader;
+mod load;
 mod load;
 mod machine;
 mod ops;
+mod router;
 mod stats;
 mod steps;
 
@@ -22,6 +25,7 @@ pub use floor::Floor;
 pub use load::Random;
 pub use machine::TargetArgs;
 pub use ops::KernelsArgs;
+pub use router::RouterArgs;
 pub use stats::{Measured, Percentiles, Summary};
 pub use steps::{DecodeArgs, PrefillArgs};
 
@@ -69,6 +73,8 @@ pub enum What {
     Kernels(Box<KernelsArgs>),
     /// All-reduce and the others between ranks of this process
     Collectives(CollectivesArgs),
+    /// What a router adds to a leader that answers at once; needs no cluster
+    Router(RouterArgs),
 }
 
 /// Flags of `cohort bench serve`.
@@ -114,6 +120,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Some(What::Kernels(kernels)) => return ops::run(kernels),
         Some(What::Collectives(group)) => return collectives::run(group),
         Some(What::Serve(serve)) => serve,
+        Some(What::Router(own)) => return router::run(own),
         None => &args.serve,
     };
     let plan = load::Plan::try_from(args)?;

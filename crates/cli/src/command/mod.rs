@@ -1,5 +1,6 @@
 //! The subcommands, one file each.
 
+pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod config;
@@ -47,6 +48,8 @@ pub enum Command {
     Generate(Box<generate::Args>),
     /// Chat with a running cluster in the terminal
     Chat(chat::Args),
+    /// Send a file of requests to a running cluster
+    Batch(batch::Args),
     /// Measure a running cluster
     Bench(bench::Args),
     /// Check or show a configuration
@@ -74,6 +77,7 @@ impl Command {
             Self::Up(args) => up::run(&args, log),
             Self::Generate(args) => generate::run(&args),
             Self::Chat(args) => chat::run(&args),
+            Self::Batch(args) => batch::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
@@ -95,6 +99,7 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Kernels(_)
@@ -111,6 +116,7 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Kernels(_)
