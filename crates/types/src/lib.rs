@@ -2,12 +2,14 @@
 //! not built, and every named limit. No logic beyond arithmetic that cannot overflow; depends on nothing here.
 #![forbid(unsafe_code)]
 
+mod constraint;
 mod dtype;
 mod error;
 mod history;
 mod ids;
 mod kv;
 pub mod limits;
+mod mask;
 mod priority;
 mod rules;
 mod sampling;
@@ -17,11 +19,13 @@ mod tokens;
 mod tp;
 mod units;
 
+pub use constraint::Constraint;
 pub use dtype::DType;
 pub use error::{Error, FieldViolation};
 pub use history::{History, SharedHistory};
 pub use ids::{SeqId, SlotId};
 pub use kv::{BlockTable, KvGroup};
+pub use mask::TokenMask;
 pub use priority::Priority;
 pub use rules::TokenRules;
 pub use sampling::{Generation, Logprobs, SamplingParams};

@@ -1,6 +1,7 @@
 //! Text in, text out: tokenizer, chat template, incremental detokenisation and stop strings.
 
 mod detokenize;
+mod form;
 mod json;
 mod parser;
 mod stop;
@@ -9,6 +10,7 @@ mod template;
 mod tokenizer;
 
 pub use detokenize::Detokenizer;
+pub use form::{Vocabulary, Wanted};
 pub use json::to_python_json;
 pub use parser::{CallPiece, Markers, Parsed, Parser};
 pub use stop::{Matched, StopStrings};
@@ -29,6 +31,7 @@ pub struct Text {
     tokenizer: Arc<Tokenizer>,
     markers: Arc<Markers>,
     template: Option<Arc<Template>>,
+    compilers: Arc<form::Compilers>,
 }
 
 impl Text {
@@ -41,7 +44,7 @@ impl Text {
         let tokenizer = Arc::new(Tokenizer::from_bytes(tokenizer)?);
         let markers = Arc::new(Markers::of(&tokenizer)?);
         let template = Template::load(files)?.map(Arc::new);
-        Ok(Some(Self { tokenizer, markers, template }))
+        Ok(Some(Self { tokenizer, markers, template, compilers: Arc::default() }))
     }
 
     /// The tokenizer.
