@@ -349,6 +349,7 @@ impl Running {
         for (index, output) in outputs.enumerate() {
             match (output, draws && Some(index) == last) {
                 (RowOutput::NotANumber, _) => return Some(Finish::NotANumber),
+                (RowOutput::NoToken, true) => return Some(Finish::NoToken),
                 (RowOutput::PromptLogprob(entry), false) => self.sequence.take_prompt_logprob(entry),
                 (RowOutput::Sampled { token, logprob }, true) => {
                     return self.sequence.take_token(token, logprob, config, effects);

@@ -4,6 +4,7 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+mod form;
 mod generation;
 mod stream;
 mod tokens;
@@ -119,7 +120,8 @@ async fn generate(
         if several {
             call.request_id = format!("{}-{index}", call.request_id);
         }
-        answers.push(shared.generate(call, request).await?);
+        let answer = shared.generate(call, request).await;
+        answers.push(answer.map_err(|failure| common.named(failure))?);
     }
     let view = view(shared, api, &call, &common)?;
     let per_prompt = common.count();

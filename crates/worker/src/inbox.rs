@@ -9,6 +9,8 @@ use proto::worker::GenerateChunk;
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use crate::guide::Guide;
+
 /// Messages that may lie unread: the engine thread reads all of them between two steps.
 const INBOX_MAX: usize = 4096;
 
@@ -34,6 +36,8 @@ pub(crate) struct Submission {
     pub(crate) request: Request,
     pub(crate) deadline: Option<Instant>,
     pub(crate) sink: Sink,
+    /// One for each of its sequences; empty when they may draw what they like.
+    pub(crate) guides: Vec<Guide>,
 }
 
 /// The way in, for any number of threads.

@@ -12,6 +12,7 @@ use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank};
 
 use crate::executor::Executor;
 use crate::follower::END;
+use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
 use crate::state::{State, StatePublisher};
 use crate::streams::Streams;
@@ -30,6 +31,7 @@ pub(crate) struct Leader {
     state: Arc<StatePublisher>,
     clock: Instant,
     open: Streams,
+    guides: Arc<Guides>,
     next_id: u64,
     step: Step,
     frame: Vec<u8>,
@@ -40,6 +42,7 @@ pub(crate) struct Leader {
 pub(crate) struct Seat {
     pub(crate) engine: engine::Config,
     pub(crate) executor: Executor,
+    pub(crate) guides: Arc<Guides>,
     pub(crate) plans: PlanSender,
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
@@ -56,7 +59,8 @@ impl Leader {
             outlet: seat.outlet,
             state: seat.state,
             clock: Instant::now(),
-            open: Streams::default(),
+            open: Streams::new(Arc::clone(&seat.guides)),
+            guides: seat.guides,
             next_id: 0,
             step: Step::default(),
             frame: Vec::new(),
@@ -81,7 +85,7 @@ impl Leader {
             options: engine::RequestOptions::default(),
         };
         let (sink, mut answers) = tokio::sync::mpsc::channel(8);
-        self.submit(Submission { request, deadline: None, sink });
+        self.submit(Submission { request, deadline: None, sink, guides: Vec::new() });
         while self.step()? {}
         while let Ok(answer) = answers.try_recv() {
             answer.map_err(|status| Error::WarmUp { why: status.message().to_owned() })?;
@@ -92,6 +96,10 @@ impl Leader {
     /// Serves until told to stop, then finishes open requests within `config.drain_grace`.
     pub(crate) fn run(&mut self, config: &Config, shutdown: &CancellationToken) -> Result<(), Error> {
         let outcome = self.serve(config, shutdown);
+        let [ready, late] = self.guides.counts();
+        if ready + late > 0 {
+            tracing::info!(ready, late, "masks that were ready when the sampler came, and that were not");
+        }
         let why = match &outcome {
             Ok(()) => {
                 Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
@@ -149,12 +157,15 @@ impl Leader {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { mut request, deadline, sink } = submission;
+        let Submission { mut request, deadline, sink, guides } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         let seq = SeqId(self.next_id);
         let sequences = request.generation.sequences();
         self.next_id += u64::from(sequences);
         self.open.open(seq, sequences, request.options.first_stream, &sink);
+        for (own, guide) in (seq.0..).map(SeqId).zip(guides) {
+            self.guides.open(own, guide);
+        }
         self.apply(Event::Submit { seq, request });
     }
 
@@ -183,7 +194,7 @@ impl Leader {
         self.step.plan.encode(&mut self.frame);
         let rank = self.rank;
         self.plans.send(&self.frame).map_err(|source| Error::Group { rank, source })?;
-        let rows = self.executor.lead(&self.step.plan, &self.step.work)?;
+        let rows = self.executor.lead(&self.step.plan, &self.step.work, &self.guides)?;
         self.apply(Event::StepDone(StepOutput { step: self.step.plan.step(), rows }));
         Ok(true)
     }

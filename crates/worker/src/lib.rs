@@ -10,6 +10,7 @@ mod device;
 mod error;
 mod executor;
 mod follower;
+mod guide;
 mod inbox;
 mod leader;
 mod report;

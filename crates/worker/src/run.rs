@@ -11,6 +11,7 @@ use types::Bytes;
 
 use crate::boot::{self, Booted, Facts};
 use crate::executor::Executor;
+use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Seat};
 use crate::server::GrpcServer;
@@ -55,7 +56,7 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
 fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
     let (inbox, outlet) = Inbox::new();
     let state = Arc::new(StatePublisher::new());
-    let server = GrpcServer::start(config.listen, inbox.clone(), Arc::clone(&state))?;
+    let server = GrpcServer::start(config, inbox.clone(), Arc::clone(&state))?;
     reporter.report(Report::Listening(server.address()));
     let outcome = lead_behind(&Front { config, reporter, state, inbox }, outlet, shutdown);
     let closed = server.close();
@@ -108,8 +109,10 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         PlanChannel::Leader(plans) => plans,
         PlanChannel::Follower(_) => unreachable!("rank 0 is given the leader's end"),
     };
+    let guides = Guides::start().map_err(|source| Error::Start { what: "the mask threads", source })?;
+    let guides = Arc::new(guides);
     let executor = Executor::new(config.rank, model, &engine)?;
-    let seat = Seat { engine, executor, plans, outlet, state: Arc::clone(state) };
+    let seat = Seat { engine, executor, guides, plans, outlet, state: Arc::clone(state) };
     let mut leader = Leader::new(config.rank, seat)?;
     let ended = CancellationToken::new();
     let _ended_on_return = ended.clone().drop_guard();

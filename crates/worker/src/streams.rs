@@ -1,18 +1,21 @@
 //! The streams of open requests: which sequence's effects go where.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use engine::Effect;
 use proto::Failure;
 use types::SeqId;
 
 use crate::chunk::{self, Origin};
+use crate::guide::Guides;
 use crate::inbox::Sink;
 
 /// Open sequences. Bounded by the engine's queue and batch.
-#[derive(Default)]
 pub(crate) struct Streams {
     open: BTreeMap<SeqId, Open>,
+    /// Closed with the sequences.
+    guides: Arc<Guides>,
 }
 
 /// One sequence and the stream it shares with the others of its request: the stream ends with the last of them.
@@ -22,6 +25,10 @@ struct Open {
 }
 
 impl Streams {
+    pub(crate) const fn new(guides: Arc<Guides>) -> Self {
+        Self { open: BTreeMap::new(), guides }
+    }
+
     /// Opens the stream of a request's sequences: ids from `seq` on, numbers from `first_stream` on.
     pub(crate) fn open(&mut self, seq: SeqId, sequences: u32, first_stream: u32, sink: &Sink) {
         for index in 0..sequences {
@@ -65,11 +72,13 @@ impl Streams {
             }
             Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
             Effect::Finished { seq, finish, .. } => {
+                self.guides.close(seq);
                 if let Some(Open { sink, origin }) = self.open.remove(&seq) {
                     let _ = sink.try_send(chunk::finish(&origin, finish).map_err(Into::into));
                 }
             }
             Effect::Refused { seq, refusal } => {
+                self.guides.close(seq);
                 if let Some(Open { sink, .. }) = self.open.remove(&seq) {
                     let _ = sink.try_send(Err(chunk::refusal(&refusal).into()));
                 }

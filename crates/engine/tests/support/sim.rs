@@ -387,7 +387,7 @@ impl World {
                 self.counts.ended_early += 1;
                 assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
             }
-            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length | Finish::NotANumber => {
+            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length | Finish::NoToken | Finish::NotANumber => {
                 let prompt_logprobs = one.prompt_logprobs.clone();
                 let got = Expected { tokens, logprobs, prompt_logprobs, finish: Some(finish) };
                 assert_eq!(got, expected, "{seq}");
