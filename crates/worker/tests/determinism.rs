@@ -64,7 +64,7 @@ impl Group {
     }
 
     fn tokens(&self, request: GenerateRequest) -> Vec<u32> {
-        tokens(&self.ask(vec![request])[0])
+        tokens(&self.client.generate(request).unwrap())
     }
 
     fn stop(self) {
@@ -150,8 +150,7 @@ fn with_its_prompt_in_pieces() {
 #[test]
 fn after_a_prefix_hit() {
     let group = Group::start(1, |_| {});
-    let cold = group.ask(vec![featured(1)]).remove(0);
-    let warm = group.ask(vec![featured(1)]).remove(0);
+    let [cold, warm] = [featured(1), featured(1)].map(|request| group.client.generate(request).unwrap());
     let cached = |chunks: &[GenerateChunk]| chunks.iter().find_map(|chunk| chunk.cached_tokens);
     assert_eq!((cached(&cold), cached(&warm)), (Some(0), Some(32)));
     assert_eq!((tokens(&cold).as_slice(), tokens(&warm).as_slice()), (alone(), alone()));

@@ -120,7 +120,10 @@ async fn each_answer_takes_a_place() {
 
 #[tokio::test]
 async fn a_sequence_nobody_asked_for_is_a_broken_leader() {
-    let leader = Leader::serving().await.play_always(vec![of(2, chunk(&[300]))]);
-    let router = TestRouter::ready(&[&leader]).await;
-    assert_eq!(all(&router, asking(2)).await.unwrap_err().code(), Code::Internal);
+    let mut leader = Leader::serving().await;
+    let router = TestRouter::ready(&[&leader.address]).await;
+    let call = tokio::spawn(async move { all(&router, asking(2)).await });
+    let open = leader.next().await;
+    open.play(vec![of(2, chunk(&[300]))]).await;
+    assert_eq!(soon(call).await.unwrap().unwrap_err().code(), Code::Internal);
 }
