@@ -87,7 +87,9 @@ impl Compiler {
             while let Some((key, deeper)) = children(part).into_iter().find(|(_, child)| {
                 steps += 1;
                 steps <= BLAME_STEPS_MAX
-                    && self.failure(&alone(root, child), strict).is_some_and(|own| cause(&own) == cause(&reason))
+                    && self
+                        .failure(&alone(root, child), strict)
+                        .is_some_and(|own| cause(&own) == cause(&reason))
             }) {
                 path.push_str(&key);
                 part = deeper;

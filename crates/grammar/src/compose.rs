@@ -6,9 +6,9 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 use types::{Constraint, TokenId};
 
+use crate::Refused;
 use crate::constraint::{Reading, check_schema, grammars, literal, schema};
 use crate::limits::TOOLS_MAX;
-use crate::Refused;
 
 const CONTENT: &str = "content";
 /// A model may break lines and indent between calls, as chat templates write them.
@@ -116,9 +116,8 @@ impl Form<'_> {
             (Begin::Answer, Some(marks)) => composer.body(marks, &content, self.calls)?,
         };
         let rules = format!("start: {start}\nfree: /(?s:.*)/\n{}", composer.rules);
-        let grammars: Vec<Value> = std::iter::once(json!({ "lark_grammar": rules }))
-            .chain(composer.others)
-            .collect();
+        let grammars: Vec<Value> =
+            std::iter::once(json!({ "lark_grammar": rules })).chain(composer.others).collect();
         Ok(json!({ "grammars": grammars, "max_tokens": null }).to_string())
     }
 }

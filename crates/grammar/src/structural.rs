@@ -72,7 +72,8 @@ fn tags(list: Option<&Value>) -> Result<Vec<Tag>, Refused> {
         let path = |field: &str| format!("/structures/{at}/{field}");
         let text = |field: &str| {
             let text = tag.get(field).and_then(Value::as_str).filter(|text| !text.is_empty());
-            text.map(str::to_owned).ok_or_else(|| Refused::new(path(field), "must be a text that is not empty"))
+            text.map(str::to_owned)
+                .ok_or_else(|| Refused::new(path(field), "must be a text that is not empty"))
         };
         let schema = tag.get("schema").cloned().unwrap_or(Value::Bool(true));
         Ok(Tag { begin: text("begin")?, end: text("end")?, schema: check_schema(schema, &path("schema"))? })
@@ -82,8 +83,8 @@ fn tags(list: Option<&Value>) -> Result<Vec<Tag>, Refused> {
 
 fn triggers(list: Option<&Value>) -> Result<Vec<String>, Refused> {
     let list = list.and_then(Value::as_array).filter(|list| (1..=TAGS_MAX).contains(&list.len()));
-    let list = list
-        .ok_or_else(|| Refused::new("/triggers", format!("must be a list of 1 to {TAGS_MAX} texts")))?;
+    let list =
+        list.ok_or_else(|| Refused::new("/triggers", format!("must be a list of 1 to {TAGS_MAX} texts")))?;
     let read = |(at, trigger): (usize, &Value)| {
         let text = trigger.as_str().filter(|text| !text.is_empty());
         text.map(str::to_owned)

@@ -57,6 +57,7 @@ fn a_public_request_keeps_every_generation_field() {
             stop: Vec::new(),
             stop_token_ids: vec![4, 5],
             ignore_eos: true,
+            thinking_tokens_max: None,
         }),
         response: Some(v1::Response {
             logprobs: Some(1),

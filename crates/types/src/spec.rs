@@ -171,7 +171,8 @@ impl Checks {
 
     /// Refuses what would take from a grammar the only tokens it allows.
     fn guided(&mut self, spec: &GenerationSpec) {
-        const REASON: &str = "cannot be combined with a form of the answer, which says what may be drawn and where it ends";
+        const REASON: &str =
+            "cannot be combined with a form of the answer, which says what may be drawn and where it ends";
         if spec.min_tokens.unwrap_or(0) > 0 {
             self.refuse("min_tokens", REASON);
         }

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::guide::Guide;
+use crate::pipeline::Job;
 
 /// Messages that may lie unread: the engine thread reads all of them between two steps.
 const INBOX_MAX: usize = 4096;
@@ -22,6 +23,13 @@ pub(crate) type Sink = mpsc::Sender<Result<GenerateChunk, Status>>;
 pub(crate) enum Message {
     /// A request that passed the checks of the service.
     Submit(Box<Submission>),
+    /// The executor has run a step.
+    Ran(Box<Job>),
+    /// The executor is gone.
+    Stopped {
+        /// Why.
+        why: String,
+    },
     /// A follower is gone.
     Lost {
         /// Its rank.

@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status};
 use types::{GenerationSpec, Priority, TokenId};
 
 use crate::chunk;
-use crate::guide::{Guide, Guidance, Kitchen};
+use crate::guide::{Guidance, Guide, Kitchen};
 use crate::inbox::{Inbox, Submission};
 use crate::state::StatePublisher;
 

@@ -3,19 +3,22 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::Effect;
+use engine::{Effect, Finish};
 use proto::Failure;
 use types::SeqId;
 
 use crate::chunk::{self, Origin};
 use crate::guide::Guides;
 use crate::inbox::Sink;
+use crate::numerics::Numerics;
 
 /// Open sequences. Bounded by the engine's queue and batch.
 pub(crate) struct Streams {
     open: BTreeMap<SeqId, Open>,
     /// Closed with the sequences.
     guides: Arc<Guides>,
+    /// What every layer was found to hold, when that is looked at.
+    numerics: Option<Numerics>,
 }
 
 /// One sequence and the stream it shares with the others of its request: the stream ends with the last of them.
@@ -26,7 +29,7 @@ struct Open {
 
 impl Streams {
     pub(crate) const fn new(guides: Arc<Guides>) -> Self {
-        Self { open: BTreeMap::new(), guides }
+        Self { open: BTreeMap::new(), guides, numerics: None }
     }
 
     /// Opens the stream of a request's sequences: ids from `seq` on, numbers from `first_stream` on.
@@ -36,6 +39,10 @@ impl Streams {
             let origin = Origin::new(first_stream.saturating_add(index));
             self.open.insert(SeqId(seq.0 + u64::from(index)), Open { sink: sink.clone(), origin });
         }
+    }
+
+    pub(crate) fn explain_with(&mut self, numerics: Option<Numerics>) {
+        self.numerics = numerics;
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -74,7 +81,11 @@ impl Streams {
             Effect::Finished { seq, finish, .. } => {
                 self.guides.close(seq);
                 if let Some(Open { sink, origin }) = self.open.remove(&seq) {
-                    let _ = sink.try_send(chunk::finish(&origin, finish).map_err(Into::into));
+                    let end = match (finish, &self.numerics) {
+                        (Finish::NotANumber, Some(numerics)) => Err(numerics.failure()),
+                        _ => chunk::finish(&origin, finish),
+                    };
+                    let _ = sink.try_send(end.map_err(Into::into));
                 }
             }
             Effect::Refused { seq, refusal } => {

@@ -5,9 +5,7 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use proto::worker::{
-    FinishReason, GenerateChunk, GenerateRequest, Generation, TokenIds,
-};
+use proto::worker::{FinishReason, GenerateChunk, GenerateRequest, Generation, TokenIds};
 use support::{Client, Rank, config, request};
 use tonic::Code;
 

@@ -1,8 +1,8 @@
 //! Forms inside the chat format: markers where they belong, thinking before, calls that are calls.
 
+use crate::support::{Random, chat, follows, matcher, walk};
 use grammar::{Begin, Calls, Tool};
 use serde_json::{Value, json};
-use crate::support::{Random, chat, follows, matcher, walk};
 use types::Constraint;
 
 fn yes_or_no() -> Constraint {
@@ -36,7 +36,9 @@ fn text_stands_between_its_markers_of_either_generation() {
     let grammar = chat(Begin::Answer, Some(&yes_or_no()), None);
     assert!(accepts(&grammar, "<|START_TEXT|>yes<|END_TEXT|>"));
     assert!(accepts(&grammar, "<|START_RESPONSE|>no<|END_RESPONSE|>"));
-    for wrong in ["yes", "<|START_TEXT|>yes", "<|START_TEXT|>maybe<|END_TEXT|>", "<|START_ACTION|>[]<|END_ACTION|>"] {
+    for wrong in
+        ["yes", "<|START_TEXT|>yes", "<|START_TEXT|>maybe<|END_TEXT|>", "<|START_ACTION|>[]<|END_ACTION|>"]
+    {
         assert!(!accepts(&grammar, wrong), "{wrong}");
     }
 }
@@ -96,9 +98,14 @@ fn one_call_at_a_time_is_one_call() {
 fn a_call_that_is_not_required_leaves_text_free_or_of_its_form() {
     let free = chat(Begin::Answer, None, Some(&calls(false, true)));
     assert!(accepts(&free, "<|START_TEXT|>I'd rather not [call].<|END_TEXT|>"));
-    assert!(!accepts(&free, "<|START_ACTION|>[{\"tool_call_id\": \"0\", \"tool_name\": \"rm\", \"parameters\": {}}]<|END_ACTION|>"));
+    assert!(!accepts(
+        &free,
+        "<|START_ACTION|>[{\"tool_call_id\": \"0\", \"tool_name\": \"rm\", \"parameters\": {}}]<|END_ACTION|>"
+    ));
     let formed = chat(Begin::Answer, Some(&yes_or_no()), Some(&calls(false, true)));
-    assert!(accepts(&formed, "<|START_TEXT|>no<|END_TEXT|>") && !accepts(&formed, "<|START_TEXT|>I<|END_TEXT|>"));
+    assert!(
+        accepts(&formed, "<|START_TEXT|>no<|END_TEXT|>") && !accepts(&formed, "<|START_TEXT|>I<|END_TEXT|>")
+    );
     assert!(!accepts(&chat(Begin::Answer, None, Some(&calls(true, true))), "<|START_TEXT|>no<|END_TEXT|>"));
 }
 
@@ -114,5 +121,8 @@ fn markers_spelled_out_as_text_are_text() {
             .unwrap();
         matcher.follow(id).unwrap();
     }
-    assert!(!crate::support::allowed(&mut matcher).contains(&types::TokenId(15)), "a text has not been begun");
+    assert!(
+        !crate::support::allowed(&mut matcher).contains(&types::TokenId(15)),
+        "a text has not been begun"
+    );
 }

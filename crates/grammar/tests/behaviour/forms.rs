@@ -1,7 +1,7 @@
 //! Each form alone: whatever is drawn from it is of that form, and what is not of it cannot be drawn.
 
-use serde_json::Value;
 use crate::support::{Random, follows, matcher, plain, walk};
+use serde_json::Value;
 use types::Constraint;
 
 /// Answers of a form drawn at random; the longest take too long.
@@ -25,7 +25,10 @@ fn one_of_the_choices_is_drawn_whole() {
     let choices = ["yes", "no", "yes, but", "\"quoted\"\n", "grüße", "<|END_TEXT|>"];
     let form = Constraint::Choice(choices.iter().map(|&choice| choice.to_owned()).collect());
     let answers = drawn(&form, 1, 60);
-    assert!(answers.len() == 60 && answers.iter().all(|answer| choices.contains(&answer.as_str())), "{answers:?}");
+    assert!(
+        answers.len() == 60 && answers.iter().all(|answer| choices.contains(&answer.as_str())),
+        "{answers:?}"
+    );
     assert!(choices.iter().all(|choice| accepts(&form, choice)));
     assert!(!accepts(&form, "ye") && !accepts(&form, "yes, no"));
 }
@@ -53,7 +56,8 @@ fn an_escaped_dollar_at_the_end_is_a_dollar() {
 
 #[test]
 fn an_answer_is_a_sentence_of_the_lark_grammar() {
-    let grammar = "start: sum\nsum: term (\"+\" term)*\nterm: NUMBER | \"(\" sum \")\"\nNUMBER: /[0-9]{1,3}/\n";
+    let grammar =
+        "start: sum\nsum: term (\"+\" term)*\nterm: NUMBER | \"(\" sum \")\"\nNUMBER: /[0-9]{1,3}/\n";
     let form = Constraint::Grammar(grammar.to_owned());
     assert!(accepts(&form, "1+(22+333)+4") && !accepts(&form, "1+(22") && !accepts(&form, "1++2"));
     for answer in drawn(&form, 3, 30) {
@@ -87,11 +91,27 @@ fn hand_written_schemas_admit_what_they_should_and_nothing_else() {
             &[r#"{"next": 1}"#, "{}"],
         ),
         (r#"{"type": "integer", "minimum": 3, "maximum": 17}"#, &["3", "17", "9"], &["2", "18", "3.5"]),
-        (r#"{"type": "string", "minLength": 2, "maxLength": 3}"#, &["\"ab\"", "\"äöü\""], &["\"a\"", "\"abcd\""]),
-        (r#"{"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}"#, &["[true]", "[true, false]"], &["[]", "[true,true,true]"]),
+        (
+            r#"{"type": "string", "minLength": 2, "maxLength": 3}"#,
+            &["\"ab\"", "\"äöü\""],
+            &["\"a\"", "\"abcd\""],
+        ),
+        (
+            r#"{"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}"#,
+            &["[true]", "[true, false]"],
+            &["[]", "[true,true,true]"],
+        ),
         (r#"{"type": "string", "format": "date"}"#, &["\"2024-02-29\""], &["\"2024-13-01\"", "\"today\""]),
-        (r#"{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}"#, &[r#"{"a": 1}"#, "{\n  \"a\": 1\n}"], &["{}", r#"{"a": 1, "b": 2}"#, r#"{"a": "1"}"#]),
-        (r#"{"type": "object", "patternProperties": {"^x": {"type": "null"}}, "additionalProperties": false}"#, &[r#"{"xy": null}"#, "{}"], &[r#"{"y": null}"#]),
+        (
+            r#"{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}"#,
+            &[r#"{"a": 1}"#, "{\n  \"a\": 1\n}"],
+            &["{}", r#"{"a": 1, "b": 2}"#, r#"{"a": "1"}"#],
+        ),
+        (
+            r#"{"type": "object", "patternProperties": {"^x": {"type": "null"}}, "additionalProperties": false}"#,
+            &[r#"{"xy": null}"#, "{}"],
+            &[r#"{"y": null}"#],
+        ),
     ];
     for (schema, right, wrong) in table {
         let form = json(schema);

@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
+use crate::support::compiler;
 use grammar::limits::{CHOICES_MAX, DEPTH_MAX, FORM_BYTES_MAX, PATTERN_BYTES_MAX};
 use grammar::{Begin, Calls, Error, Form, Refused, Tool};
 use serde_json::{Value, json};
-use crate::support::compiler;
 use types::Constraint;
 
 fn composed(form: &Constraint) -> Result<String, Refused> {
@@ -49,7 +49,10 @@ fn the_wrong_part_of_a_list_or_tag_is_named() {
     assert_eq!(tag(r#"{"type": "other"}"#), "/type");
     assert_eq!(tag(r#"{"format": {}}"#), "/format");
     assert_eq!(tag(r#"{"structures": [], "triggers": ["a"]}"#), "/structures");
-    assert_eq!(tag(r#"{"structures": [{"begin": "a", "end": "b", "schema": 3}], "triggers": ["a"]}"#), "/structures/0/schema");
+    assert_eq!(
+        tag(r#"{"structures": [{"begin": "a", "end": "b", "schema": 3}], "triggers": ["a"]}"#),
+        "/structures/0/schema"
+    );
     assert_eq!(tag(r#"{"structures": [{"begin": "a", "end": "b"}], "triggers": ["c"]}"#), "/triggers/0");
 }
 
@@ -99,7 +102,9 @@ fn tools_that_cannot_be_called_are_named() {
     };
     let refused = |calls: &Calls| {
         let marks = crate::support::marks();
-        Form { begin: Begin::Turn, marks: Some(&marks), content: None, calls: Some(calls) }.compose().unwrap_err()
+        Form { begin: Begin::Turn, marks: Some(&marks), content: None, calls: Some(calls) }
+            .compose()
+            .unwrap_err()
     };
     assert_eq!(refused(&calls(json!({ "type": "array" }))).path, "tools[1].function.parameters");
     assert_eq!(refused(&calls(json!(7))).path, "tools[1].function.parameters");

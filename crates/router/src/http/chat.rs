@@ -12,7 +12,8 @@ use super::generation::Common;
 use crate::text::Text;
 
 const TOP_LOGPROBS_MAX: u32 = 20;
-const WITHOUT_EFFECT: [(&str, &str); 3] = [
+const WITHOUT_EFFECT: [(&str, &str); 4] = [
+    ("best_of", "1"),
     ("add_generation_prompt", "true"),
     ("continue_final_message", "false"),
     ("modalities", "[\"text\"]"),
@@ -91,6 +92,7 @@ pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Common {
         fields.refuse("top_logprobs", "needs logprobs; set it to true");
     }
     response.logprobs = wanted.then_some(top.unwrap_or(0));
+    common.logprobs = wanted;
     common
 }
 
@@ -102,11 +104,12 @@ pub(super) fn take_prompt(fields: &mut Fields, text: Option<&Text>) -> v1::ChatP
     let mut chat = v1::ChatPrompt {
         messages,
         reasoning: None,
-        tools: take_tools(fields),
+        tools: take_definitions(fields),
         documents: texts(fields.take("documents")),
         template_arguments: fields.raw("chat_template_kwargs").unwrap_or_default(),
         tool_choice: take_choice(fields),
         parallel_tool_calls: fields.take("parallel_tool_calls"),
+        strict_tools: false,
     };
     if let Some(effort) = fields.take::<String>("reasoning_effort") {
         apply_effort(fields, text, &effort, &mut chat);
@@ -140,11 +143,12 @@ fn read_message(fields: &mut Fields, index: usize, raw: &RawValue) -> Option<v1:
         reasoning: message.reasoning.unwrap_or_default(),
         tool_calls: message.tool_calls.unwrap_or_default().into_iter().map(call).collect(),
         tool_call_id: message.tool_call_id.unwrap_or_default(),
+        results: Vec::new(),
     })
 }
 
-/// The tools the model is offered.
-fn take_tools(fields: &mut Fields) -> Vec<String> {
+/// The definitions of tools.
+pub(super) fn take_definitions(fields: &mut Fields) -> Vec<String> {
     let tools = texts(fields.take("tools"));
     for (index, tool) in tools.iter().enumerate() {
         let value: Value = serde_json::from_str(tool).unwrap_or_default();
@@ -158,7 +162,10 @@ fn take_tools(fields: &mut Fields) -> Vec<String> {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "must be auto, none, required or {\"type\": \"function\", \"function\": {\"name\": …}}")]
+#[serde(
+    untagged,
+    expecting = "must be auto, none, required or {\"type\": \"function\", \"function\": {\"name\": …}}"
+)]
 enum Choice {
     Mode(Mode),
     Tool {

@@ -12,8 +12,7 @@ use super::form::{self, AskedBy};
 pub(super) const CHOICES_MAX: usize = 128;
 
 /// Fields that have no effect at this value. A field without a value is always refused.
-const WITHOUT_EFFECT: [(&str, &str); 8] = [
-    ("best_of", "1"),
+const WITHOUT_EFFECT: [(&str, &str); 7] = [
     ("store", "false"),
     ("metadata", "{}"),
     ("service_tier", "\"auto\""),
@@ -43,6 +42,8 @@ pub(super) struct Shown {
     pub(super) include_usage: bool,
     pub(super) include_stop: bool,
     pub(super) return_token_ids: bool,
+    /// How many answers to a prompt are shown, the likeliest first; all of them, as they come, when unset.
+    pub(super) best: Option<usize>,
 }
 
 /// What a request says beside its prompt.
@@ -51,6 +52,8 @@ pub(super) struct Common {
     /// Everything but the prompt and log-probabilities.
     pub(super) request: v1::GenerateRequest,
     pub(super) stream: bool,
+    /// Whether log-probabilities are shown.
+    pub(super) logprobs: bool,
     pub(super) shown: Shown,
     /// Which field asked for the form of the text.
     pub(super) asked_by: AskedBy,
@@ -93,9 +96,10 @@ impl Common {
             include_usage: options.is_some_and(|options| options.include_usage),
             include_stop: fields.take("include_stop_str_in_output").unwrap_or(false),
             return_token_ids: fields.take("return_token_ids").unwrap_or(false),
+            best: None,
         };
         fields.without_effect(&WITHOUT_EFFECT);
-        Self { request, stream, shown, asked_by }
+        Self { request, stream, logprobs: false, shown, asked_by }
     }
 
     /// A refusal of the form with the name of the field that asked for it.

@@ -56,6 +56,7 @@ impl Wanted {
         }
         let tools = chat.tools.iter().enumerate().map(|(index, json)| read_tool(index, json));
         let mut tools = tools.collect::<Result<Vec<Tool>, Violation>>()?;
+        tools.iter_mut().for_each(|tool| tool.strict |= chat.strict_tools);
         if let ToolChoice::Named(name) = &chat.tool_choice {
             tools.retain(|tool| tool.name == *name);
             if tools.is_empty() {
@@ -100,7 +101,8 @@ impl Text {
             return Ok(worker::Guide { grammar: String::new(), thinking });
         }
         if calls.as_ref().is_some_and(|calls| calls.required) && !self.can_call(begin) {
-            let reason = "asks for a call, and the answer to this prompt has no place for one in the chat format";
+            let reason =
+                "asks for a call, and the answer to this prompt has no place for one in the chat format";
             return Err(Violation::new("chat.tool_choice", reason).into());
         }
         let form = Form { begin, marks, content: constraint.as_ref(), calls: calls.as_ref() };
@@ -130,7 +132,9 @@ impl Compilers {
 fn thinking(most: u32, marks: Option<&Marks>, begin: Begin) -> Result<worker::Thinking, Violation> {
     let refuse = |reason: String| Violation::new("stopping.thinking_tokens_max", reason);
     let Some(marks) = marks else {
-        return Err(refuse("is not supported: the served checkpoint has no markers around reasoning".to_owned()));
+        return Err(refuse(
+            "is not supported: the served checkpoint has no markers around reasoning".to_owned(),
+        ));
     };
     let [start, end] = marks.thinking.map(|id| id.0);
     Ok(worker::Thinking {

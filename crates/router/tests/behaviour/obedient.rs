@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use grammar::{Compiler, TokenTable};
+use grammar::Compiler;
 use proto::worker;
 use types::TokenId;
 
@@ -15,11 +15,6 @@ const TOKENS_MAX: usize = 1500;
 pub(crate) fn compiler() -> &'static Compiler {
     static COMPILER: OnceLock<Compiler> = OnceLock::new();
     COMPILER.get_or_init(|| Compiler::new(demo_tokenizer().table(), &[TokenId(EOS)], VOCAB).unwrap())
-}
-
-pub(crate) fn table() -> &'static TokenTable {
-    static TOKENIZER: OnceLock<router::text::Tokenizer> = OnceLock::new();
-    TOKENIZER.get_or_init(demo_tokenizer).table()
 }
 
 /// Answers every request so, from now on.

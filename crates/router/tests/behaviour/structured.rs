@@ -36,9 +36,11 @@ async fn a_schema_in_the_response_format_is_kept() {
     let router = ready().await;
     let schema = json!({ "type": "object", "properties": { "a": { "enum": [1, 2, 3] }, "b": { "type": "boolean" } },
         "required": ["a", "b"], "additionalProperties": false });
-    let format = json!({ "type": "json_schema", "json_schema": { "name": "ab", "strict": true, "schema": schema } });
+    let format =
+        json!({ "type": "json_schema", "json_schema": { "name": "ab", "strict": true, "schema": schema } });
     for effort in ["none", "high"] {
-        let answer = chat(&router, "Go", json!({ "response_format": format, "reasoning_effort": effort })).await;
+        let answer =
+            chat(&router, "Go", json!({ "response_format": format, "reasoning_effort": effort })).await;
         let value: Value = serde_json::from_str(&content(&answer)).unwrap();
         assert!((1..=3).contains(&value["a"].as_i64().unwrap()) && value["b"].is_boolean(), "{value}");
         assert_eq!(value.as_object().unwrap().len(), 2);
@@ -58,7 +60,8 @@ async fn every_form_of_structured_outputs_is_kept() {
     ];
     for (form, pattern) in forms {
         let asked = json!({ "structured_outputs": form });
-        let (said, plain) = (chat(&router, "Go", asked.clone()).await, complete(&router, json!("Go"), asked).await);
+        let (said, plain) =
+            (chat(&router, "Go", asked.clone()).await, complete(&router, json!("Go"), asked).await);
         let pattern = types_regex(pattern);
         assert!(pattern(&content(&said)), "{form}: {}", said.body);
         assert!(pattern(plain.json()["choices"][0]["text"].as_str().unwrap()), "{form}: {}", plain.body);
@@ -110,9 +113,12 @@ async fn a_required_call_is_made() {
         let calls = choice["message"]["tool_calls"].as_array().unwrap();
         assert!(!calls.is_empty() && (at % 3 == 0 || calls.len() == 1), "{body}");
         for call in calls {
-            let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+            let arguments: Value =
+                serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
             match call["function"]["name"].as_str().unwrap() {
-                "get_weather" => assert!((1..=5).contains(&arguments["days"].as_i64().unwrap()), "{arguments}"),
+                "get_weather" => {
+                    assert!((1..=5).contains(&arguments["days"].as_i64().unwrap()), "{arguments}")
+                }
                 other => assert_eq!((other, &arguments), ("now", &json!({}))),
             }
             names.insert(call["function"]["name"].to_string());
@@ -126,7 +132,8 @@ async fn the_named_tool_is_called() {
     let router = ready().await;
     let choice = json!({ "type": "function", "function": { "name": "get_weather" } });
     for _ in 0..4 {
-        let asked = json!({ "tools": tools(), "tool_choice": choice, "parallel_tool_calls": false, "stream": true });
+        let asked =
+            json!({ "tools": tools(), "tool_choice": choice, "parallel_tool_calls": false, "stream": true });
         let events = chat(&router, "Weather?", asked).await.events();
         let deltas: Vec<&Value> =
             events.iter().filter_map(|event| event["choices"][0]["delta"]["tool_calls"].get(0)).collect();
@@ -177,28 +184,47 @@ async fn a_thinking_budget_reaches_the_leader_with_the_markers() {
 async fn what_cannot_be_is_refused_with_its_path_before_a_leader_hears_of_it() {
     let leader = Leader::serving().await.play_always(answer("<|END_THINKING|>ok"));
     let router = TestRouter::ready(&[&leader]).await;
-    let schema = |schema: Value| json!({ "type": "json_schema", "json_schema": { "name": "s", "schema": schema } });
-    let unique = json!({ "type": "object", "properties": { "list": { "type": "array", "uniqueItems": true } } });
+    let schema =
+        |schema: Value| json!({ "type": "json_schema", "json_schema": { "name": "s", "schema": schema } });
+    let unique =
+        json!({ "type": "object", "properties": { "list": { "type": "array", "uniqueItems": true } } });
     let tool = |parameters: Value| json!([{ "type": "function", "function": { "name": "f", "strict": true, "parameters": parameters } }]);
-    let many: Vec<Value> = (0..129).map(|n| json!({ "type": "function", "function": { "name": format!("f{n}") } })).collect();
-    let deep = (0..100).fold(json!({ "type": "null" }), |inner, _| json!({ "type": "array", "items": inner }));
+    let many: Vec<Value> =
+        (0..129).map(|n| json!({ "type": "function", "function": { "name": format!("f{n}") } })).collect();
+    let deep =
+        (0..100).fold(json!({ "type": "null" }), |inner, _| json!({ "type": "array", "items": inner }));
     let cases = [
-        (json!({ "response_format": schema(unique.clone()) }), "response_format.json_schema.schema/properties/list"),
-        (json!({ "response_format": schema(json!({ "type": "strange" })) }), "response_format.json_schema.schema"),
+        (
+            json!({ "response_format": schema(unique.clone()) }),
+            "response_format.json_schema.schema/properties/list",
+        ),
+        (
+            json!({ "response_format": schema(json!({ "type": "strange" })) }),
+            "response_format.json_schema.schema",
+        ),
         (json!({ "response_format": schema(json!(7)) }), "response_format.json_schema.schema"),
         (json!({ "response_format": schema(deep) }), "response_format.json_schema.schema"),
-        (json!({ "response_format": schema(json!({ "enum": ["x".repeat(300_000)] })) }), "response_format.json_schema.schema"),
+        (
+            json!({ "response_format": schema(json!({ "enum": ["x".repeat(300_000)] })) }),
+            "response_format.json_schema.schema",
+        ),
         (json!({ "response_format": { "type": "xml" } }), "response_format"),
         (json!({ "structured_outputs": { "json": unique } }), "structured_outputs.json/properties/list"),
         (json!({ "structured_outputs": { "regex": "[a" } }), "structured_outputs.regex"),
         (json!({ "structured_outputs": { "choice": [] } }), "structured_outputs.choice"),
         (json!({ "structured_outputs": { "choice": ["a", ""] } }), "structured_outputs.choice[1]"),
         (json!({ "structured_outputs": { "grammar": "root ::= x" } }), "structured_outputs.grammar"),
-        (json!({ "structured_outputs": { "structural_tag": "{}" } }), "structured_outputs.structural_tag/structures"),
+        (
+            json!({ "structured_outputs": { "structural_tag": "{}" } }),
+            "structured_outputs.structural_tag/structures",
+        ),
         (json!({ "structured_outputs": { "regex": "a", "json_object": true } }), "structured_outputs"),
         (json!({ "structured_outputs": {} }), "structured_outputs"),
         (json!({ "structured_outputs": { "backend": "x" } }), "structured_outputs"),
-        (json!({ "structured_outputs": { "regex": "a" }, "response_format": { "type": "json_object" } }), "structured_outputs"),
+        (
+            json!({ "structured_outputs": { "regex": "a" }, "response_format": { "type": "json_object" } }),
+            "structured_outputs",
+        ),
         (json!({ "structured_outputs": { "regex": "a" }, "min_tokens": 2 }), "min_tokens"),
         (json!({ "structured_outputs": { "regex": "a" }, "ignore_eos": true }), "ignore_eos"),
         (json!({ "structured_outputs": { "regex": "a" }, "allowed_token_ids": [5] }), "allowed_token_ids"),
@@ -206,15 +232,26 @@ async fn what_cannot_be_is_refused_with_its_path_before_a_leader_hears_of_it() {
         (json!({ "thinking_token_budget": -1 }), "thinking_token_budget"),
         (json!({ "tool_choice": "required" }), "tool_choice"),
         (json!({ "tool_choice": "any" }), "tool_choice"),
-        (json!({ "tools": tools(), "tool_choice": { "type": "function", "function": { "name": "rm" } } }), "tool_choice"),
+        (
+            json!({ "tools": tools(), "tool_choice": { "type": "function", "function": { "name": "rm" } } }),
+            "tool_choice",
+        ),
         (json!({ "tools": tool(json!({ "type": "array" })) }), "tools[0].function.parameters"),
-        (json!({ "tools": tool(json!({ "properties": { "x": { "uniqueItems": true } } })) }), "tools[0].function.parameters/properties/x"),
+        (
+            json!({ "tools": tool(json!({ "properties": { "x": { "uniqueItems": true } } })) }),
+            "tools[0].function.parameters/properties/x",
+        ),
         (json!({ "tools": many, "tool_choice": "required" }), "tools"),
     ];
     for (asked, field) in cases {
         let answer = chat(&router, "Go", asked.clone()).await;
         let (param, message) = answer.refusal();
-        assert_eq!((answer.code, param.as_deref()), (400, Some(field)), "{}: {message}", &asked.to_string()[..200.min(asked.to_string().len())]);
+        assert_eq!(
+            (answer.code, param.as_deref()),
+            (400, Some(field)),
+            "{}: {message}",
+            &asked.to_string()[..200.min(asked.to_string().len())]
+        );
     }
     assert_eq!(chat(&router, "Go", json!({})).await.code, 200);
 }

@@ -57,7 +57,8 @@ impl Kitchen {
         if let Some(kept) = self.find(&grammar) {
             return Ok(kept);
         }
-        let why = |what: &dyn std::fmt::Display| Failure::Internal { why: format!("compiling a grammar: {what}") };
+        let why =
+            |what: &dyn std::fmt::Display| Failure::Internal { why: format!("compiling a grammar: {what}") };
         let _permit = self.compiling.acquire().await.map_err(|error| why(&error))?;
         let kitchen = Arc::clone(self);
         let work = tokio::task::spawn_blocking(move || kitchen.make(&grammar, &facts));
@@ -90,9 +91,8 @@ impl Kitchen {
 
     fn compiler(&self, facts: &ModelFacts) -> Result<Compiler, String> {
         let json = self.files.read("tokenizer.json").map_err(|error| error.to_string())?;
-        let json = json.ok_or_else(|| {
-            format!("{} has no tokenizer.json, which grammars need", self.files.place())
-        })?;
+        let json =
+            json.ok_or_else(|| format!("{} has no tokenizer.json, which grammars need", self.files.place()))?;
         let table = TokenTable::read(&json).map_err(|error| error.to_string())?;
         let eos: Vec<TokenId> = facts.eos_token_ids.iter().copied().map(TokenId).collect();
         Compiler::new(&table, &eos, facts.vocab_size).map_err(|error| error.to_string())

@@ -63,7 +63,8 @@ fn several_answers_to_one_schema_are_each_valid() {
 #[test]
 fn answers_that_lose_their_place_meanwhile_are_the_same() {
     let roomy = Group::start(1, |_| {});
-    let requests = |asked: Vec<(Value, GenerateRequest)>| asked.into_iter().map(|(_, request)| request).collect();
+    let requests =
+        |asked: Vec<(Value, GenerateRequest)>| asked.into_iter().map(|(_, request)| request).collect();
     let undisturbed = roomy.ask(requests(asked(20_264, 40)));
     roomy.stop();
     // Room for the longest answer, and not for many at once.
@@ -93,7 +94,8 @@ fn an_answer_goes_on_from_where_it_was_cut() {
 fn tokens_that_the_grammar_does_not_allow_cannot_be_gone_on_with() {
     let group = Group::start(1, |_| {});
     let request = guided(plain(&Constraint::JsonObject), 1);
-    let status = group.client.generate(GenerateRequest { resume_tokens: vec![600, 700], ..request }).unwrap_err();
+    let status =
+        group.client.generate(GenerateRequest { resume_tokens: vec![600, 700], ..request }).unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().contains("resume_tokens"), "{status:?}");
     group.stop();
@@ -115,7 +117,8 @@ fn choices_expressions_and_grammars_hold() {
         let right = match at % 3 {
             0 => choices.contains(&text),
             1 => text.len() == 23 && text.split('-').count() == 4,
-            _ => (2..=4).contains(&text.split('+').filter(|n| n.parse::<u32>().is_ok_and(|n| n < 1000)).count()),
+            _ => (2..=4)
+                .contains(&text.split('+').filter(|n| n.parse::<u32>().is_ok_and(|n| n < 1000)).count()),
         };
         assert!(right, "{text}");
     }

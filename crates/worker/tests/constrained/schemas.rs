@@ -50,7 +50,9 @@ fn any(random: &mut Random, depth: u32) -> Value {
         0 => json!({ "type": random.pick(&["boolean", "null"]) }),
         1 => integer(random),
         2 => json!({ "type": "string", "minLength": random.below(3), "maxLength": 3 + random.below(12) }),
-        3 => json!({ "type": "string", "pattern": random.pick(&["^[a-z]{2,6}$", "^\\d{4}-\\d{2}$", "^(ja|nein)!?$", "^[A-Z][a-z]{1,5} [0-9]$"]) }),
+        3 => {
+            json!({ "type": "string", "pattern": random.pick(&["^[a-z]{2,6}$", "^\\d{4}-\\d{2}$", "^(ja|nein)!?$", "^[A-Z][a-z]{1,5} [0-9]$"]) })
+        }
         4 => json!({ "type": "string", "format": random.pick(&["date", "uuid", "ipv4"]) }),
         5 => json!({ "enum": [random.below(100), "x", null, true, random.pick(&NAMES)] }),
         6 => json!({ "const": random.pick(&[json!("a\nb"), json!(-7), json!({ "k": [1, {}] }), json!([])]) }),
@@ -74,7 +76,8 @@ fn integer(random: &mut Random) -> Value {
 fn array(random: &mut Random, depth: u32) -> Value {
     let least = random.below(2);
     let most = least + 1 + random.below(2);
-    let mut schema = json!({ "type": "array", "items": any(random, depth - 1), "minItems": least, "maxItems": most });
+    let mut schema =
+        json!({ "type": "array", "items": any(random, depth - 1), "minItems": least, "maxItems": most });
     if random.coin() {
         schema["prefixItems"] = json!([any(random, depth - 1)]);
     }
