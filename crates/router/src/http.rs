@@ -31,6 +31,7 @@ use types::limits::MESSAGE_BYTES_MAX;
 use crate::call::{Call, REQUEST_ID};
 use crate::pipeline::Shared;
 use crate::service::VERSION;
+use crate::text::Text;
 use crate::workers::Progress;
 
 use error::ApiError;
@@ -96,6 +97,21 @@ async fn chat_completions(State(context): State<Context>, request: Request) -> R
     fields.finish()?;
     let requests = vec![common.request.clone()];
     generate(&context.shared, &headers, Api::Chat, (common, requests)).await
+}
+
+/// The body of a `/v1/chat/completions` request as our own message; `text` is that of the served checkpoint. What the
+/// listener does with every such body, by itself.
+///
+/// # Errors
+/// The refusal in words: every field that is wrong.
+pub fn read_chat(body: &[u8], text: Option<&Text>) -> Result<v1::GenerateRequest, String> {
+    let read = || {
+        let mut fields = Fields::read(body)?;
+        let common = chat::take(&mut fields, text);
+        fields.finish()?;
+        Ok(common.request)
+    };
+    read().map_err(|error: ApiError| error.message().to_owned())
 }
 
 async fn plain_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {

@@ -1,6 +1,6 @@
 //! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
 
-use engine::{Drawn, RowOutput, RowPurpose, SlotTables, Step, StepPlan};
+use engine::{Drawn, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
 use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};

@@ -4,6 +4,7 @@
 mod support;
 
 mod admission;
+mod any_input;
 mod bad_requests;
 mod cancel;
 mod cohere_chat;
