@@ -106,7 +106,7 @@ impl Shared {
         let admitted = self.admit_generation(request)?;
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
         let way = self.place(&call, &tokenized)?;
-        Ok(self.answer(call, tokenized, way))
+        Ok(self.answer(&call, tokenized, way))
     }
 
     /// A permit to work on one request.
@@ -316,7 +316,7 @@ impl Shared {
         Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace))))
     }
 
-    fn answer(&self, call: Call, tokenized: Tokenized, way: (Placed, Replay)) -> Answer {
+    fn answer(&self, call: &Call, tokenized: Tokenized, way: (Placed, Replay)) -> Answer {
         let Tokenized { permit, prompt, generation, form, .. } = tokenized;
         let Form { stop, keep_special, parse, cites } = form;
         let reading = || {
@@ -330,10 +330,9 @@ impl Shared {
             let tokenizer = Arc::clone(text.tokenizer());
             Some(Reading { tokenizer, keep_special, parser, stop: stop.clone() })
         };
-        let id = call.request_id.clone();
-        let assemblers =
-            (0..generation.sequences()).map(|index| Assembler::new(id.clone(), index, &prompt, reading()));
-        Answer::new(call, way, assemblers, permit)
+        let assemblers = (0..generation.sequences())
+            .map(|index| Assembler::new(call.request_id.clone(), index, &prompt, reading()));
+        Answer::new(call.clone(), way, assemblers, permit)
     }
 }
 

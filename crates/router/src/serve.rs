@@ -121,8 +121,8 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
         limits: config.limits,
         http_patience: config.http_patience,
         permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
-        resume_grace: config.resume_grace,
         running: Arc::new(Running::new(closing.clone())),
+        resume_grace: config.resume_grace,
         withdrawn: CancellationToken::new(),
         closing,
     }))
