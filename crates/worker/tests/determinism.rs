@@ -212,10 +212,10 @@ impl<S: tracing::Subscriber> Layer<S> for Preemptions {
 #[test]
 fn after_preemptions() {
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Preemptions)).unwrap();
-    // Prompts of four take 12 blocks of 16 and grow to 20: more than there are.
+    // Three prompts take 33 blocks of 4 and grow to 50: far more than there are, however much one is ahead of another.
     let group = Group::start(1, |limits| {
-        limits.block_size = BlockSize::new(16).unwrap();
-        limits.kv_tokens = 16 * 14;
+        limits.block_size = BlockSize::new(4).unwrap();
+        limits.kv_tokens = 4 * 40;
     });
     // Its own priority is the lowest: it is the one that has to go.
     let mut requests: Vec<GenerateRequest> = (1..=4).map(|seed| unshared(featured(seed))).collect();
