@@ -37,6 +37,16 @@ pub enum Error {
     /// CUDA was asked for and is not usable.
     #[error("--device cuda: {0}")]
     Cuda(ops_cuda::Error),
+    /// A part of the model that its device has no memory for.
+    #[error("{rank} has too little memory:{table}\n{nearest}")]
+    TooLarge {
+        /// Whose part.
+        rank: TpRank,
+        /// What it would take, a line for each kind.
+        table: String,
+        /// The nearest plan that fits.
+        nearest: String,
+    },
     /// A budget of this configuration does not fit the model.
     #[error("{field} is {got}, and this model needs {needed}")]
     Budget {

@@ -13,6 +13,7 @@ use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 
 use crate::follower::END;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
+use crate::numerics::Numerics;
 use crate::pipeline::{Pipeline, Steps};
 use crate::state::{State, StatePublisher};
 use crate::streams::Streams;
@@ -91,6 +92,11 @@ impl Leader {
             effects: Vec::new(),
         };
         Ok((leader, steps))
+    }
+
+    /// Names the layer to requests whose logits are no numbers.
+    pub(crate) fn explain_with(&mut self, numerics: Option<Numerics>) {
+        self.open.explain_with(numerics);
     }
 
     /// One token from start to end, so that whatever is slow the first time is not a caller's first token, and a

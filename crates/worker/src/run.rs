@@ -110,10 +110,12 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         PlanChannel::Leader(plans) => plans,
         PlanChannel::Follower(_) => unreachable!("rank 0 is given the leader's end"),
     };
+    let numerics = model.numerics();
     let executor = Executor::new(config.rank, model, &engine)?;
     let plans = Plans::new(config.rank, plans);
     let seat = Seat { engine, plans: plans.clone(), outlet, state: Arc::clone(state) };
     let (mut leader, steps) = Leader::new(config.rank, seat)?;
+    leader.explain_with(numerics);
     let ended = CancellationToken::new();
     let _ended_on_return = ended.clone().drop_guard();
     leader.watch_followers(inbox.clone(), ended.clone())?;
