@@ -47,6 +47,17 @@ struct Standing {
     tokens: u64,
 }
 
+/// What it would be like to run a sequence on a sub-group.
+#[derive(Debug)]
+pub(crate) struct Offer {
+    /// Tokens to compute before it draws one, those of others included, and what others cost it after that.
+    pub(crate) cost: u64,
+    /// Rows it would get in this step; 0 when it had to wait for the next.
+    pub(crate) rows: u32,
+    /// What is there already, which it holds.
+    pub(crate) found: Found,
+}
+
 /// What was found of the first waiting sequence when it did not fit, so that a long prompt is not looked up at every
 /// step in which it cannot start.
 #[derive(Debug, Clone, Copy)]
@@ -86,23 +97,23 @@ impl SubGroup {
         self.running.get(index).map(|one| self.kv.room(&one.tables, one.computed))
     }
 
-    /// Whether `head`, the first that waits, can start here in the step that is made after `steps` others: what is found of
-    /// it up to row `row`, which it holds already, and what it would cost to run it here rather than elsewhere.
-    pub(crate) fn offer(&mut self, head: &Sequence, row: u32, steps: u64) -> Option<(u64, Found)> {
-        if self.budget.tokens == 0 || self.slots_free.is_empty() || self.is_still_blocked(head, steps) {
+    /// What this sub-group offers to `head`, the first that waits, in the step that is made after `steps` others; `None` when
+    /// it has no slot or too few blocks. What it has of the rows before `row` need not be computed.
+    pub(crate) fn offer(&mut self, head: &Sequence, row: u32, steps: u64) -> Option<Offer> {
+        if self.slots_free.is_empty() || self.is_still_blocked(head, steps) {
             return None;
         }
         let found = self.find(head, row);
         let held = KvGroup::ALL.map(|group| found.tables[group.index()].len());
-        let fits = self.fits(head.len(), held, [0, 0]);
-        if !fits || head.longest(found.start, self.budget.tokens, self.budget.logits) == 0 {
+        if !self.fits(head.len(), held, [0, 0]) {
             let idle = self.put_back(found);
-            self.blocked = (!fits).then_some(Blocked { rank: head.rank, step: steps, held, idle });
+            self.blocked = Some(Blocked { rank: head.rank, step: steps, held, idle });
             return None;
         }
         let running = u64::try_from(self.running.len()).expect("bounded by running_max");
         let prompts = u64::from(head.len() - found.start) + self.standing().tokens;
-        Some((prompts + RUNNING_WEIGHS_TOKENS * running, found))
+        let rows = head.longest(found.start, self.budget.tokens, self.budget.logits);
+        Some(Offer { cost: prompts + RUNNING_WEIGHS_TOKENS * running, rows, found })
     }
 
     /// What is known already of `sequence`, of its rows before `row`.

@@ -14,10 +14,11 @@
 use types::{Micros, Position};
 
 use crate::engine::{InFlight, STEPS_IN_FLIGHT_MAX, flight_index};
+use crate::group::Offer;
 use crate::plan::SequenceEntry;
 use crate::rank::Rank;
 use crate::sabotage::Sabotage;
-use crate::sequence::{Found, Leaving, Sequence};
+use crate::sequence::{Leaving, Sequence};
 use crate::{Effect, Engine, Finish, KvGroup, RowWork, Step};
 
 impl Engine {
@@ -114,41 +115,48 @@ impl Engine {
     fn admit_waiting(&mut self, step: &mut Step, effects: &mut Vec<Effect>) {
         // Sequences that will find their prompt computed by another one of their request are passed over.
         while let Some(rank) = self.waiting.values().find(|one| one.held_by.is_none()).map(|head| head.rank) {
-            let Some((at, found)) = self.choose(rank) else { return };
+            let Some((at, Offer { rows, found, .. })) = self.choose(rank) else { return };
             let mut sequence = self.waiting.remove(&rank).expect("it was just looked at");
             self.waiting_tokens -= u64::from(sequence.len());
             sequence.start(found.start);
             effects.push(Effect::Started { seq: sequence.id, cached_tokens: found.start });
             let group = &mut self.groups[at];
-            let wanted = sequence.longest(found.start, group.budget.tokens, group.budget.logits);
             let room = group.kv.room(&found.tables, found.start);
             let slot = group.slots_free.pop().expect("a sub-group without one makes no offer");
             group.start(sequence, slot, found);
             let index = group.running.len() - 1;
-            self.place((at, index), wanted.min(room), 0, step);
+            self.place((at, index), rows.min(room), 0, step);
             self.groups[at].stand(index);
         }
     }
 
-    /// The sub-group where the waiting sequence at `rank` costs least, and what was found of it there; `None` when it can
-    /// start nowhere.
-    fn choose(&mut self, rank: Rank) -> Option<(usize, Found)> {
+    /// The sub-group where the waiting sequence at `rank` costs least, and what it offers; `None` when the sequence can
+    /// start nowhere, or had better wait for the next step: one sub-group knows much of its prompt and has no row left.
+    fn choose(&mut self, rank: Rank) -> Option<(usize, Offer)> {
+        if self.groups.iter().all(|group| group.budget.tokens == 0) {
+            return None;
+        }
         let head = &self.waiting[&rank];
         // At least one row must be computed, and so must every row whose logits are wanted.
         let row = match self.sabotage {
             Some(Sabotage::ReuseEveryBlock) => head.len(),
             _ => head.first_logit_row(),
         };
-        let mut best: Option<(u64, usize, Found)> = None;
+        let mut best: Option<(usize, Offer)> = None;
         for at in 0..self.groups.len() {
-            let Some((cost, found)) = self.groups[at].offer(head, row, self.steps) else { continue };
-            if best.as_ref().is_some_and(|best| best.0 <= cost) {
-                self.groups[at].put_back(found);
-            } else if let Some((_, worse, found)) = best.replace((cost, at, found)) {
-                self.groups[worse].put_back(found);
+            let Some(offer) = self.groups[at].offer(head, row, self.steps) else { continue };
+            if best.as_ref().is_some_and(|(_, best)| best.cost <= offer.cost) {
+                self.groups[at].put_back(offer.found);
+            } else if let Some((worse, offer)) = best.replace((at, offer)) {
+                self.groups[worse].put_back(offer.found);
             }
         }
-        best.map(|(_, at, found)| (at, found))
+        let (at, offer) = best?;
+        if offer.rows == 0 {
+            self.groups[at].put_back(offer.found);
+            return None;
+        }
+        Some((at, offer))
     }
 
     /// Adds the next `rows` rows of a sequence, given by its sub-group and its index there, to the step.

@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeMap;
 
 use engine::{Config, Effect, Input, SlotTables, Step};
-use support::{Driver, config, request};
+use support::{Driver, config, request, rows};
 use types::{SeqId, TokenId};
 
 fn groups(data_parallel: u32) -> Config {
@@ -66,6 +66,20 @@ fn a_known_prefix_draws_a_request_to_where_it_is() {
     }
     let placed = places(&config, &driver.step());
     assert_eq!((placed[&4], placed[&5]), (1, 1), "30 tokens do not");
+}
+
+#[test]
+fn a_request_waits_a_step_rather_than_compute_a_long_prompt_again_elsewhere() {
+    let config = Config { step_tokens_max: 8, context_tokens_max: 700, blocks: [400, 400], ..groups(2) };
+    let config = Config { waiting_tokens_max: 2000, window_keys: 600, logit_rows_max: 8, ..config };
+    let mut driver = Driver::new(config.clone());
+    driver.submit(1, request(1, 300, 1));
+    driver.run();
+    driver.submit(2, request(2, 12, 4));
+    driver.submit(3, request(1, 300, 4));
+    assert_eq!(rows(&driver.step()), [8], "the first takes all rows of the sub-group that knows the prompt");
+    let placed = places(&config, &driver.step());
+    assert_eq!((placed, driver.cached(3)), (BTreeMap::from([(2, 0), (3, 0)]), vec![296]));
 }
 
 #[test]
