@@ -7,7 +7,9 @@ use std::time::Instant;
 use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
-use proto::worker::{GenerateChunk, GenerateRequest, WatchRequest, WorkerState};
+use proto::worker::{
+    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, WatchRequest, WorkerState,
+};
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
@@ -61,6 +63,7 @@ impl Worker for Service {
         let generation = GenerationSpec::from(generation)
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
+        let key = request.key;
         let (sink, stream) = mpsc::channel(chunk::messages_max(request.prompt.len(), &generation));
         let request = engine::Request {
             options: options(&request)?,
@@ -69,8 +72,14 @@ impl Worker for Service {
             deadline: None,
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        self.inbox.submit(Submission { request, deadline, sink })?;
+        self.inbox.submit(Submission { request, deadline, sink, key })?;
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<CancelResponse>, Status> {
+        let CancelRequest { key, index } = request.into_inner();
+        self.inbox.cancel(key, index);
+        Ok(Response::new(CancelResponse {}))
     }
 }
 
