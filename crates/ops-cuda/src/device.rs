@@ -1,22 +1,25 @@
 //! One card as its owner thread uses it: the context, the stream all work goes through, the activations' arena, and
 //! the compiled kernels.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction, CUmodule, CUstream};
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaContext, result};
 use types::{Bytes, DType};
 
 use crate::arena::FreeList;
 use crate::cache::KernelCache;
+use crate::graph::Lanes;
 use crate::kernels::{Address, Params, Source};
 use crate::memory::DeviceBuffer;
 use crate::{Error, probe};
 
 /// The oldest compute capability whose instructions the kernels use.
 const OLDEST: (i32, i32) = (8, 0);
+/// Counters for launches whose last block has more to do: one for the router, the others for attention.
+const COUNTERS: usize = 8192;
 
 /// A card in use. Not `Send`: one thread owns it.
 #[derive(Debug)]
@@ -26,9 +29,12 @@ pub(crate) struct Device {
     pub(crate) free: RefCell<FreeList>,
     pub(crate) kernels: Kernels,
     pub(crate) multiprocessors: u32,
+    /// Counters of blocks that arrived, zero between launches.
+    counters: DeviceBuffer,
     cache: KernelCache,
     arch: String,
-    stream: Arc<CudaStream>,
+    lanes: Lanes,
+    lane: Cell<usize>,
     context: Arc<CudaContext>,
 }
 
@@ -47,21 +53,28 @@ impl Device {
             return Err(Error::UnsupportedCard { card, major: capability.0, minor: capability.1 });
         }
         let arch = arch(capability);
-        let stream = context.new_stream().map_err(Error::driver("cuStreamCreate"))?;
+        context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
+        let lanes = Lanes::new()?;
         let count = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         let multiprocessors = count.map_err(Error::driver("cuDeviceGetAttribute"))?;
         let kernels = Kernels::load(dtype, &arch, &cache)?;
         let arena_bytes = usize::try_from(arena.0).unwrap_or(usize::MAX);
-        Ok(Self {
+        let counters = DeviceBuffer::new("counters", COUNTERS * size_of::<u32>())?;
+        let device = Self {
             arena: DeviceBuffer::new("activations", arena_bytes)?,
             free: RefCell::new(FreeList::new(arena.0)),
             kernels,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
+            counters,
             cache,
             arch,
-            stream,
+            lanes,
+            lane: Cell::new(0),
             context,
-        })
+        };
+        device.zero(device.counters.address(), COUNTERS * size_of::<u32>())?;
+        device.synchronize()?;
+        Ok(device)
     }
 
     pub(crate) fn name(&self) -> Result<String, Error> {
@@ -78,11 +91,49 @@ impl Device {
     }
 
     pub(crate) fn stream(&self) -> CUstream {
-        self.stream.cu_stream()
+        self.lanes.stream(self.lane.get())
+    }
+
+    pub(crate) const fn lanes(&self) -> &Lanes {
+        &self.lanes
+    }
+
+    /// What is queued from here on goes beside what follows [`Device::other_lane`], until [`Device::join`].
+    pub(crate) fn fork(&self) -> Result<(), Error> {
+        self.lanes.follow(1)?;
+        self.free.borrow_mut().hold();
+        self.lane.set(1);
+        Ok(())
+    }
+
+    pub(crate) fn other_lane(&self) {
+        self.lane.set(0);
+    }
+
+    /// Nothing without a fork.
+    pub(crate) fn join(&self) -> Result<(), Error> {
+        if self.free.borrow().is_held() {
+            self.lanes.follow(0)?;
+        }
+        self.alone();
+        Ok(())
+    }
+
+    /// Back to one lane, whatever was begun.
+    pub(crate) fn alone(&self) {
+        self.lane.set(0);
+        self.free.borrow_mut().release();
+    }
+
+    /// The first of `count` counters from number `first` on, if there are as many.
+    pub(crate) fn counters(&self, first: usize, count: usize) -> Option<Address> {
+        let end = first.checked_add(count)?;
+        (end <= COUNTERS).then(|| self.counters.address() + (first * size_of::<u32>()) as u64)
     }
 
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
-        self.stream.synchronize().map_err(Error::driver("cuStreamSynchronize"))
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::synchronize(self.stream()) }.map_err(Error::driver("cuStreamSynchronize"))
     }
 
     /// Copies `from` to the device after what was launched before, and waits.
@@ -167,7 +218,7 @@ pub(crate) struct Function(CUfunction);
 
 impl Function {
     /// Allows `bytes` of dynamic shared memory.
-    fn allow_shared(self, bytes: u32) -> Result<(), Error> {
+    pub(crate) fn allow_shared(self, bytes: u32) -> Result<(), Error> {
         use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SIZE;
         let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
         // SAFETY: the function belongs to a loaded module.
@@ -204,6 +255,14 @@ impl Drop for Module {
     }
 }
 
+/// Bytes of shared memory of the few-row tiles: what eight warps summed of `outs` times `rows` numbers.
+pub(crate) const fn tiles_shared(outs: u32, rows: u32) -> u32 {
+    8 * outs * rows * 4
+}
+
+/// Bytes of shared memory of the warpgroup tiles: four stages of (128 + 256) × 64 bf16, and room to align them.
+pub(crate) const WIDE_SHARED: u32 = 4 * (128 + 256) * 64 * 2 + 1024;
+
 /// Bytes of shared memory of the tensor-core tiles: three stages of (rows + columns) × 64 bf16.
 pub(crate) const fn gemm_shared(tile: u32) -> u32 {
     3 * 2 * tile * 64 * 2
@@ -222,14 +281,55 @@ pub(crate) struct Kernels {
     /// For 1, 2, 4 and 8 rows.
     pub(crate) skinny: [Function; 4],
     pub(crate) skinny_unaligned: Function,
+    pub(crate) residual_norm: Function,
+    pub(crate) largest: Function,
     pub(crate) route: Function,
+    pub(crate) router: Function,
     pub(crate) expert_up: Function,
     pub(crate) expert_down: Function,
     pub(crate) group_pairs: Function,
     pub(crate) combine: Function,
-    /// Tiles of 64 and of 128; bf16 alone has them.
-    pub(crate) gemm: Option<[Function; 2]>,
+    /// bf16 alone has them.
+    pub(crate) tiles: Option<Tiles>,
     _modules: Vec<Module>,
+}
+
+/// Products on the tensor cores.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tiles {
+    /// Tiles of 64 and of 128.
+    pub(crate) gemm: [Function; 2],
+    /// Plain, and gated; Hopper alone has them.
+    pub(crate) wide: Option<[Function; 2]>,
+    /// For 8, 16, 32 and 64 rows.
+    pub(crate) skinny: [Function; 4],
+    pub(crate) expert_up: Function,
+    pub(crate) expert_down: Function,
+}
+
+impl Tiles {
+    fn load(gemm: &Module, skinny: &Module, experts: &Module, arch: &str) -> Result<Self, Error> {
+        let wide = match arch {
+            "sm_90a" => Some([gemm.function("gemm_wide_plain")?, gemm.function("gemm_wide_gated")?]),
+            _ => None,
+        };
+        for function in wide.into_iter().flatten() {
+            function.allow_shared(WIDE_SHARED)?;
+        }
+        let gemm = [gemm.function("gemm64")?, gemm.function("gemm128")?];
+        gemm[0].allow_shared(gemm_shared(64))?;
+        gemm[1].allow_shared(gemm_shared(128))?;
+        let skinny = [
+            skinny.function("tiles8")?,
+            skinny.function("tiles16")?,
+            skinny.function("tiles32")?,
+            skinny.function("tiles64")?,
+        ];
+        skinny[3].allow_shared(tiles_shared(32, 64))?;
+        let (expert_up, expert_down) =
+            (experts.function("expert_up_tiles")?, experts.function("expert_down_tiles")?);
+        Ok(Self { gemm, wide, skinny, expert_up, expert_down })
+    }
 }
 
 impl Kernels {
@@ -241,13 +341,8 @@ impl Kernels {
             DType::BF16 => Some(Module::load(&Source::gemm(), arch, cache)?),
             DType::F32 => None,
         };
-        let gemm = match &tiles {
-            Some(tiles) => {
-                let functions = [tiles.function("gemm64")?, tiles.function("gemm128")?];
-                functions[0].allow_shared(gemm_shared(64))?;
-                functions[1].allow_shared(gemm_shared(128))?;
-                Some(functions)
-            }
+        let functions = match &tiles {
+            Some(gemm) => Some(Tiles::load(gemm, &skinny, &experts, arch)?),
             None => None,
         };
         Ok(Self {
@@ -258,6 +353,8 @@ impl Kernels {
             gather: rows.function("gather")?,
             norm: rows.function("norm_rows")?,
             fill: rows.function("fill")?,
+            residual_norm: rows.function("residual_norm")?,
+            largest: rows.function("largest")?,
             skinny: [
                 skinny.function("skinny1")?,
                 skinny.function("skinny2")?,
@@ -266,11 +363,12 @@ impl Kernels {
             ],
             skinny_unaligned: skinny.function("skinny_unaligned")?,
             route: experts.function("route")?,
+            router: experts.function("router")?,
             expert_up: experts.function("expert_up")?,
             expert_down: experts.function("expert_down")?,
             group_pairs: experts.function("group_pairs")?,
             combine: experts.function("combine")?,
-            gemm,
+            tiles: functions,
             _modules: [rows, skinny, experts].into_iter().chain(tiles).collect(),
         })
     }

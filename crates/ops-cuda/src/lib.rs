@@ -17,10 +17,13 @@ mod comm;
 mod device;
 mod error;
 mod experts;
+mod graph;
+mod idle;
 mod kernels;
 mod memory;
 mod nvrtc;
 mod probe;
+mod products;
 mod step;
 mod tensor;
 

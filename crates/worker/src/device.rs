@@ -8,7 +8,7 @@ use model::{Model, ModelConfig, ShardPlan};
 use ops::{Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
-use types::{Bytes, TpSize};
+use types::{Bytes, TokenId, TpSize};
 
 use crate::{Config, Device, Error};
 
@@ -108,6 +108,14 @@ impl RankModel {
         match self {
             Self::Cpu(model) => model.step(batch, sink),
             Self::Cuda(model) => model.step(batch, sink),
+        }
+    }
+
+    /// As [`Model::most_likely`].
+    pub(crate) fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, model::Error> {
+        match self {
+            Self::Cpu(model) => model.most_likely(batch),
+            Self::Cuda(model) => model.most_likely(batch),
         }
     }
 

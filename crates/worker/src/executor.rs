@@ -32,6 +32,11 @@ impl Executor {
     pub(crate) fn lead(&mut self, plan: &StepPlan, work: &[RowWork]) -> Result<Vec<RowOutput>, Error> {
         self.prepare(plan)?;
         assert_eq!(work.len(), self.batch.logit_rows.len(), "each logit row has work");
+        if work.iter().all(|row| takes_the_most_likely(&row.purpose)) {
+            let tokens = self.model.most_likely(&self.batch)?;
+            let output = |token| RowOutput::Sampled { token, logprob: None };
+            return Ok(tokens.into_iter().map(|token| token.map_or(RowOutput::NotANumber, output)).collect());
+        }
         let vocab = self.model.config().vocab_size;
         let mut outputs = Vec::with_capacity(work.len());
         self.model.step(&self.batch, |first, logits| {
@@ -66,6 +71,17 @@ impl Executor {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether the most likely token is all that a row's logits are for.
+fn takes_the_most_likely(purpose: &RowPurpose) -> bool {
+    match purpose {
+        RowPurpose::Sample { params, rules, banned, logprobs, stream, position, .. } => {
+            let draw = Draw { params, rules, stream: *stream, position: *position, banned };
+            logprobs.is_none() && draw.is_greedy()
+        }
+        RowPurpose::PromptLogprob { .. } => false,
     }
 }
 
