@@ -36,32 +36,36 @@ __device__ __forceinline__ u64 cached(const u32* tables, u32 sequence, u32 posit
     return (((u64)block * heads + head) * block_tokens + position % block_tokens) * D;
 }
 
-// A block per (row, head of q, k or v), a thread per pair of numbers.
+// A block per row and some of its heads (of q, k and v), a thread per pair of numbers: the angle is the same in all.
 extern "C" __global__ void append(const AppendParams p) {
-    u32 row = blockIdx.x, head = blockIdx.y;
-    u32 heads = p.query_heads + 2 * p.kv_heads;
+    u32 row = blockIdx.x, heads = p.query_heads + 2 * p.kv_heads;
+    await_inputs();
     u32 position = p.position[row];
     if (position == PADDING) return;
-    bool turned = p.rope && head < p.query_heads + p.kv_heads;
-    T* to;
-    if (head < p.query_heads) {
-        to = p.q + ((u64)row * p.query_heads + head) * D;
-    } else {
-        u32 kv = (head - p.query_heads) % p.kv_heads;
-        T* plane = head < p.query_heads + p.kv_heads ? p.keys : p.values;
-        to = plane + cached(p.tables, p.sequence[row], position, p.block_tokens, p.kv_heads, kv);
-    }
     for (u32 i = threadIdx.x; i < D / 2; i += blockDim.x) {
-        u64 at = ((u64)row * heads + head) * D + 2 * i;
-        float a = either(p.qkv, p.qkv_f32, at), b = either(p.qkv, p.qkv_f32, at + 1);
-        if (turned) {
-            float sine, cosine;
+        float sine = 0.0f, cosine = 1.0f;
+        if (p.rope) {
             sincosf((float)position * p.turns[i], &sine, &cosine);
             sine = rounded(sine), cosine = rounded(cosine);
-            float x = a * cosine - b * sine, y = b * cosine + a * sine;
-            a = x, b = y;
         }
-        to[2 * i] = narrow(a), to[2 * i + 1] = narrow(b);
+#pragma unroll 4
+        for (u32 head = blockIdx.y; head < heads; head += gridDim.y) {
+            T* to;
+            if (head < p.query_heads) {
+                to = p.q + ((u64)row * p.query_heads + head) * D;
+            } else {
+                u32 kv = (head - p.query_heads) % p.kv_heads;
+                T* plane = head < p.query_heads + p.kv_heads ? p.keys : p.values;
+                to = plane + cached(p.tables, p.sequence[row], position, p.block_tokens, p.kv_heads, kv);
+            }
+            u64 at = ((u64)row * heads + head) * D + 2 * i;
+            float a = either(p.qkv, p.qkv_f32, at), b = either(p.qkv, p.qkv_f32, at + 1);
+            if (p.rope && head < p.query_heads + p.kv_heads) {
+                float x = a * cosine - b * sine, y = b * cosine + a * sine;
+                a = x, b = y;
+            }
+            to[2 * i] = narrow(a), to[2 * i + 1] = narrow(b);
+        }
     }
 }
 

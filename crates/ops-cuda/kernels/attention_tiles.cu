@@ -108,6 +108,21 @@ __device__ __forceinline__ void meet(const AttendParams& p, const u32 (*q)[4], u
     }
 }
 
+template <int COUNT>
+__device__ __forceinline__ void fresh_numbers(const float* at, float* out) {
+    if (COUNT == 4) {
+        asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                     : "=f"(out[0]), "=f"(out[1]), "=f"(out[2 % COUNT]), "=f"(out[3 % COUNT])
+                     : "l"(at)
+                     : "memory");
+    } else {
+        asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(out[0]), "=f"(out[1]) : "l"(at) : "memory");
+    }
+}
+
+// Ranges whose sums a merging lane asks for at once.
+#define MERGED 16
+
 // Merges the ranges of one row's heads: a warp per head.
 __device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 group) {
     constexpr int COUNT = D / WARP;
@@ -120,17 +135,26 @@ __device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 
         for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, step));
         float weight = lane < p.ranges ? exp2f(own - most) : 0.0f;
         float total = warp_sum(lane < p.ranges ? fresh(stats + 1) * weight : 0.0f);
+        // A lane has COUNT neighbouring numbers, and many ranges on their way at once.
         float sums[COUNT] = {};
-        const float* parts = p.parts + part_of(p, blockIdx.z, head, 0) * D + lane;
-#pragma unroll 8
-        for (u32 r = 0; r < p.ranges; r++) {
-            float factor = __shfl_sync(ALL, weight, r);
+        const float* parts = p.parts + part_of(p, blockIdx.z, head, 0) * D + lane * COUNT;
+#pragma unroll 1
+        for (u32 first = 0; first < p.ranges; first += MERGED) {
+            float held[MERGED][COUNT];
 #pragma unroll
-            for (int i = 0; i < COUNT; i++) sums[i] = fmaf(fresh(parts + (u64)r * GROUP * D + i * WARP), factor, sums[i]);
+            for (u32 i = 0; i < MERGED; i++) fresh_numbers<COUNT>(parts + (u64)min(first + i, p.ranges - 1) * GROUP * D, held[i]);
+#pragma unroll
+            for (u32 i = 0; i < MERGED; i++) {
+                // Past the last range the weight is zero.
+                float factor = __shfl_sync(ALL, weight, (first + i) % WARP);
+                if (first + i >= p.ranges) factor = 0.0f;
+#pragma unroll
+                for (int n = 0; n < COUNT; n++) sums[n] = fmaf(held[i][n], factor, sums[n]);
+            }
         }
-        T* out = p.out + ((u64)row * p.query_heads + head) * D + lane;
+        T* out = p.out + ((u64)row * p.query_heads + head) * D + lane * COUNT;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) out[i * WARP] = narrow(total > 0.0f ? sums[i] / total : 0.0f);
+        for (int i = 0; i < COUNT; i++) out[i] = narrow(total > 0.0f ? sums[i] / total : 0.0f);
     }
 }
 
@@ -142,6 +166,7 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, c = lane % 4, h = lane / 4;
     u32 range = blockIdx.x, group = blockIdx.y, row = p.singles[blockIdx.z];
     u32 kv = group * GROUP / (p.query_heads / p.kv_heads);
+    await_inputs();
     u32 end = p.position[row] + 1, sequence = p.sequence[row];
     u32 start = p.window && end > p.window ? end - p.window : 0;
     u32 each = ((end - start + p.ranges - 1) / p.ranges + KEYS - 1) / KEYS * KEYS;
@@ -255,42 +280,51 @@ struct Tile {
     float total[2];
 };
 
-// scores to weights, against the running largest score; `out` and `total` shrink with it.
+__device__ __forceinline__ float power_of_two(float v) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+}
+
+// scores to weights, against the running largest score (before scaling); `out` and `total` shrink with it. `Masked`: not
+// every pair sees all of these keys.
+template <class Masked>
 __device__ __forceinline__ void soften(float (*scores)[4], u32 first, const Prompt& prompt, u32 pair, Tile& tile) {
     const float scale = rsqrtf((float)D) * 1.4426950408889634f;
     u32 c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        Seen seen = prompt.seen(pair + 8 * i);
-        bool all = seen.start <= first && seen.end >= first + STEP_KEYS;
         float most = tile.most[i];
+        Seen seen = Masked::value ? prompt.seen(pair + 8 * i) : Seen{0, 0};
 #pragma unroll
         for (int j = 0; j < STEP_KEYS / 8; j++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                u32 key = first + j * 8 + 2 * c + e;
-                bool sees = all || (key >= seen.start && key < seen.end);
-                scores[j][i * 2 + e] = sees ? scores[j][i * 2 + e] * scale : LOWEST;
-                most = fmaxf(most, scores[j][i * 2 + e]);
+                float& score = scores[j][i * 2 + e];
+                if (Masked::value) {
+                    u32 key = first + j * 8 + 2 * c + e;
+                    score = key >= seen.start && key < seen.end ? score : LOWEST;
+                }
+                most = fmaxf(most, score);
             }
         }
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
-        float shrink = exp2f(tile.most[i] - most);
+        float shrink = power_of_two((tile.most[i] - most) * scale);
         tile.most[i] = most;
-        tile.total[i] *= shrink;
         // Where nothing was seen yet, every score is the lowest one, and none may count.
-        float offset = most > LOWEST / 2 ? most : 0.0f;
+        float offset = most > LOWEST / 2 ? -most * scale : 0.0f, total = tile.total[i] * shrink;
 #pragma unroll
         for (int j = 0; j < STEP_KEYS / 8; j++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float weight = exp2f(scores[j][i * 2 + e] - offset);
+                float weight = power_of_two(fmaf(scores[j][i * 2 + e], scale, offset));
                 scores[j][i * 2 + e] = weight;
-                tile.total[i] += weight;
+                total += weight;
             }
         }
-        if (shrink != 1.0f) {
+        tile.total[i] = total;
+        if (__any_sync(ALL, shrink != 1.0f)) {
 #pragma unroll
             for (int n = 0; n < D / 8; n++) tile.out[n][i * 2] *= shrink, tile.out[n][i * 2 + 1] *= shrink;
         }
@@ -298,6 +332,7 @@ __device__ __forceinline__ void soften(float (*scores)[4], u32 first, const Prom
 }
 
 // One step: the keys and values of `stage` against a warp's pairs, whose queries are in shared memory from `queries` on.
+template <class Masked>
 __device__ __forceinline__ void meet_stage(u32 queries, u32 stage, u32 first, const Prompt& prompt, Tile* tiles) {
     u32 lane = threadIdx.x % WARP, pair = threadIdx.x / WARP * PAIR_TILES * 16 + lane / 4;
     float scores[PAIR_TILES][STEP_KEYS / 8][4] = {};
@@ -318,7 +353,7 @@ __device__ __forceinline__ void meet_stage(u32 queries, u32 stage, u32 first, co
         }
     }
 #pragma unroll
-    for (int m = 0; m < PAIR_TILES; m++) soften(scores[m], first, prompt, pair + m * 16, tiles[m]);
+    for (int m = 0; m < PAIR_TILES; m++) soften<Masked>(scores[m], first, prompt, pair + m * 16, tiles[m]);
 #pragma unroll
     for (int k = 0; k < STEP_KEYS / 16; k++) {
         u32 weights[PAIR_TILES][4];
@@ -359,11 +394,21 @@ extern "C" __global__ void __launch_bounds__(PROMPT_THREADS) attend_prompt(const
         const T* q = p.q + ((u64)(first_row + row) * p.query_heads + group * GROUP + pair % GROUP) * D + i % PIECES * 8;
         copy16(queries + piece(pair, i % PIECES), q, true);
     }
-    auto fetch = [&](u32 first, u32 stage) {
+    // Where the keys of a step lie is looked up once for all, a step before they are asked for.
+    __shared__ u32 slots[2][STEP_KEYS];
+    auto look_up = [&](u32 first, u32 turn) {
+        for (u32 i = threadIdx.x; i < STEP_KEYS; i += PROMPT_THREADS) {
+            u32 key = min(first + i, high - 1);
+            slots[turn][i] = (u32)(cached(p.tables, sequence, key, p.block_tokens, p.kv_heads, kv) / D);
+        }
+    };
+    auto fetch = [&](u32 first, u32 turn) {
+        u32 stage = stages + turn * 2 * PLANE_BYTES;
+#pragma unroll 4
         for (u32 i = threadIdx.x; i < STEP_KEYS * PIECES; i += PROMPT_THREADS) {
-            u32 key = first + i / PIECES, to_byte = piece(i / PIECES, i % PIECES);
-            bool here = key < high;
-            u64 at = cached(p.tables, sequence, here ? key : low, p.block_tokens, p.kv_heads, kv) + i % PIECES * 8;
+            u32 to_byte = piece(i / PIECES, i % PIECES);
+            bool here = first + i / PIECES < high;
+            u64 at = (u64)slots[turn][i / PIECES] * D + i % PIECES * 8;
             copy16(stage + to_byte, p.keys + at, here);
             copy16(stage + PLANE_BYTES + to_byte, p.values + at, here);
         }
@@ -373,17 +418,32 @@ extern "C" __global__ void __launch_bounds__(PROMPT_THREADS) attend_prompt(const
     const Prompt prompt = {position, rows, p.window, high};
 #pragma unroll
     for (int m = 0; m < PAIR_TILES; m++) tiles[m].most[0] = tiles[m].most[1] = LOWEST;
-    if (low < high) fetch(low, stages);
+    const float scale = rsqrtf((float)D) * 1.4426950408889634f;
+    u32 own = queries + warp * PAIR_TILES * 16 * D * 2;
+    // From the second limit on some pair does not see a key; before the first some pair no longer does.
+    u32 last = position + rows, all_from = p.window && last > p.window ? last - p.window : 0, all_to = min(position + 1, high);
+    if (low < high) {
+        look_up(low, 0);
+        look_up(low + STEP_KEYS, 1);
+        __syncthreads();
+        fetch(low, 0);
+    }
     u32 turn = 0;
     for (u32 first = low; first < high; first += STEP_KEYS, turn ^= 1) {
         if (first + STEP_KEYS < high) {
-            fetch(first + STEP_KEYS, stages + (turn ^ 1) * 2 * PLANE_BYTES);
+            fetch(first + STEP_KEYS, turn ^ 1);
             asm volatile("cp.async.wait_group 1;");
         } else {
             asm volatile("cp.async.wait_group 0;");
         }
         __syncthreads();
-        meet_stage(queries + warp * PAIR_TILES * 16 * D * 2, stages + turn * 2 * PLANE_BYTES, first, prompt, tiles);
+        if (first + 2 * STEP_KEYS < high) look_up(first + 2 * STEP_KEYS, turn);
+        u32 stage = stages + turn * 2 * PLANE_BYTES;
+        if (rows == TILE_ROWS && first >= all_from && first + STEP_KEYS <= all_to) {
+            meet_stage<No>(own, stage, first, prompt, tiles);
+        } else {
+            meet_stage<Yes>(own, stage, first, prompt, tiles);
+        }
         __syncthreads();
     }
 #pragma unroll
@@ -398,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(PROMPT_THREADS) attend_prompt(const
             u32 head = group * GROUP + pair % GROUP, at = first_row + pair / GROUP;
             if (p.ranges > 1) {
                 u64 part = part_of(p, tile * TILE_ROWS + pair / GROUP, head, range);
-                if (c == 0) stats_of(p, part)[0] = tiles[m].most[i], stats_of(p, part)[1] = total;
+                if (c == 0) stats_of(p, part)[0] = max(tiles[m].most[i] * scale, LOWEST), stats_of(p, part)[1] = total;
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
                     *(float2*)(p.parts + part * D + n * 8 + 2 * c) = make_float2(tiles[m].out[n][i * 2], tiles[m].out[n][i * 2 + 1]);

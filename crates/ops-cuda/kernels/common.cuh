@@ -143,3 +143,11 @@ __device__ __forceinline__ bool last_to_arrive(u32* counter, u32 count) {
     if (last) __threadfence();
     return last;
 }
+
+// A kernel that is launched while the one before it in the stream still ends (programmatic dependent launch) reads what
+// others wrote only after this. Every block calls it.
+__device__ __forceinline__ void await_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -49,6 +49,9 @@ __device__ __forceinline__ void choose(const RouteParams& p, u32 row, Load load)
         u32 e = i * WARP + lane;
         keys[i] = e < p.count ? rank_key(load(e), e) : 0;
     }
+    // Choice i stays with lane i % 32 until the total is known.
+    u32 chosen[2] = {};
+    float scores[2] = {};
     for (u32 i = 0; i < p.top_k; i++) {
         u64 best = 0;
 #pragma unroll
@@ -59,28 +62,35 @@ __device__ __forceinline__ void choose(const RouteParams& p, u32 row, Load load)
             u64 key = rank_key(load(e), e);
             if (key < before && key > best) best = key;
         }
-#pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL, best, step));
-        before = best;
-        u32 expert = ~(u32)best;
-        float logit = load(expert);
+        u32 top = __reduce_max_sync(ALL, (u32)(best >> 32));
+        u32 rest = __reduce_max_sync(ALL, (u32)(best >> 32) == top ? (u32)best : 0);
+        before = (u64)top << 32 | rest;
+        float logit = __uint_as_float(top & 0x80000000u ? top ^ 0x80000000u : ~top);
         if (i == 0) most = logit;
         float score = p.softmax ? expf(logit - most) : sigmoid(logit);
         total += score;
-        if (lane == 0) {
-            p.experts[(u64)row * p.top_k + i] = expert;
-            p.weights[(u64)row * p.top_k + i] = score;
+        if (lane == i % WARP) {
+            if (i < WARP) {
+                chosen[0] = ~rest, scores[0] = score;
+            } else {
+                chosen[1] = ~rest, scores[1] = score;
+            }
         }
     }
-    if (!p.softmax && !p.renormalize) return;
-    __syncwarp();
     // Logistic functions of very negative logits can all be almost zero; the guard is the reference ports' own.
-    total = fmaxf(total, 1e-12f);
-    for (u32 i = lane; i < p.top_k; i += WARP) p.weights[(u64)row * p.top_k + i] /= total;
+    float divisor = p.softmax || p.renormalize ? fmaxf(total, 1e-12f) : 1.0f;
+#pragma unroll
+    for (u32 n = 0; n < 2; n++) {
+        u32 i = n * WARP + lane;
+        if (i >= p.top_k) continue;
+        p.experts[(u64)row * p.top_k + i] = chosen[n];
+        p.weights[(u64)row * p.top_k + i] = scores[n] / divisor;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
     u32 row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    await_inputs();
     if (row >= p.rows) return;
     const T* logits = p.logits + (u64)row * p.count;
     choose(p, row, [&](u32 e) { return widen(logits[e]); });
@@ -101,6 +111,7 @@ struct RouterParams {
 extern "C" __global__ void __launch_bounds__(128) router(const RouterParams p) {
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rows = p.route.rows;
     u32 expert = blockIdx.x * (blockDim.x / WARP) + warp;
+    await_inputs();
     if (expert < p.route.count) {
         const T* w = p.w + (u64)expert * p.hidden;
         float sums[ROUTER_ROWS] = {};
@@ -153,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(128) expert_up(const ExpertUpParams
     u32 lane = threadIdx.x % WARP;
     u32 i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     u32 pair = blockIdx.y;
+    await_inputs();
     u32 expert = p.experts[pair] - p.first;
     if (i >= p.inter || p.experts[pair] < p.first || expert >= p.local) return;
     const T* x = p.x + (u64)(pair / p.top_k) * p.hidden;
@@ -213,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(128) expert_down(const ExpertDownPa
     __shared__ u32 experts[CHOICES_MAX];
     u32 lane = threadIdx.x % WARP, row = blockIdx.y;
     u32 h = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    await_inputs();
     if (threadIdx.x < p.top_k) {
         u32 expert = p.experts[row * p.top_k + threadIdx.x];
         bool own = expert >= p.first && expert - p.first < p.local;
@@ -335,6 +348,7 @@ __device__ __forceinline__ void up_pairs(const ExpertUpParams& p, u32 expert, u3
 extern "C" __global__ void __launch_bounds__(128) expert_up_tiles(const ExpertUpParams p) {
     __shared__ u32 found[PAIRS_MAX];
     u32 expert = blockIdx.y, i = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * 8;
+    await_inputs();
     u32 count = find_pairs(p.experts, p.pairs, expert + p.first, found);
     if (count == 0 || i >= p.inter) return;
     if (count <= 8) return up_pairs<1>(p, expert, i, found, count);
@@ -379,6 +393,7 @@ __device__ __forceinline__ void down_pairs(const ExpertDownTilesParams& p, u32 e
 extern "C" __global__ void __launch_bounds__(128) expert_down_tiles(const ExpertDownTilesParams p) {
     __shared__ u32 found[PAIRS_MAX];
     u32 expert = blockIdx.y, h = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * 16;
+    await_inputs();
     u32 count = find_pairs(p.experts, p.pairs, expert + p.first, found);
     if (count == 0 || h >= p.hidden) return;
     if (count <= 8) return down_pairs<1>(p, expert, h, found, count);
@@ -400,6 +415,24 @@ struct GroupParams {
 
 #define NO_PAIR 0xffffffffu
 
+// The pairs of this rank's experts, as many on their way at once as a thread can hold.
+template <class Each>
+__device__ __forceinline__ void for_each_pair(const GroupParams& p, Each each) {
+    constexpr u32 FLIGHT_PAIRS = 16;
+    for (u32 first = threadIdx.x; first < p.pairs; first += FLIGHT_PAIRS * blockDim.x) {
+        u32 experts[FLIGHT_PAIRS];
+#pragma unroll
+        for (u32 i = 0; i < FLIGHT_PAIRS; i++) {
+            u32 pair = first + i * blockDim.x;
+            experts[i] = pair < p.pairs ? p.experts[pair] : NONE;
+        }
+#pragma unroll
+        for (u32 i = 0; i < FLIGHT_PAIRS; i++) {
+            if (experts[i] >= p.first && experts[i] - p.first < p.local) each(experts[i] - p.first, first + i * blockDim.x);
+        }
+    }
+}
+
 // Pairs by expert, one block: counts in shared memory, offsets by one thread, then a scatter. The order inside an
 // expert varies from run to run; every pair is computed by itself, so results do not.
 extern "C" __global__ void __launch_bounds__(1024) group_pairs(const GroupParams p) {
@@ -407,30 +440,24 @@ extern "C" __global__ void __launch_bounds__(1024) group_pairs(const GroupParams
     u32 *counts = shared, *starts = shared + p.local;
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) counts[e] = 0;
     __syncthreads();
-    for (u32 pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
-        u32 expert = p.experts[pair] - p.first;
-        if (p.experts[pair] >= p.first && expert < p.local) atomicAdd(&counts[expert], 1u);
-    }
+    for_each_pair(p, [&](u32 expert, u32) { atomicAdd(&counts[expert], 1u); });
     __syncthreads();
     if (threadIdx.x == 0) {
         u32 tile = 0;
         for (u32 e = 0; e < p.local; e++) {
             starts[e] = tile * p.tile;
-            u32 end = tile + (counts[e] + p.tile - 1) / p.tile;
-            for (; tile < end; tile++) p.tile_expert[tile] = e;
+            tile += (counts[e] + p.tile - 1) / p.tile;
         }
         *p.tiles = tile;
     }
     __syncthreads();
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) {
+        for (u32 i = 0; i * p.tile < counts[e]; i++) p.tile_expert[starts[e] / p.tile + i] = e;
         u32 end = (counts[e] + p.tile - 1) / p.tile * p.tile;
         for (u32 slot = counts[e]; slot < end; slot++) p.sorted[starts[e] + slot] = NO_PAIR;
     }
     __syncthreads();
-    for (u32 pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
-        u32 expert = p.experts[pair] - p.first;
-        if (p.experts[pair] >= p.first && expert < p.local) p.sorted[atomicAdd(&starts[expert], 1u)] = pair;
-    }
+    for_each_pair(p, [&](u32 expert, u32 pair) { p.sorted[atomicAdd(&starts[expert], 1u)] = pair; });
 }
 
 struct CombineParams {
@@ -447,6 +474,7 @@ struct CombineParams {
 // out[t] = Σ weight · y[pair], in the order of the choices.
 extern "C" __global__ void __launch_bounds__(256) combine(const CombineParams p) {
     u32 row = blockIdx.x, h = blockIdx.y * blockDim.x + threadIdx.x;
+    await_inputs();
     if (h < p.hidden) {
         float sum = 0.0f;
         for (u32 i = 0; i < p.top_k; i++) {

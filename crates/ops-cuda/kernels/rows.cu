@@ -203,6 +203,14 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) residual_norm(const R
     u32 vectors = p.width / VECTOR;
     float values[KEPT][VECTOR] = {};
     float sum = 0.0f, squares = 0.0f, mean = 0.0f;
+    // Weights are there before anything else is.
+    uint4 weights[KEPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        u32 at = threadIdx.x + i * NORM_THREADS;
+        weights[i] = at < vectors ? load16(p.weight + at * VECTOR) : make_uint4(0, 0, 0, 0);
+    }
+    await_inputs();
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         u32 at = threadIdx.x + i * NORM_THREADS;
@@ -249,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) residual_norm(const R
         u32 at = threadIdx.x + i * NORM_THREADS;
         if (at >= vectors) continue;
         float weight[VECTOR];
-        unpack(load16(p.weight + at * VECTOR), weight);
+        unpack(weights[i], weight);
         union {
             T parts[VECTOR];
             uint4 all;

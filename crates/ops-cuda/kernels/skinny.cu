@@ -49,6 +49,7 @@ __device__ __forceinline__ void skinny(const SkinnyParams& p) {
     u32 lane = threadIdx.x % WARP;
     u32 out = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * OUTS;
     u32 row = blockIdx.y * ROWS;
+    await_inputs();
     if (out >= p.outs) return;
     const T *w[OUTS], *x[ROWS];
     // A row beyond the end repeats the last one; its sum is not stored.
@@ -81,6 +82,7 @@ __device__ __forceinline__ void skinny_tiles(const SkinnyParams& p) {
     extern __shared__ float partial[];
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, c = lane % 4;
     u32 first_out = blockIdx.x * OUTS * 16, first_row = blockIdx.y * NT * 8;
+    await_inputs();
     const T *w[OUTS][2], *x[NT];
     // Rows beyond the end repeat the last one; their sums are not stored.
 #pragma unroll
@@ -162,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(128) skinny_unaligned(const SkinnyP
     u32 lane = threadIdx.x % WARP;
     u32 out = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     u32 row = blockIdx.y;
+    await_inputs();
     if (out >= p.outs) return;
     float sum = 0.0f;
     for (u32 k = lane; k < p.inner; k += WARP) {

@@ -20,6 +20,8 @@ const RANGE_KEYS: u32 = 32;
 const RANGES_MAX: u32 = 128;
 /// Ranges of one token on the tensor cores: a lane of the merging warp has one each.
 const TOKEN_RANGES_MAX: u32 = 32;
+/// Rows from which a thread turns a pair of several heads.
+const SHARED_ANGLE_ROWS: usize = 64;
 /// The first counter that attention may use.
 const FIRST_COUNTER: usize = 1;
 /// Blocks per multiprocessor that keep memory busy.
@@ -170,8 +172,10 @@ impl CudaBackend {
             rope: u32::from(turns.is_some()),
         };
         let threads = size("attention", (d / 2).next_multiple_of(32).min(128))?;
-        let grid = Grid::new(size("attention", rows)?, heads, threads);
-        self.device().launch(kernels.append, grid, &append)?;
+        // Many rows fill the card by themselves, and an angle then serves several heads.
+        let shares = if rows < SHARED_ANGLE_ROWS { heads } else { heads.min(4) };
+        let grid = Grid::new(size("attention", rows)?, shares, threads);
+        self.device().launch_early(kernels.append, grid, &append)?;
         self.attend_ranges(kernels, &queries, &append, (shape, window))
     }
 
@@ -281,7 +285,7 @@ impl CudaBackend {
             threads: TOKEN_WARPS * 32,
             shared: 0,
         };
-        Ok(self.device().launch(function, grid, &params)?)
+        Ok(self.device().launch_early(function, grid, &params)?)
     }
 
     /// Rows of longer runs, in tiles of one sequence each.

@@ -143,6 +143,8 @@ impl CudaBackend {
         let params = FillParams { out: weight.address(), count, seed, scale };
         let blocks = self.device.multiprocessors * 8;
         self.device.launch(self.device.kernels.fill, Grid::new(blocks, 1, 256), &params)?;
+        // Weights are read before a kernel waits for the one before it.
+        self.device.unchain();
         Ok(weight)
     }
 
@@ -212,6 +214,7 @@ impl CudaBackend {
     fn record(&mut self, batch: &Batch, rows: usize) -> Result<(), Error> {
         self.start(batch, Some(rows))?;
         self.device.lanes().begin_capture()?;
+        self.device.unchain();
         self.recordings.open(rows);
         Ok(())
     }
@@ -351,6 +354,7 @@ impl Backend for CudaBackend {
                 }
                 let result = Tensor::again(&self.device, &recording.result);
                 recording.graph.launch(self.device.stream())?;
+                self.device.unchain();
                 return Ok(result);
             }
         }
@@ -372,6 +376,7 @@ impl Backend for CudaBackend {
         if let Some(recording) = self.recordings.keep(graph, x.kept()) {
             recording.graph.launch(self.device.stream())?;
         }
+        self.device.unchain();
         Ok(x)
     }
 

@@ -3,9 +3,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_void};
+use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUdevice_attribute, CUfunction, CUmodule, CUstream};
+use cudarc::driver::sys::{
+    CUdevice_attribute, CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchConfig, CUmodule, CUstream, cuLaunchKernelEx,
+};
 use cudarc::driver::{CudaContext, result};
 use types::{Bytes, DType};
 
@@ -18,6 +22,8 @@ use crate::{Error, probe};
 
 /// The oldest compute capability whose instructions the kernels use.
 const OLDEST: (i32, i32) = (8, 0);
+/// The first major compute capability whose kernels can start before the one before them has ended.
+const OVERLAPPING: i32 = 9;
 /// Counters for launches whose last block has more to do: one for the router, the others for attention.
 const COUNTERS: usize = 8192;
 
@@ -35,6 +41,9 @@ pub(crate) struct Device {
     arch: String,
     lanes: Lanes,
     lane: Cell<usize>,
+    /// Whether what a lane was given last is a kernel of its own.
+    chained: Cell<[bool; 2]>,
+    overlaps: bool,
     context: Arc<CudaContext>,
 }
 
@@ -70,6 +79,8 @@ impl Device {
             arch,
             lanes,
             lane: Cell::new(0),
+            chained: Cell::new([false; 2]),
+            overlaps: capability.0 >= OVERLAPPING,
             context,
         };
         device.zero(device.counters.address(), COUNTERS * size_of::<u32>())?;
@@ -101,6 +112,7 @@ impl Device {
     /// What is queued from here on goes beside what follows [`Device::other_lane`], until [`Device::join`].
     pub(crate) fn fork(&self) -> Result<(), Error> {
         self.lanes.follow(1)?;
+        self.chained.set([self.chained.get()[0], false]);
         self.free.borrow_mut().hold();
         self.lane.set(1);
         Ok(())
@@ -114,9 +126,15 @@ impl Device {
     pub(crate) fn join(&self) -> Result<(), Error> {
         if self.free.borrow().is_held() {
             self.lanes.follow(0)?;
+            self.unchain();
         }
         self.alone();
         Ok(())
+    }
+
+    /// The next launch waits for everything before it.
+    pub(crate) fn unchain(&self) {
+        self.chained.set([false; 2]);
     }
 
     /// Back to one lane, whatever was begun.
@@ -138,6 +156,7 @@ impl Device {
 
     /// Copies `from` to the device after what was launched before, and waits.
     pub(crate) fn upload<E>(&self, to: Address, from: &[E]) -> Result<(), Error> {
+        self.unchain();
         // SAFETY: the caller's buffer has room for `from`, and the wait below keeps `from` alive for the copy.
         unsafe { result::memcpy_htod_async(to, from, self.stream()) }
             .map_err(Error::driver("cuMemcpyHtoDAsync"))?;
@@ -146,6 +165,7 @@ impl Device {
 
     /// Copies to `to` after what was launched before, and waits.
     pub(crate) fn download(&self, to: &mut [u8], from: Address) -> Result<(), Error> {
+        self.unchain();
         // SAFETY: `from` has `to.len()` readable bytes by the caller's shapes, and the wait keeps `to` borrowed.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream()) }
             .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
@@ -157,6 +177,7 @@ impl Device {
         if bytes == 0 {
             return Ok(());
         }
+        self.unchain();
         // SAFETY: both ranges lie in live allocations by the caller's shapes.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream()) }
             .map_err(Error::driver("cuMemcpyDtoDAsync"))
@@ -164,6 +185,7 @@ impl Device {
 
     /// Fills with zeros, in stream order.
     pub(crate) fn zero(&self, at: Address, bytes: usize) -> Result<(), Error> {
+        self.unchain();
         // SAFETY: the range lies in a live allocation of at least `bytes`.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream()) }
             .map_err(Error::driver("cuMemsetD8Async"))
@@ -171,18 +193,58 @@ impl Device {
 
     /// Queues `function` over `grid`. A grid with nothing in it is not launched.
     pub(crate) fn launch<P: Params>(&self, function: Function, grid: Grid, params: &P) -> Result<(), Error> {
-        let Grid { blocks, threads, shared } = grid;
+        self.queue(function, grid, params, false)
+    }
+
+    /// As [`Device::launch`], for a kernel that calls `await_inputs`: it may start while the one before it in its lane
+    /// still runs.
+    pub(crate) fn launch_early<P: Params>(
+        &self,
+        function: Function,
+        grid: Grid,
+        params: &P,
+    ) -> Result<(), Error> {
+        self.queue(function, grid, params, self.overlaps && self.chained.get()[self.lane.get()])
+    }
+
+    fn queue<P: Params>(
+        &self,
+        function: Function,
+        Grid { blocks, threads, shared }: Grid,
+        params: &P,
+        early: bool,
+    ) -> Result<(), Error> {
         if blocks.0 == 0 || blocks.1 == 0 || blocks.2 == 0 {
             return Ok(());
         }
         let mut params = *params;
         let mut arguments = [(&raw mut params).cast::<c_void>()];
+        let mut attribute = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: blocks.0,
+            gridDimY: blocks.1,
+            gridDimZ: blocks.2,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: self.stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
+        };
         // SAFETY: the function belongs to a loaded module; `Params` repeats its one argument; addresses in it come
-        // from live buffers, whose sizes the op checked; the driver copies the argument before it returns.
-        unsafe {
-            result::launch_kernel(function.0, blocks, (threads, 1, 1), shared, self.stream(), &mut arguments)
-        }
-        .map_err(Error::driver("cuLaunchKernel"))
+        // from live buffers, whose sizes the op checked; the driver copies argument and attribute before it returns.
+        unsafe { cuLaunchKernelEx(&raw const config, function.0, arguments.as_mut_ptr(), ptr::null_mut()) }
+            .result()
+            .map_err(Error::driver("cuLaunchKernelEx"))?;
+        let mut chained = self.chained.get();
+        chained[self.lane.get()] = true;
+        self.chained.set(chained);
+        Ok(())
     }
 }
 

@@ -15,6 +15,8 @@ use crate::tensor::{Routed, Tensor, Weight, size};
 
 /// Rows that the kernel of logits and choice takes.
 const ROUTER_ROWS: usize = 8;
+/// Rows so few that hardly an expert is chosen twice.
+const SEPARATE_ROWS: usize = 2;
 /// Rows up to which an expert's pairs are found by each of its blocks; more are grouped beforehand.
 const FEW_ROWS: usize = RECORDED_ROWS_MAX;
 /// Pairs of an expert, on average, from which the warpgroup tiles pay.
@@ -71,7 +73,7 @@ impl CudaBackend {
         }
         let (routed, params) = self.routed(logits, (logits.rows(), logits.width()), routing)?;
         let grid = Grid::new(params.rows.div_ceil(WARPS as u32), 1, 128);
-        self.device().launch(self.device().kernels.route, grid, &params)?;
+        self.device().launch_early(self.device().kernels.route, grid, &params)?;
         Ok(routed)
     }
 
@@ -130,7 +132,7 @@ impl CudaBackend {
             hidden: size("router", hidden)?,
         };
         let grid = Grid::new(route.count.div_ceil(WARPS as u32), 1, 128);
-        self.device().launch(self.device().kernels.router, grid, &params)?;
+        self.device().launch_early(self.device().kernels.router, grid, &params)?;
         Ok(Some(routed))
     }
 
@@ -148,7 +150,7 @@ impl CudaBackend {
         }
         let aligned = stack.hidden.is_multiple_of(8) && stack.inter.is_multiple_of(8);
         match self.device().kernels.tiles {
-            Some(tiles) if x.rows() > 1 && aligned => {
+            Some(tiles) if x.rows() > SEPARATE_ROWS && aligned => {
                 if x.rows() <= FEW_ROWS {
                     self.expert_by_expert(x, routed, &stack, tiles)
                 } else {
@@ -180,7 +182,7 @@ impl CudaBackend {
         };
         let kernels = &self.device().kernels;
         let grid = Grid::new(inter.div_ceil(WARPS as u32), size("routed_experts", pairs)?, 128);
-        self.device().launch(kernels.expert_up, grid, &up)?;
+        self.device().launch_early(kernels.expert_up, grid, &up)?;
         let down = ExpertDownParams {
             out: out.address(),
             activated: activated.address(),
@@ -194,7 +196,7 @@ impl CudaBackend {
             inter,
         };
         let grid = Grid::new(hidden.div_ceil(WARPS as u32), size("routed_experts", x.rows())?, 128);
-        self.device().launch(kernels.expert_down, grid, &down)?;
+        self.device().launch_early(kernels.expert_down, grid, &down)?;
         Ok(out)
     }
 
@@ -224,7 +226,7 @@ impl CudaBackend {
         };
         // A warp has 8 gate rows and their up rows, or 16 rows of down.
         let grid = Grid::new(inter.div_ceil(8 * WARPS as u32), local, 128);
-        self.device().launch(tiles.expert_up, grid, &up)?;
+        self.device().launch_early(tiles.expert_up, grid, &up)?;
         let y = Tensor::new(self.device(), pairs, hidden as usize, DType::F32)?;
         let down = ExpertDownTilesParams {
             y: y.address(),
@@ -237,7 +239,7 @@ impl CudaBackend {
             inter,
         };
         let grid = Grid::new(hidden.div_ceil(16 * WARPS as u32), local, 128);
-        self.device().launch(tiles.expert_down, grid, &down)?;
+        self.device().launch_early(tiles.expert_down, grid, &down)?;
         self.add_up(&y, routed, stack)
     }
 
@@ -255,7 +257,7 @@ impl CudaBackend {
             hidden: stack.hidden,
         };
         let grid = Grid::new(size("routed_experts", routed.rows)?, stack.hidden.div_ceil(256), 256);
-        self.device().launch(self.device().kernels.combine, grid, &combine)?;
+        self.device().launch_early(self.device().kernels.combine, grid, &combine)?;
         Ok(out)
     }
 

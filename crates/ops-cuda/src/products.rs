@@ -57,7 +57,7 @@ impl CudaBackend {
             _ => (kernels.skinny[3], 8, 2),
         };
         let grid = Grid::new(outs.div_ceil(4 * outs_each), rows.div_ceil(each), 128);
-        Ok(self.device().launch(function, grid, params)?)
+        Ok(self.device().launch_early(function, grid, params)?)
     }
 
     fn tiled(&self, tiles: Tiles, params: &SkinnyParams) -> Result<(), Error> {
@@ -75,7 +75,7 @@ impl CudaBackend {
                 threads: 256,
                 shared: tiles_shared(outs_each, rows_each),
             };
-            return Ok(self.device().launch(tiles.skinny[which], grid, params)?);
+            return Ok(self.device().launch_early(tiles.skinny[which], grid, params)?);
         }
         let gemm = GemmParams {
             c: params.y,
@@ -138,7 +138,7 @@ impl CudaBackend {
             layer,
         };
         let grid = Grid::new(size("residual_norm", x.rows())?, 1, 256);
-        self.device().launch(self.device().kernels.residual_norm, grid, &params)?;
+        self.device().launch_early(self.device().kernels.residual_norm, grid, &params)?;
         Ok(Some(out))
     }
 
