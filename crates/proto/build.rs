@@ -5,7 +5,8 @@ use std::{env, error, fs};
 
 use prost::Message;
 
-const FILES: [&str; 2] = ["cohort/v1/cohort.proto", "cohort/worker/v1/worker.proto"];
+const FILES: [&str; 4] =
+    ["cohort/v1/cohort.proto", "cohort/worker/v1/worker.proto", "vllm/inference.proto", "vllm/control.proto"];
 
 fn main() -> Result<(), Box<dyn error::Error>> {
     let root = Path::new("../../proto");
@@ -13,6 +14,7 @@ fn main() -> Result<(), Box<dyn error::Error>> {
     let descriptors = protox::compile(FILES, [root])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // Ordered, so that equal messages are equal in every way.
+    tonic_prost_build::configure().btree_map(".").compile_fds(descriptors)?;
     Ok(())
 }

@@ -8,19 +8,20 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use ops::{
-    Backend, Batch, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+    Backend, Batch, Dummy, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
 };
 use types::{Bytes, DType, TokenId};
 
 use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencies, head_shape};
 use crate::cache::KernelCache;
 use crate::device::{Device, Grid};
-use crate::graph::{Course, RECORDED_ROWS_MAX, Recordings, form_rows};
+use crate::dummy::DummyKernel;
+use crate::graph::{Course, Recordings};
 use crate::idle::Idle;
 use crate::kernels::{
     Address, EmbedParams, FillParams, GatherParams, NormParams, RoundParams, SumParams, SwigluParams,
 };
-use crate::memory::{DeviceBuffer, Pinned};
+use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::step::Step;
 use crate::tensor::{Routed, Tensor, Weight, size};
 
@@ -31,64 +32,10 @@ pub struct Options {
     pub ordinal: usize,
     /// Compute dtype.
     pub dtype: DType,
-    /// Memory for activations; [`Activations::bytes`] says how much a model needs.
+    /// Memory for activations; [`crate::Activations::bytes`] says how much a model needs.
     pub activations: Bytes,
     /// Where compiled kernels are kept.
     pub cache: KernelCache,
-}
-
-/// Widths that decide how much memory a step's activations take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Activations {
-    /// Rows of a step at most.
-    pub rows: usize,
-    /// Rows whose logits are made at once.
-    pub logit_rows: usize,
-    /// H
-    pub hidden: usize,
-    /// (Q + 2K)·D
-    pub qkv: usize,
-    /// I of the widest dense or shared MLP.
-    pub intermediate: usize,
-    /// E of the model, 0 without experts.
-    pub experts: usize,
-    /// Experts of a row.
-    pub top_k: usize,
-    /// I of one expert.
-    pub expert_intermediate: usize,
-    /// V
-    pub vocab: usize,
-    /// Words of block tables in a step at most, both groups.
-    pub table_words: usize,
-}
-
-impl Activations {
-    /// Bytes that every step within these sizes finds: what is alive at once, as fp32, and a quarter more because
-    /// pieces of other sizes leave gaps.
-    #[must_use]
-    pub fn bytes(&self) -> Bytes {
-        const WORD: usize = 4;
-        const SPLIT_WORDS: usize = 6 << 20;
-        // A recorded step is padded, and its two branches keep what they had until both are done.
-        let recorded = form_rows(self.rows).unwrap_or(RECORDED_ROWS_MAX);
-        let rows = self.rows.max(recorded);
-        // The residual stream, the norm, two partial sums and one more beside them.
-        let stream = 5 * self.hidden;
-        // Split attention: only so many ranges that the card's multiprocessors have a few blocks each.
-        let split = rows * 2 * self.qkv + SPLIT_WORDS;
-        let attention = rows * 3 * self.qkv + split;
-        let dense = rows * 3 * self.intermediate;
-        let pair = 3 * self.expert_intermediate + self.hidden + 4;
-        let tiles = 129 * self.experts.min(rows * self.top_k);
-        let expert_row = self.experts + self.top_k * (pair + 3);
-        let experts = rows * expert_row + tiles;
-        let branches =
-            attention.min(recorded * 3 * self.qkv + split) + recorded * (expert_row + 3 * self.intermediate);
-        let logits = self.logit_rows * (2 * self.hidden + self.vocab);
-        let widest = attention.max(dense).max(experts).max(logits).max(branches);
-        let words = rows * stream + widest + self.table_words;
-        Bytes((words * WORD + words * WORD / 4 + (1 << 20)) as u64)
-    }
 }
 
 /// The op set on one card for one rank. Not `Send`: the thread that makes it uses it.
@@ -101,6 +48,7 @@ pub struct CudaBackend {
     step: Step,
     recordings: Recordings,
     idle: Idle,
+    pub(crate) dummy: Option<DummyKernel>,
     device: Rc<Device>,
 }
 
@@ -120,6 +68,7 @@ impl CudaBackend {
             step: Step::new()?,
             recordings: Recordings::default(),
             idle: Idle::new()?,
+            dummy: None,
             device,
         })
     }
@@ -130,6 +79,15 @@ impl CudaBackend {
     /// On a driver failure.
     pub fn card(&self) -> Result<String, crate::Error> {
         self.device.name()
+    }
+
+    /// Memory of the card that nothing has taken yet.
+    ///
+    /// # Errors
+    /// On a driver failure.
+    pub fn memory_free(&self) -> Result<Bytes, crate::Error> {
+        self.device.bind()?;
+        memory::free()
     }
 
     /// A weight of seeded numbers, uniform in ±`scale`, made on the card: for timing shapes without a checkpoint.
@@ -320,6 +278,16 @@ impl Backend for CudaBackend {
         Ok(weight)
     }
 
+    fn dummy_weight(&mut self, dummy: &Dummy) -> Result<Weight, Error> {
+        self.make_dummy(dummy)
+    }
+
+    fn dummy_experts(&mut self, dummy: &Dummy) -> Result<Weight, Error> {
+        let weight = self.make_dummy(dummy)?;
+        weight.dims3("experts")?;
+        Ok(weight)
+    }
+
     fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<KvLayer, Error> {
         self.device.bind()?;
         self.recordings.forget();
@@ -330,6 +298,10 @@ impl Backend for CudaBackend {
             self.attention.insert(shape, kernels);
         }
         Ok(layer)
+    }
+
+    fn dummy_kv(&mut self, kv: &mut KvLayer, seed: u64) -> Result<(), Error> {
+        self.make_dummy_kv(kv, seed)
     }
 
     fn begin_step(&mut self, batch: &Batch) -> Result<(), Error> {

@@ -15,13 +15,13 @@ use types::{Bytes, DType};
 
 use crate::arena::FreeList;
 use crate::cache::KernelCache;
+use crate::check::in_parallel;
 use crate::graph::Lanes;
 use crate::kernels::{Address, Params, Source};
 use crate::memory::DeviceBuffer;
-use crate::{Error, probe};
+use crate::nvrtc::Compiled;
+use crate::{Error, arch, probe};
 
-/// The oldest compute capability whose instructions the kernels use.
-const OLDEST: (i32, i32) = (8, 0);
 /// The first major compute capability whose kernels can start before the one before them has ended.
 const OVERLAPPING: i32 = 9;
 /// Counters for launches whose last block has more to do: one for the router, the others for attention.
@@ -57,11 +57,8 @@ impl Device {
         probe()?;
         let context = CudaContext::new(ordinal).map_err(Error::driver("cuDevicePrimaryCtxRetain"))?;
         let capability = context.compute_capability().map_err(Error::driver("cuDeviceGetAttribute"))?;
-        if capability < OLDEST {
-            let card = context.name().map_err(Error::driver("cuDeviceGetName"))?;
-            return Err(Error::UnsupportedCard { card, major: capability.0, minor: capability.1 });
-        }
-        let arch = arch(capability);
+        arch::card(&context.name().map_err(Error::driver("cuDeviceGetName"))?, capability)?;
+        let arch = arch::target(capability);
         context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
         let lanes = Lanes::new()?;
         let count = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
@@ -248,12 +245,6 @@ impl Device {
     }
 }
 
-/// The target for a card: the architecture-specific one where kernels may use it.
-fn arch((major, minor): (i32, i32)) -> String {
-    let specific = if major >= 9 { "a" } else { "" };
-    format!("sm_{major}{minor}{specific}")
-}
-
 /// Size of a launch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Grid {
@@ -295,7 +286,10 @@ pub(crate) struct Module(CUmodule);
 
 impl Module {
     fn load(source: &Source, arch: &str, cache: &KernelCache) -> Result<Self, Error> {
-        let compiled = cache.get(source, arch)?;
+        Self::of(&cache.get(source, arch)?)
+    }
+
+    fn of(compiled: &Compiled) -> Result<Self, Error> {
         // SAFETY: the image is a whole cubin, and the driver copies it.
         let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast::<c_void>()) };
         module.map(Self).map_err(Error::driver("cuModuleLoadData"))
@@ -396,13 +390,12 @@ impl Tiles {
 
 impl Kernels {
     fn load(dtype: DType, arch: &str, cache: &KernelCache) -> Result<Self, Error> {
-        let rows = Module::load(&Source::rows(dtype), arch, cache)?;
-        let skinny = Module::load(&Source::skinny(dtype), arch, cache)?;
-        let experts = Module::load(&Source::experts(dtype), arch, cache)?;
-        let tiles = match dtype {
-            DType::BF16 => Some(Module::load(&Source::gemm(), arch, cache)?),
-            DType::F32 => None,
-        };
+        // Compiling takes seconds for each file when nothing is kept yet.
+        let compiled = in_parallel(&Source::common(dtype), |source| cache.get(source, arch))?;
+        let mut modules = compiled.iter().map(Module::of);
+        let mut next = || modules.next().unwrap_or_else(|| unreachable!("every model has these files"));
+        let (rows, skinny, experts) = (next()?, next()?, next()?);
+        let tiles = modules.next().transpose()?;
         let functions = match &tiles {
             Some(gemm) => Some(Tiles::load(gemm, &skinny, &experts, arch)?),
             None => None,

@@ -2,24 +2,30 @@
 //! run time ([`probe`]), kernels (`kernels/*.cu`) are compiled by NVRTC for the card found and kept on disk
 //! ([`KernelCache`]).
 //!
-//! One card, one stream, one owner thread. Activations live in one arena made at start; weights and KV caches are
+//! One card, one owner thread, two streams: the second runs beside the first inside recorded decode steps, which are
+//! launched as one graph. Activations live in one arena made at start; weights and KV caches are
 //! allocated while loading; nothing is allocated in a step. This crate is the only one with `unsafe` code.
 //!
 //! Sums are taken in an order that depends on how many rows a step has, so results are equal from run to run for the
 //! same step, and not bit for bit across batches.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod activations;
+mod arch;
 mod arena;
 mod attention;
 mod backend;
 mod cache;
+mod check;
 mod comm;
 mod device;
+mod dummy;
 mod error;
 mod experts;
 mod graph;
 mod idle;
 mod kernels;
+mod libraries;
 mod memory;
 mod nvrtc;
 mod probe;
@@ -27,12 +33,15 @@ mod products;
 mod step;
 mod tensor;
 
+pub use activations::Activations;
 pub use attention::KvLayer;
-pub use backend::{Activations, CudaBackend, Options};
+pub use backend::{CudaBackend, Options};
 pub use cache::KernelCache;
+pub use check::{KernelReport, KernelShape, ProgramReport, check, sources};
 pub use comm::SoloDevice;
 pub use error::Error;
 pub use kernels::Source;
+pub use libraries::FOLDERS_VARIABLE;
 pub use nvrtc::{Compiled, compile};
 pub use probe::{Card, Found, probe};
 pub use tensor::{Routed, Tensor, Weight};

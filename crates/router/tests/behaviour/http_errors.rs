@@ -15,10 +15,15 @@ async fn ready() -> TestRouter {
 async fn every_field_that_does_not_work_is_refused_by_its_name() {
     let router = ready().await;
     let fields = [
-        ("frequency_penalty", json!(0.5)),
-        ("presence_penalty", json!(-1)),
-        ("repetition_penalty", json!(1.1)),
-        ("logit_bias", json!({ "5": 1 })),
+        ("frequency_penalty", json!(2.5)),
+        ("presence_penalty", json!(-3)),
+        ("presence_penalty", json!("much")),
+        ("repetition_penalty", json!(0)),
+        ("logit_bias", json!({ "5": 101 })),
+        ("logit_bias", json!({ "4096": 1 })),
+        ("logit_bias", json!({ "the": 1 })),
+        ("logit_bias", json!({ "5": 1, "05": 1 })),
+        ("logit_bias", json!([5])),
         ("n", json!(0)),
         ("n", json!(1000)),
         ("response_format", json!({ "type": "json_object" })),
@@ -40,16 +45,21 @@ async fn every_field_that_does_not_work_is_refused_by_its_name() {
         ("reasoning_effort", json!("huge")),
         ("top_logprobs", json!(2)),
         ("stream_options", json!({ "include_usage": true })),
-        ("allowed_token_ids", json!([1])),
-        ("bad_words", json!(["x"])),
+        ("allowed_token_ids", json!([4096])),
+        ("allowed_token_ids", json!([])),
+        ("bad_words", json!([""])),
+        ("bad_words", json!(["x".repeat(257)])),
+        ("bad_words", json!(vec!["x"; 129])),
         ("documents", json!([{ "text": "x" }])),
         ("chat_template_kwargs", json!({ "colour": 1 })),
         ("chat_template_kwargs", json!([])),
         ("structured_outputs", json!({ "regex": "a" })),
-        ("priority", json!(3)),
+        ("priority", json!(101)),
+        ("priority", json!(0.5)),
         ("request_id", json!("not visible")),
         ("session_id", json!("s")),
-        ("cache_salt", json!("s")),
+        ("cache_salt", json!("")),
+        ("cache_salt", json!("s".repeat(1025))),
         ("thinking_token_budget", json!(5)),
         ("guided_json", json!({})),
         ("functions", json!([])),
@@ -63,7 +73,7 @@ async fn every_field_that_does_not_work_is_refused_by_its_name() {
         assert!(param.starts_with(field) || param.contains(field), "{field}, not {param}: {message}");
         assert!(message.contains(field), "{field}: {message}");
     }
-    for (field, value) in [("echo", json!(true)), ("suffix", json!("x")), ("best_of", json!(2))] {
+    for (field, value) in [("echo", json!(true)), ("suffix", json!("x"))] {
         assert_eq!(complete(&router, json!("x"), json!({ field: value })).await.refusal().0.unwrap(), field);
     }
 }
