@@ -33,4 +33,5 @@ mod stop_strings;
 mod streaming;
 mod templates;
 mod tokenizing;
+mod undecoded;
 mod vllm_api;
