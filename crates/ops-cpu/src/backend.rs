@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use ops::{
-    Backend, Batch, BatchSequence, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing,
-    Window,
+    Backend, Batch, BatchSequence, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed,
+    Rope, Routing, Window,
 };
 use types::{DType, TokenId};
 
@@ -218,6 +218,29 @@ impl Backend for CpuBackend {
     ) -> Result<Tensor, Error> {
         let stack = Stack { gate_up, down, first_expert };
         routed_experts(&self.threads, x, routed, &stack, self.dtype)
+    }
+
+    fn place(&mut self, mut routed: Routed, slots: &ExpertSlots, first_row: usize) -> Result<Routed, Error> {
+        let rows = first_row..first_row + routed.experts.len() / routed.top_k.max(1);
+        let (Some(tokens), Some(positions)) =
+            (self.tokens.get(rows.clone()), self.positions.get(rows.clone()))
+        else {
+            let detail = format!("rows {rows:?} in a step of {}", self.tokens.len());
+            return Err(Error::Shape { op: "place", detail });
+        };
+        dispatch::place(&mut routed, slots, tokens.iter().copied().zip(positions.iter().copied()))?;
+        Ok(routed)
+    }
+
+    fn count_choices(&mut self, routed: &Routed, counts: &mut [u64]) -> Result<bool, Error> {
+        for &expert in &routed.experts {
+            let Some(count) = counts.get_mut(expert as usize) else {
+                let detail = format!("expert {expert} of {} that are counted", counts.len());
+                return Err(Error::Shape { op: "count_choices", detail });
+            };
+            *count += 1;
+        }
+        Ok(true)
     }
 
     fn slice_rows(&mut self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, Error> {

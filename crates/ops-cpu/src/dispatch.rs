@@ -1,6 +1,7 @@
 //! Rows on their way to the ranks that hold their experts, and back.
 
-use ops::{Error, ExpertOwners, Packed};
+use ops::{Error, ExpertOwners, ExpertSlots, Packed};
+use types::TokenId;
 
 use crate::route::Routed;
 use crate::tensor::Tensor;
@@ -10,6 +11,24 @@ fn rows_for(routed: &Routed, owners: ExpertOwners, owner: usize) -> impl Iterato
     let rows = routed.experts.chunks_exact(routed.top_k).enumerate();
     let chose = move |chosen: &[u32]| chosen.iter().any(|&expert| owners.owner(expert as usize) == owner);
     rows.filter(move |(_, chosen)| chose(chosen)).map(|(row, _)| row)
+}
+
+/// See [`ops::Backend::place`]; `rows` are the token and position of each row.
+pub(crate) fn place(
+    routed: &mut Routed,
+    slots: &ExpertSlots,
+    rows: impl Iterator<Item = (TokenId, u32)>,
+) -> Result<(), Error> {
+    for (chosen, (token, position)) in routed.experts.chunks_exact_mut(routed.top_k).zip(rows) {
+        for expert in chosen {
+            if *expert as usize >= slots.experts() {
+                let detail = format!("expert {expert} of {} that have slots", slots.experts());
+                return Err(Error::Shape { op: "place", detail });
+            }
+            *expert = slots.of_row(*expert as usize, token, position);
+        }
+    }
+    Ok(())
 }
 
 /// See [`ops::Backend::pack`].

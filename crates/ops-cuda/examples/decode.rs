@@ -63,6 +63,7 @@ fn main() -> Result<(), Failure> {
         plan: plan.clone(),
         backend,
         comm: SoloDevice::new(Solo::new())?,
+        subgroup: None,
         weights,
         dispatch: Dispatch::Replicated,
     };
@@ -184,7 +185,7 @@ impl Run {
             }
             Ok(())
         };
-        self.model.step_observed(&batch, sink, observe)?;
+        self.model.step_observed(&batch, &[batch.tokens.len()], sink, observe)?;
         Ok((chosen, queued))
     }
 

@@ -11,7 +11,9 @@ mod error;
 mod host;
 pub mod sample;
 
-pub use backend::{Backend, ExpertOwners, KvLayerSpec, Norm, Packed, Rope, Routing, Scoring, Window};
+pub use backend::{
+    Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Packed, Rope, Routing, Scoring, Window,
+};
 pub use batch::{Batch, BatchSequence};
 pub use error::Error;
 pub use host::HostTensor;

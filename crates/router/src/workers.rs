@@ -213,6 +213,13 @@ impl Groups {
         (self.groups.len(), (0..self.groups.len()).filter(|&index| state.takes(index)).count())
     }
 
+    /// Groups that take requests now.
+    pub(crate) fn ready(&self) -> Vec<Arc<Group>> {
+        let state = self.state();
+        let taking = self.groups.iter().enumerate().filter(|&(index, _)| state.takes(index));
+        taking.map(|(_, group)| Arc::clone(group)).collect()
+    }
+
     /// How far the most advanced group is.
     pub(crate) fn progress(&self) -> Progress {
         let state = self.state();

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use types::TpRank;
+use types::{TpRank, TpSize};
 
 use crate::tree::Settings;
 
@@ -36,6 +36,16 @@ impl Settings {
         }
     }
 
+    /// Ranks of each group, in all its sub-groups.
+    #[must_use]
+    pub fn ranks(&self) -> TpSize {
+        let (tensor, data) = (self.group.tensor_parallel, self.group.data_parallel);
+        match TpSize::new(tensor.get().saturating_mul(data)) {
+            Ok(ranks) => ranks,
+            Err(error) => unreachable!("checked settings have a group of a valid size: {error}"),
+        }
+    }
+
     /// Bounds of each group's engine.
     #[must_use]
     pub const fn limits(&self) -> worker::Limits {
@@ -62,7 +72,9 @@ impl Settings {
             threads: group.threads,
             rank: place.rank,
             experts: group.experts,
-            dispatch: group.dispatch.resolve(),
+            tensor: group.tensor_parallel,
+            dispatch: group.dispatch.resolve(group.data_parallel),
+            expert_placement: group.expert_placement.clone(),
             rendezvous: place.rendezvous,
             listen: place.listen,
             limits: self.limits(),

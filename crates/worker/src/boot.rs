@@ -8,12 +8,13 @@ use std::time::Instant;
 use collectives::{
     AbortHandle, Collective, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions,
 };
-use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, ShardPlan};
+use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, Placement, ShardPlan, Sharing};
 use ops::Backend;
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{CudaBackend, SoloDevice};
 use types::{Bytes, DType, KvGroup};
 
+use crate::activity::Plan;
 use crate::device::{self, Chosen, RankModel};
 use crate::{Config, Error, Phase, Report, Reporter, capacity};
 
@@ -48,9 +49,17 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
     if let Some(window_keys) = config.window_keys {
         model.window_keys = window_keys;
     }
-    let plan = ShardPlan::sharded(&model, config.rank, config.experts)?;
+    let data = config.rank.size().get() / config.tensor.get();
+    if data > 1 {
+        let needed = "1: this worker schedules one sub-group".to_owned();
+        return Err(Error::Budget { field: "data_parallel", got: data.to_string(), needed });
+    }
+    let placement = config.expert_placement.as_deref().map(Placement::from_file).transpose()?.map(Arc::new);
+    let sharing = Sharing { tensor: config.tensor, experts: config.experts, placement };
+    let plan = ShardPlan::shared(&model, config.rank, &sharing)?;
     let engine = engine_config(config, &model)?;
-    let extra = format!("{} {engine:?}", config.model_name);
+    let placed = plan.placement.as_ref().map(|placement| placement.to_json()).unwrap_or_default();
+    let extra = format!("{} {engine:?} {placed}", config.model_name);
     let config_hash = model::config_hash(&checkpoint, config.rank.size(), config.dtype, extra.as_bytes())?;
     Ok(Facts { device, checkpoint, model, plan, engine, config_hash })
 }
@@ -77,10 +86,19 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
     Ok(engine)
 }
 
+/// The parallel plan, equal on all ranks.
+pub(crate) fn parallel(config: &Config) -> Plan {
+    let (tensor, experts, dispatch) = (config.tensor, config.experts, config.dispatch);
+    let data = config.rank.size().get() / tensor.get();
+    let placed = if config.expert_placement.is_some() { " placed" } else { "" };
+    let name = format!("tensor={tensor} data={data} experts={experts} dispatch={dispatch}{placed}");
+    Plan { name, tensor }
+}
+
 /// Brings the ranks together.
 pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> Result<Joined, Error> {
     let rank = config.rank;
-    let plan = format!("tensor={} experts={} dispatch={}", rank.size(), config.experts, config.dispatch);
+    let plan = parallel(config).name;
     let member = Member { rank, plan, config_hash: facts.config_hash };
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
     let options = RendezvousOptions { within: config.boot_timeout, tcp };
@@ -171,7 +189,15 @@ where
     // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
     collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
     let comm = wrap(collective)?;
-    let parts = Parts { config: model_config, plan, backend, comm, weights, dispatch: config.dispatch };
+    let parts = Parts {
+        config: model_config,
+        plan,
+        backend,
+        comm,
+        subgroup: None,
+        weights,
+        dispatch: config.dispatch,
+    };
     Ok(Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?)
 }
 

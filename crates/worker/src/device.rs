@@ -4,7 +4,7 @@ use std::num::NonZero;
 use std::thread::available_parallelism;
 
 use collectives::Tcp;
-use model::{Model, ModelConfig, ShardPlan};
+use model::{Activity, Model, ModelConfig, ShardPlan};
 use ops::{Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
@@ -108,6 +108,14 @@ impl RankModel {
         match self {
             Self::Cpu(model) => model.step(batch, sink),
             Self::Cuda(model) => model.step(batch, sink),
+        }
+    }
+
+    /// As [`Model::gather_activity`].
+    pub(crate) fn gather_activity(&mut self) -> Result<Vec<Activity>, model::Error> {
+        match self {
+            Self::Cpu(model) => model.gather_activity(),
+            Self::Cuda(model) => model.gather_activity(),
         }
     }
 

@@ -38,7 +38,7 @@ pub enum Error {
     #[error("--device cuda: {0}")]
     Cuda(ops_cuda::Error),
     /// A budget of this configuration does not fit the model.
-    #[error("{field} is {got}, and this model needs {needed}")]
+    #[error("{field} is {got}, and must be {needed}")]
     Budget {
         /// The configuration key.
         field: &'static str,

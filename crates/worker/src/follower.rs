@@ -15,6 +15,9 @@ use crate::{Config, Error};
 /// The frame that ends a group in good order; a step plan is never empty.
 pub(crate) const END: &[u8] = &[];
 
+/// The frame that asks all ranks for what they have done; a step plan is longer.
+pub(crate) const ACTIVITY: &[u8] = &[0];
+
 /// Runs steps until the leader ends the group.
 pub(crate) fn run(rank: TpRank, mut executor: Executor, mut plans: PlanReceiver) -> Result<(), Error> {
     let mut frame = Vec::new();
@@ -22,6 +25,10 @@ pub(crate) fn run(rank: TpRank, mut executor: Executor, mut plans: PlanReceiver)
         plans.recv(&mut frame).map_err(|source| Error::Group { rank, source })?;
         if frame == END {
             return Ok(());
+        }
+        if frame == ACTIVITY {
+            executor.activity()?;
+            continue;
         }
         let plan = StepPlan::decode(&frame).map_err(|source| Error::Engine { rank, source })?;
         executor.follow(&plan)?;

@@ -13,7 +13,7 @@ use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank};
 
 use crate::chunk;
 use crate::executor::Executor;
-use crate::follower::END;
+use crate::follower::{ACTIVITY, END};
 use crate::inbox::{Inbox, Message, Outlet, Sink, Submission};
 use crate::state::{State, StatePublisher};
 use crate::{Config, Error};
@@ -140,6 +140,12 @@ impl Leader {
                 let collective = "the plan channel";
                 let source = collectives::Error::PeerLost { rank, collective };
                 return Err(Error::Group { rank: self.rank, source });
+            }
+            Message::Activity(asker) => {
+                let rank = self.rank;
+                self.plans.send(ACTIVITY).map_err(|source| Error::Group { rank, source })?;
+                // Nobody waits any more when the call was given up.
+                let _ = asker.send(self.executor.activity()?);
             }
             Message::Wake => {}
         }

@@ -55,7 +55,7 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
 fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
     let (inbox, outlet) = Inbox::new();
     let state = Arc::new(StatePublisher::new());
-    let server = GrpcServer::start(config.listen, inbox.clone(), Arc::clone(&state))?;
+    let server = GrpcServer::start(config.listen, inbox.clone(), Arc::clone(&state), boot::parallel(config))?;
     reporter.report(Report::Listening(server.address()));
     let outcome = lead_behind(&Front { config, reporter, state, inbox }, outlet, shutdown);
     let closed = server.close();

@@ -14,6 +14,7 @@ use tonic_health::ServingStatus;
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::Error;
+use crate::activity::Plan;
 use crate::inbox::Inbox;
 use crate::service::Service;
 use crate::state::StatePublisher;
@@ -35,7 +36,13 @@ pub(crate) struct GrpcServer {
 }
 
 impl GrpcServer {
-    pub(crate) fn start(listen: SocketAddr, inbox: Inbox, state: Arc<StatePublisher>) -> Result<Self, Error> {
+    /// Serves at `listen`; `plan` is the group's.
+    pub(crate) fn start(
+        listen: SocketAddr,
+        inbox: Inbox,
+        state: Arc<StatePublisher>,
+        plan: Plan,
+    ) -> Result<Self, Error> {
         let failed = |source| Error::Listen { address: listen, source };
         let listener = TcpListener::bind(listen).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
@@ -44,7 +51,7 @@ impl GrpcServer {
         let runtime = builder.worker_threads(IO_THREADS).thread_name("grpc").enable_all().build();
         let runtime = runtime.map_err(|source| Error::Start { what: "the gRPC threads", source })?;
         let closing = CancellationToken::new();
-        let service = Service { inbox, state: Arc::clone(&state), closing: closing.clone() };
+        let service = Service { inbox, state: Arc::clone(&state), plan, closing: closing.clone() };
         let served = serve(listener, service, state, closing.clone());
         let task = runtime.spawn(served);
         Ok(Self { runtime, task, closing, address })

@@ -6,22 +6,27 @@ use std::time::Instant;
 
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
-use proto::worker::{GenerateChunk, GenerateRequest, WatchRequest, WorkerState};
+use proto::worker::{
+    GenerateChunk, GenerateRequest, GetActivityRequest, GroupActivity, WatchRequest, WorkerState,
+};
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use types::{GenerationSpec, TokenId};
 
-use crate::chunk;
-use crate::inbox::{Inbox, Submission};
+use crate::activity::Plan;
+use crate::inbox::{Inbox, Message, Submission};
 use crate::state::StatePublisher;
+use crate::{activity, chunk};
 
 /// What the service knows.
 pub(crate) struct Service {
     pub(crate) inbox: Inbox,
     pub(crate) state: Arc<StatePublisher>,
+    /// The group's.
+    pub(crate) plan: Plan,
     /// Ends the watch streams, which otherwise would keep the server from closing.
     pub(crate) closing: CancellationToken,
 }
@@ -39,6 +44,18 @@ impl Worker for Service {
         let closed = self.closing.clone().cancelled_owned();
         let states = WatchStream::new(self.state.subscribe()).map(Ok).take_until(closed);
         Ok(Response::new(Box::pin(states)))
+    }
+
+    async fn get_activity(
+        &self,
+        _request: Request<GetActivityRequest>,
+    ) -> Result<Response<GroupActivity>, Status> {
+        let (asker, told) = oneshot::channel();
+        self.inbox.ask(Message::Activity(asker))?;
+        let stopping =
+            || Failure::Unavailable { why: "the group is stopping".into(), retry_after: RETRY_AFTER };
+        let ranks = told.await.map_err(|_| stopping())?;
+        Ok(Response::new(activity::wire(&self.plan, &ranks)))
     }
 
     async fn generate(

@@ -108,7 +108,7 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     )?;
     let log = log.to_argv();
     let group = Group {
-        size: settings.group.tensor_parallel,
+        size: settings.ranks(),
         leader_grace: settings.group.drain_grace_s + LEADER_SLACK,
         spec: |rank, rendezvous| {
             let mut argv = args.rank(&settings, rank, rendezvous).to_argv();

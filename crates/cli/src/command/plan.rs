@@ -1,12 +1,14 @@
 //! `cohort plan`: whether a group would fit and what it would serve, with no weights and no device.
 
+use std::sync::Arc;
+
 use anyhow::bail;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use model::{ModelConfig, Preset, WeightBytes};
+use model::{ModelConfig, Placement, Preset, WeightBytes};
 use serde_json::{Value, json};
 use settings::Settings;
 use types::{Bytes, DType, KvGroup, TpSize};
-use worker::{Capacity, GroupShape, Memory};
+use worker::{Capacity, CollectiveCosts, GroupShape, Memory};
 
 use crate::args::{self, ComputeFlags, FileFlag, GroupFlags, ModelFlags, StartedBy};
 use crate::embedded;
@@ -97,9 +99,17 @@ fn question(args: &Args) -> anyhow::Result<Question> {
         model.window_keys = keys;
     }
     let shape = GroupShape {
-        size: settings.group.tensor_parallel,
+        tensor: settings.group.tensor_parallel,
+        data: settings.group.data_parallel,
         experts: settings.group.experts,
-        dispatch: settings.group.dispatch.resolve(),
+        placement: settings
+            .group
+            .expert_placement
+            .as_deref()
+            .map(Placement::from_file)
+            .transpose()?
+            .map(Arc::new),
+        dispatch: settings.group.dispatch.resolve(settings.group.data_parallel),
         dtype: dtype(args, &settings),
         limits: settings.limits(),
         memory: match (args.memory, args.group.kv_tokens) {
@@ -130,7 +140,7 @@ fn why_not(question: &Question, capacity: &Capacity) -> String {
             format!("; it would with --tensor-parallel {sizes}")
         }
     };
-    let ranks = question.shape.size;
+    let ranks = question.shape.tensor.get() * question.shape.data;
     match question.shape.memory.size() {
         Some(memory) if weights + kv > memory || capacity.kv_tokens == 0 => format!(
             "{} does not fit on {ranks} ranks: {weights} of weights and {kv} of KV cache in {memory} on each{works}",
@@ -146,10 +156,10 @@ fn why_not(question: &Question, capacity: &Capacity) -> String {
 /// Larger groups in which it would fit.
 fn fitting_sizes(question: &Question) -> Vec<u32> {
     let shape = &question.shape;
-    let larger = [2, 4, 8, 16].into_iter().filter(|size| *size > shape.size.get());
+    let larger = [2, 4, 8, 16].into_iter().filter(|size| *size > shape.tensor.get());
     let fits = |size: &u32| {
         let size = TpSize::new(*size).ok();
-        let shape = size.map(|size| GroupShape { size, ..*shape });
+        let shape = size.map(|tensor| GroupShape { tensor, placement: None, ..shape.clone() });
         shape.and_then(|shape| Capacity::new(&question.model, &shape).ok()).is_some_and(|found| found.fits)
     };
     larger.filter(fits).collect()
@@ -201,7 +211,8 @@ fn as_json(question: &Question, capacity: &Capacity) -> Value {
     json!({
         "model": question.name,
         "fits": capacity.fits,
-        "tensor_parallel": shape.size.get(),
+        "tensor_parallel": shape.tensor.get(),
+        "data_parallel": shape.data,
         "experts": shape.experts.name(),
         "dispatch": shape.dispatch.name(),
         "dtype": shape.dtype.name(),
@@ -209,14 +220,18 @@ fn as_json(question: &Question, capacity: &Capacity) -> Value {
         "memory_bytes": shape.memory.size().map(|bytes| bytes.0),
         "ranks": ranks,
         "kv": { "full": full, "sliding": sliding },
-        "kv_tokens": capacity.kv_tokens,
+        "kv_tokens": capacity.kv_tokens_all,
+        "kv_tokens_per_subgroup": capacity.kv_tokens,
         "context_tokens": capacity.context_tokens,
         "kv_bytes_per_sequence": capacity.kv_sequence.0,
         "concurrency": capacity.concurrency,
         "collectives": {
             "all_reduces": costs.all_reduces,
+            "all_reduces_per_layer": costs.all_reduces_per_layer,
             "all_gathers": costs.all_gathers,
             "all_to_alls": costs.all_to_alls,
+            "all_to_all_messages_per_layer": costs.all_to_all_messages_per_layer,
+            "messages_per_decode_step": costs.decode_messages,
             "bytes_per_decode_token": costs.decode_token.0,
             "bytes_per_prompt_token": costs.prompt_token.0,
         },
@@ -225,11 +240,17 @@ fn as_json(question: &Question, capacity: &Capacity) -> Value {
 
 fn show(question: &Question, capacity: &Capacity) {
     let shape = &question.shape;
-    let (ranks, experts) = (shape.size, shape.experts);
-    let plural = if ranks == TpSize::ONE { "" } else { "s" };
+    let (ranks, experts) = (capacity.ranks.len(), shape.experts);
+    let plural = if ranks == 1 { "" } else { "s" };
+    let subgroups = match shape.data {
+        1 => String::new(),
+        data => format!(" in {data} sub-groups of {}", shape.tensor),
+    };
+    let placed = if shape.placement.is_some() { " as placed" } else { "" };
     say!(
-        "{} on {ranks} rank{plural}, experts by {experts}, computed in {}, weights in {}",
+        "{} on {ranks} rank{plural}{subgroups}, experts by {experts}{placed}, dispatch {}, computed in {}, weights in {}",
         question.name,
+        shape.dispatch,
         shape.dtype,
         capacity.weights_dtype
     );
@@ -259,23 +280,33 @@ fn show(question: &Question, capacity: &Capacity) {
             costs.blocks
         );
     }
+    let each = if shape.data == 1 { "" } else { " in each sub-group" };
     say!(
-        "  {} tokens; {} sequences of {} tokens at once, {} each",
+        "  {} tokens{each}; {} sequences of {} tokens at once, {} each",
         capacity.kv_tokens,
         capacity.concurrency,
         capacity.context_tokens,
         capacity.kv_sequence
     );
-    let costs = &capacity.collectives;
+    show_collectives(&capacity.collectives);
+}
+
+fn show_collectives(costs: &CollectiveCosts) {
     say!(
         "\nCollectives of a step: {} all-reduces, {} all-gather, {} all-to-alls",
         costs.all_reduces,
         costs.all_gathers,
         costs.all_to_alls
     );
+    let exchanged = match costs.all_to_all_messages_per_layer {
+        0 => String::new(),
+        messages => format!(", {messages} all-to-all messages in a sparse layer"),
+    };
+    say!("  {} all-reduce in a layer{exchanged}", costs.all_reduces_per_layer);
     let bound = if costs.all_to_alls > 0 { "at most " } else { "" };
     say!(
-        "  a rank sends {bound}{} for a decoded token, {} for a prompt's token",
+        "  a rank sends {} messages when it decodes, {bound}{} for a decoded token, {} for a prompt's token",
+        costs.decode_messages,
         costs.decode_token,
         costs.prompt_token
     );

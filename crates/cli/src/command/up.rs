@@ -136,7 +136,7 @@ struct Display {
 
 impl Display {
     fn new(settings: &Settings) -> Self {
-        let (groups, ranks) = (settings.cluster.groups, settings.group.tensor_parallel);
+        let (groups, ranks) = (settings.cluster.groups, settings.ranks());
         Self {
             started: Instant::now(),
             paint: Paint::stderr(),

@@ -82,7 +82,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         &args.file,
         &[&args.model, &args.compute, &args.group],
     )?;
-    let rank = TpRank::new(args.rank, settings.group.tensor_parallel)?;
+    let rank = TpRank::new(args.rank, settings.ranks())?;
     if !rank.is_leader() && args.rendezvous.port() == 0 {
         bail!("{rank} needs --rendezvous with the address that rank 0 listens at");
     }
