@@ -248,7 +248,7 @@ impl Backend for CpuBackend {
         let Some(wanted) = x.as_slice().get(rows.start * width..rows.end * width) else {
             return Err(Error::Shape { op: "slice_rows", detail: format!("rows {rows:?} of {}", x.rows()) });
         };
-        Tensor::new(width, wanted.to_vec())
+        Ok(Tensor::copied(width, wanted))
     }
 
     fn pack(&mut self, x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
@@ -294,8 +294,9 @@ impl Backend for CpuBackend {
             let detail = format!("rows {which:?} of {} that have logits", self.logit_rows.len());
             return Err(Error::Shape { op: "logit_rows", detail });
         };
-        let rows = wanted.iter().flat_map(|&row| x.row(row as usize)).copied();
-        Tensor::new(x.width(), rows.collect())
+        Ok(Tensor::collect(x.width(), wanted.len() * x.width(), |data| {
+            wanted.iter().for_each(|&row| data.extend_from_slice(x.row(row as usize)));
+        }))
     }
 
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {

@@ -61,6 +61,9 @@ fn group(group: &Group, faults: &mut Vec<Fault>) {
         faults.push(("group.step_tokens_max", reason));
     }
     sharing(group, faults);
+    if let Some(empty) = group.hosts.iter().find(|host| host.is_empty() || host.contains([' ', '/'])) {
+        faults.push(("group.hosts", format!("{empty:?} is not a host such as 10.0.0.1 or 10.0.0.1:7070")));
+    }
     lasting("group.boot_timeout_s", group.boot_timeout_s, Duration::from_millis(1), faults);
     lasting("group.step_timeout_s", group.step_timeout_s, Duration::from_millis(1), faults);
     lasting("group.drain_grace_s", group.drain_grace_s, Duration::ZERO, faults);

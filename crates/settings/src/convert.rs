@@ -7,12 +7,14 @@ use types::{TpRank, TpSize};
 use crate::tree::Settings;
 
 /// What the tree does not hold because it differs from rank to rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankPlace {
     /// Who this is.
     pub rank: TpRank,
-    /// Where rank 0 listens for the others, and where they find it.
+    /// Where rank 0 listens for the others; read on rank 0 only.
     pub rendezvous: SocketAddr,
+    /// Where the others find it, as `host:port`.
+    pub leader: String,
     /// Where the leader serves routers; read on rank 0 only.
     pub listen: SocketAddr,
 }
@@ -76,6 +78,7 @@ impl Settings {
             dispatch: group.dispatch.resolve(group.data_parallel),
             expert_placement: group.expert_placement.clone(),
             rendezvous: place.rendezvous,
+            leader: place.leader,
             listen: place.listen,
             limits: self.limits(),
             window_keys: self.model.window_keys,

@@ -132,6 +132,10 @@ pub struct Group {
     /// Most prompt tokens of all waiting requests together; more are refused. Default: 262144.
     #[serde(deserialize_with = "strict::whole::deserialize")]
     pub waiting_tokens_max: u32,
+    /// Hosts of a group that spans several, in order, as `host` or `host:port`; each runs equally many ranks, and rank 0
+    /// meets the others at the first one's port (7070 without one). For `cohort group`. Default: none, one host.
+    #[serde(deserialize_with = "strict::text_list::deserialize")]
+    pub hosts: Vec<String>,
     /// Longest wait for all ranks to come together, in seconds. Default: 60.
     #[serde(with = "strict::seconds")]
     pub boot_timeout_s: Duration,
@@ -236,6 +240,7 @@ impl Default for Group {
             running_max: 64,
             waiting_requests_max: 256,
             waiting_tokens_max: 262_144,
+            hosts: Vec::new(),
             boot_timeout_s: Duration::from_secs(60),
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),

@@ -108,7 +108,7 @@ pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> R
             rendezvous.lead(&member, &options)
         })
     } else {
-        collectives::join(&config.rendezvous.to_string(), &member, &options)
+        collectives::join(&config.leader, &member, &options)
     };
     joined.map_err(|source| Error::Group { rank, source })
 }

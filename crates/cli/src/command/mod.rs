@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod chat;
 pub mod config;
+pub mod debug;
 pub mod demo;
 pub mod generate;
 pub mod group;
@@ -52,6 +53,8 @@ pub enum Command {
     Config(config::Args),
     /// Say whether a group would fit and what it would serve; needs no weights and no GPU
     Plan(Box<plan::Args>),
+    /// Ask a running worker what it counts
+    Debug(debug::Args),
     /// Run a router for worker groups that run elsewhere
     Router(Box<router::Args>),
     /// Run the ranks of one worker group on this machine
@@ -74,6 +77,7 @@ impl Command {
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
+            Self::Debug(args) => debug::run(&args),
             Self::Router(args) => router::run(&args),
             Self::Group(args) => group::run(&args, log),
             Self::Worker(args) => worker::run(&args),
@@ -93,6 +97,7 @@ impl Command {
             | Self::Chat(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Debug(_)
             | Self::Plan(_) => false,
         }
     }
@@ -108,6 +113,7 @@ impl Command {
             | Self::Chat(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Debug(_)
             | Self::Plan(_) => "warn",
         }
     }

@@ -1,5 +1,8 @@
 //! `cohort plan`: whether a group would fit and what it would serve, with no weights and no device.
 
+mod placing;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::bail;
@@ -21,7 +24,9 @@ activations take comes on top: give --memory without it. Ends with an error when
 
 Examples:
   cohort plan --preset north-mini-code --tensor-parallel 2 --memory 139GiB
-  cohort plan --model /models/north --tensor-parallel 4 --context 131072 --json";
+  cohort plan --model /models/north --tensor-parallel 4 --context 131072 --json
+  cohort plan --model /models/north --tensor-parallel 4 --experts expert \\
+    --expert-load load.json --expert-replicas 2 --placement-out placement.json";
 
 /// Flags of `cohort plan`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -39,6 +44,16 @@ pub struct Args {
     /// Tokens of the sequences that are counted as running at once [default: what model and KV cache hold]
     #[arg(long, value_name = "N")]
     pub context: Option<u32>,
+    /// How often experts were chosen, as `cohort debug expert-load` prints it: proposes a placement for --tensor-parallel
+    /// times --data-parallel ranks and shows how evenly their work is shared out
+    #[arg(long, value_name = "FILE")]
+    pub expert_load: Option<PathBuf>,
+    /// Copies of hot experts that each rank may hold beside its share, in the proposed placement
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "expert_load")]
+    pub expert_replicas: usize,
+    /// Write the proposed placement here, for --expert-placement
+    #[arg(long, value_name = "FILE", requires = "expert_load")]
+    pub placement_out: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -66,11 +81,12 @@ struct Question {
 
 /// Works the plan out and prints it.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let outcome = question(args).and_then(|question| {
+    let outcome = question(args).and_then(|mut question| {
+        let proposal = placing::propose(args, &mut question.shape, &question.model)?;
         let capacity = Capacity::new(&question.model, &question.shape)?;
-        Ok((question, capacity))
+        Ok((question, capacity, proposal))
     });
-    let (question, capacity) = match outcome {
+    let (question, capacity, proposal) = match outcome {
         Ok(worked_out) => worked_out,
         Err(error) => {
             if args.json {
@@ -80,9 +96,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     };
     if args.json {
-        say!("{}", as_json(&question, &capacity));
+        let mut all = as_json(&question, &capacity);
+        all["placement"] = proposal.as_ref().map_or(Value::Null, placing::Proposal::as_json);
+        say!("{all}");
     } else {
         show(&question, &capacity);
+        proposal.iter().for_each(placing::Proposal::show);
+    }
+    if let (Some(file), Some(proposal)) = (&args.placement_out, &proposal) {
+        proposal.write(file)?;
     }
     if capacity.fits { Ok(()) } else { bail!(why_not(&question, &capacity)) }
 }
