@@ -7,6 +7,7 @@ pub mod args;
 mod client;
 pub mod command;
 mod embedded;
+pub mod generation;
 pub mod hosts;
 mod out;
 mod progress;

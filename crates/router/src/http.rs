@@ -119,15 +119,15 @@ async fn generate(
         if several {
             call.request_id = format!("{}-{index}", call.request_id);
         }
-        answers.extend(shared.generate_many(call, request, common.count).await?);
+        answers.push(shared.generate(call, request).await?);
     }
     let view = view(shared, api, &call, &common)?;
-    let per_prompt = common.count.get() as usize;
+    let per_prompt = common.count();
     let mut response = match common.stream {
         true => stream::respond(view, answers, per_prompt).await?,
         false => {
             let whole = try_join_all(answers.into_iter().map(crate::answer::Answer::collect)).await?;
-            Json(view.whole(whole, per_prompt)).into_response()
+            Json(view.whole(whole.concat(), per_prompt)).into_response()
         }
     };
     if let Ok(id) = HeaderValue::from_str(&call.request_id) {

@@ -1,6 +1,5 @@
 //! The leader's engine thread: gather what happened, plan, send the plan, run it, pass the tokens on.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,11 +10,11 @@ use proto::Failure;
 use tokio_util::sync::CancellationToken;
 use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank};
 
-use crate::chunk;
 use crate::executor::Executor;
 use crate::follower::{ACTIVITY, END};
-use crate::inbox::{Inbox, Message, Outlet, Sink, Submission};
+use crate::inbox::{Inbox, Message, Outlet, Submission};
 use crate::state::{State, StatePublisher};
+use crate::streams::Streams;
 use crate::{Config, Error};
 
 /// How often the thread that watches the followers looks whether it is still needed.
@@ -30,8 +29,7 @@ pub(crate) struct Leader {
     outlet: Outlet,
     state: Arc<StatePublisher>,
     clock: Instant,
-    /// Open requests. Bounded by the engine's queue and batch.
-    open: BTreeMap<SeqId, Sink>,
+    open: Streams,
     next_id: u64,
     step: Step,
     frame: Vec<u8>,
@@ -58,7 +56,7 @@ impl Leader {
             outlet: seat.outlet,
             state: seat.state,
             clock: Instant::now(),
-            open: BTreeMap::new(),
+            open: Streams::default(),
             next_id: 0,
             step: Step::default(),
             frame: Vec::new(),
@@ -160,17 +158,15 @@ impl Leader {
         let Submission { mut request, deadline, sink } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         let seq = SeqId(self.next_id);
-        self.next_id += u64::from(request.generation.sequences());
-        self.open.insert(seq, sink);
+        let sequences = request.generation.sequences();
+        self.next_id += u64::from(sequences);
+        self.open.open(seq, sequences, request.options.first_stream, &sink);
         self.apply(Event::Submit { seq, request });
     }
 
     /// Cancels what nobody waits for any more; the blocks are free before the next step is planned.
     fn cancel_abandoned(&mut self) {
-        let gone: Vec<SeqId> =
-            self.open.iter().filter(|(_, sink)| sink.is_closed()).map(|(&seq, _)| seq).collect();
-        for seq in gone {
-            self.open.remove(&seq);
+        for seq in self.open.take_abandoned() {
             self.apply(Event::Cancel(seq));
         }
     }
@@ -198,36 +194,9 @@ impl Leader {
         Ok(true)
     }
 
-    /// Passes effects on to the streams they belong to. A stream that is closed is noticed before the next step.
+    /// Passes effects on to the streams they belong to.
     fn deliver(&mut self) {
-        for effect in self.effects.drain(..) {
-            match effect {
-                Effect::Token { seq, token, logprob } => {
-                    if let Some(sink) = self.open.get(&seq) {
-                        let _ = sink.try_send(Ok(chunk::token(token, logprob.as_ref())));
-                    }
-                }
-                Effect::PromptLogprobs { seq, logprobs } => {
-                    if let Some(sink) = self.open.get(&seq) {
-                        chunk::prompt_logprobs(logprobs).for_each(|chunk| {
-                            let _ = sink.try_send(Ok(chunk));
-                        });
-                    }
-                }
-                Effect::Started { .. } => {}
-                Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
-                Effect::Finished { seq, finish, .. } => {
-                    if let Some(sink) = self.open.remove(&seq) {
-                        let _ = sink.try_send(chunk::finish(finish).map_err(Into::into));
-                    }
-                }
-                Effect::Refused { seq, refusal } => {
-                    if let Some(sink) = self.open.remove(&seq) {
-                        let _ = sink.try_send(Err(chunk::refusal(&refusal).into()));
-                    }
-                }
-            }
-        }
+        self.effects.drain(..).for_each(|effect| self.open.deliver(effect));
     }
 
     /// Ends every open request, and those still in the inbox, with the same status.
@@ -237,9 +206,7 @@ impl Leader {
                 let _ = submission.sink.try_send(Err(why.to_status()));
             }
         }
-        for (_, sink) in std::mem::take(&mut self.open) {
-            let _ = sink.try_send(Err(why.to_status()));
-        }
+        self.open.end_all(why);
     }
 
     /// Starts the thread that notices a follower's end while this one sleeps or computes.

@@ -22,6 +22,8 @@ mod other_group;
 mod parsed_answers;
 mod parsing;
 mod picking;
+mod sampling_fields;
+mod several_answers;
 mod shutdown;
 mod startup;
 mod stop_search;
