@@ -233,7 +233,7 @@ impl Backend for CpuBackend {
     }
 
     fn count_choices(&mut self, routed: &Routed, counts: &mut [u64]) -> Result<bool, Error> {
-        for &expert in &routed.experts {
+        for &expert in routed.experts.iter() {
             let Some(count) = counts.get_mut(expert as usize) else {
                 let detail = format!("expert {expert} of {} that are counted", counts.len());
                 return Err(Error::Shape { op: "count_choices", detail });

@@ -12,8 +12,8 @@ const KEPT_MAX: usize = 64;
 /// Elements of a buffer that may serve any smaller need.
 const SMALL: usize = 256;
 
-/// Elements that have a store of dropped buffers on every thread.
-pub(crate) trait Element: Copy + 'static {
+/// Elements that have a store of dropped buffers on every thread; nobody else's can.
+pub trait Element: Copy + 'static {
     /// Runs `work` on this thread's store; `None` when the thread is ending.
     fn store<R>(work: impl FnOnce(&mut Vec<Vec<Self>>) -> R) -> Option<R>;
 }
