@@ -15,7 +15,7 @@ pub(crate) fn length(op: Op, what: &'static str, expected: usize, got: usize) ->
 /// One count for each rank; returns their sum.
 pub(crate) fn counts(op: Op, what: &'static str, counts: &[usize], size: TpSize) -> Result<usize, Error> {
     length(op, what, size.as_usize(), counts.len())?;
-    counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count)).ok_or(Error::Argument {
+    counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count)).ok_or_else(|| Error::Argument {
         collective: op.name(),
         what,
         expected: "counts with a sum that fits the address space".to_owned(),
@@ -53,13 +53,11 @@ impl Open<'_> {
         let room = counts(op, "room", self.room, size)?;
         length(op, "length of the input", sends, self.send)?;
         length(op, "number of counts that came", size.as_usize(), self.came)?;
-        let at_least = |what, least: usize, got: usize| {
-            let expected = format!("at least {least}");
-            let fits = got >= least;
-            if fits {
-                Ok(())
-            } else {
-                Err(Error::Argument { collective: op.name(), what, expected, got: got as u64 })
+        let at_least = |what, least: usize, got: usize| match got >= least {
+            true => Ok(()),
+            false => {
+                let (collective, expected) = (op.name(), format!("at least {least}"));
+                Err(Error::Argument { collective, what, expected, got: got as u64 })
             }
         };
         at_least("length of the output", room, self.recv)?;

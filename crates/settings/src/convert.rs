@@ -11,10 +11,10 @@ use crate::tree::Settings;
 pub struct RankPlace {
     /// Who this is.
     pub rank: TpRank,
-    /// Where rank 0 listens for the others; read on rank 0 only.
+    /// Where rank 0 listens for the others, and where they find it.
     pub rendezvous: SocketAddr,
-    /// Where the others find it, as `host:port`.
-    pub leader: String,
+    /// Where they find it instead, as `host:port`.
+    pub leader: Option<String>,
     /// Where the leader serves routers; read on rank 0 only.
     pub listen: SocketAddr,
 }

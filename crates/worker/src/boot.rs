@@ -108,7 +108,8 @@ pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> R
             rendezvous.lead(&member, &options)
         })
     } else {
-        collectives::join(&config.leader, &member, &options)
+        let leader = config.leader.clone().unwrap_or_else(|| config.rendezvous.to_string());
+        collectives::join(&leader, &member, &options)
     };
     joined.map_err(|source| Error::Group { rank, source })
 }

@@ -57,10 +57,10 @@ pub struct Config {
     pub dispatch: Dispatch,
     /// File that says which experts each rank holds; `None` deals them out in order.
     pub expert_placement: Option<PathBuf>,
-    /// Where rank 0 listens for the others (port 0: any, reported); only read on rank 0.
+    /// Where rank 0 listens for the others (port 0: any, reported), and where the others find it.
     pub rendezvous: SocketAddr,
-    /// Where the others find rank 0, as `host:port`; the name is looked up at every try.
-    pub leader: String,
+    /// Where the others find rank 0 instead, as `host:port`; the name is looked up at every try.
+    pub leader: Option<String>,
     /// Where the leader serves routers (port 0: any, reported); only read on rank 0.
     pub listen: SocketAddr,
     /// Bounds of the engine.

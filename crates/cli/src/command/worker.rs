@@ -90,8 +90,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !rank.is_leader() && args.rendezvous.port() == 0 && args.leader.is_none() {
         bail!("{rank} needs --rendezvous with the address that rank 0 listens at");
     }
-    let leader = args.leader.clone().unwrap_or_else(|| args.rendezvous.to_string());
-    let place = RankPlace { rank, rendezvous: args.rendezvous, leader, listen: args.listen };
+    let (rendezvous, leader) = (args.rendezvous, args.leader.clone());
+    let place = RankPlace { rank, rendezvous, leader, listen: args.listen };
     let name = embedded::served_name(&settings);
     let config = settings.worker(place, embedded::checkpoint(&settings), name);
     let booted = Arc::new(AtomicBool::new(false));

@@ -38,7 +38,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         experts: ExpertSharding::Tensor,
         dispatch: types::Dispatch::Replicated,
         rendezvous: ([127, 0, 0, 1], 0).into(),
-        leader: String::new(),
+        leader: None,
         listen: ([127, 0, 0, 1], 0).into(),
         limits: Limits {
             block_size: BlockSize::new(16).unwrap(),
