@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use ops::conformance::Random;
 use serde_json::{Value, json};
 use types::{Bytes, TpSize};
 
@@ -11,6 +12,8 @@ use crate::error::Error;
 use crate::placement::{FILE_BYTES_MAX, Placement};
 use crate::strict_json;
 
+/// Choices of the expert that is chosen most in a layer of [`ExpertLoad::zipf`].
+const ZIPF_LARGEST: u64 = 1_000_000;
 /// Value of the file's `format`.
 const FORMAT: &str = "cohort-expert-load-1";
 
@@ -28,6 +31,21 @@ impl ExpertLoad {
     #[must_use]
     pub fn new(origin: &str, chosen: Vec<Vec<u64>>) -> Self {
         Self { origin: origin.to_owned(), chosen }
+    }
+
+    /// Counts that fall as 1, 1/2, 1/3 … (Zipf's law), which expert has which drawn for each layer from `seed`: a skewed
+    /// load for a model that nobody has served yet.
+    #[must_use]
+    pub fn zipf(config: &ModelConfig, seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let mut layer = |mlp: Mlp| match (mlp, &config.moe) {
+            (Mlp::Sparse, Some(moe)) => {
+                let places = random.shuffled(moe.experts);
+                places.into_iter().map(|place| ZIPF_LARGEST / (place as u64 + 1)).collect()
+            }
+            (Mlp::Sparse, None) | (Mlp::Dense, _) => Vec::new(),
+        };
+        Self::new(&format!("zipf:{seed}"), config.layers.iter().map(|of| layer(of.mlp)).collect())
     }
 
     /// Reads the counts in a file.

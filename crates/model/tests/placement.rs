@@ -16,21 +16,6 @@ fn size(ranks: u32) -> TpSize {
     TpSize::new(ranks).unwrap()
 }
 
-/// Counts in which few experts have most of the choices: those of a Zipf distribution, another order in each layer.
-fn zipf(config: &ModelConfig, seed: u64) -> ExpertLoad {
-    let mut random = Random::new(seed);
-    let experts = config.moe.unwrap().experts;
-    let layer = |mlp: Mlp| match mlp {
-        Mlp::Dense => Vec::new(),
-        Mlp::Sparse => {
-            let order = random.shuffled(experts);
-            order.iter().map(|rank| 1_000_000 / (*rank as u64 + 1)).collect()
-        }
-    };
-    let layers: Vec<Mlp> = config.layers.iter().map(|layer| layer.mlp).collect();
-    ExpertLoad::new("zipf", layers.into_iter().map(layer).collect())
-}
-
 fn check(golden: &Golden, run: &Run) {
     let outputs = golden.run(run);
     for (i, (prompt, output)) in golden.prompts.iter().zip(&outputs).enumerate() {
@@ -53,7 +38,7 @@ fn shuffled_and_replicated_experts_agree_with_the_reference() {
                 if experts / ranks as usize + replicas > experts {
                     continue;
                 }
-                let load = zipf(&golden.config, 11);
+                let load = ExpertLoad::zipf(&golden.config, 11);
                 let placement = Placement::balanced(&golden.config, &load, size(ranks), replicas).unwrap();
                 for dispatch in [Dispatch::Replicated, Dispatch::AllToAll] {
                     if data > 1 && dispatch == Dispatch::Replicated {
@@ -72,7 +57,7 @@ fn shuffled_and_replicated_experts_agree_with_the_reference() {
 #[test]
 fn with_copies_too_a_prompt_in_chunks_gives_the_same_bits_as_in_one_go() {
     let golden = load("north");
-    let load = zipf(&golden.config, 3);
+    let load = ExpertLoad::zipf(&golden.config, 3);
     let placement = Placement::balanced(&golden.config, &load, size(2), 2).unwrap();
     let run = |chunks: Vec<usize>| {
         let placement = Some(Arc::new(placement.clone()));
@@ -86,12 +71,12 @@ fn with_copies_too_a_prompt_in_chunks_gives_the_same_bits_as_in_one_go() {
 #[test]
 fn a_placement_survives_its_file() {
     let config = Preset::NorthMiniCode.config().unwrap();
-    let placement = Placement::balanced(&config, &zipf(&config, 5), size(8), 2).unwrap();
+    let placement = Placement::balanced(&config, &ExpertLoad::zipf(&config, 5), size(8), 2).unwrap();
     let text = placement.to_json();
     let read = Placement::from_json(text.as_bytes(), "proposal").unwrap();
     assert_eq!(read, placement);
-    let load = zipf(&config, 5);
-    assert_eq!(ExpertLoad::from_json(load.to_json().as_bytes(), "zipf").unwrap(), load);
+    let load = ExpertLoad::zipf(&config, 5);
+    assert_eq!(ExpertLoad::from_json(load.to_json().as_bytes(), "zipf:5").unwrap(), load);
 }
 
 /// Largest load of a rank over the mean, in the layer where it is largest.
@@ -108,7 +93,7 @@ fn imbalance(placement: &Placement, config: &ModelConfig, load: &ExpertLoad) -> 
 fn a_skewed_load_is_spread_and_copies_spread_it_further() {
     let config = Preset::NorthMiniCode.config().unwrap();
     for seed in 0..5 {
-        let load = zipf(&config, seed);
+        let load = ExpertLoad::zipf(&config, seed);
         for ranks in [2, 4, 8] {
             let before = Placement::in_order(&config, size(ranks)).unwrap();
             let moved = Placement::balanced(&config, &load, size(ranks), 0).unwrap();
@@ -199,8 +184,9 @@ fn counts_of_another_model_or_of_nothing_are_refused() {
     let propose = |chosen| Placement::balanced(&config, &ExpertLoad::new("load.json", chosen), size(2), 0);
     let told = propose(vec![vec![1, 2]]).unwrap_err().to_string();
     assert!(told.contains("load.json: it counts 1 layers"), "{told}");
-    let mut counts: Vec<Vec<u64>> =
-        (0..config.layers.len()).map(|at| zipf(&config, 1).of(at).iter().map(|_| 0).collect()).collect();
+    let mut counts: Vec<Vec<u64>> = (0..config.layers.len())
+        .map(|at| ExpertLoad::zipf(&config, 1).of(at).iter().map(|_| 0).collect())
+        .collect();
     let told = propose(counts.clone()).unwrap_err().to_string();
     assert!(told.contains("no expert was chosen"), "{told}");
     counts.iter_mut().for_each(|layer| layer.push(1));

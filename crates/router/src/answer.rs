@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use futures::stream::unfold;
 use futures::{Stream, StreamExt};
-use proto::{Failure, RETRY_AFTER, v1, worker};
-use tokio_util::sync::CancellationToken;
+use proto::{Failure, v1, worker};
 use types::TokenId;
 
 use crate::call::Call;
 use crate::forward::{Chunks, Placed};
 use crate::pipeline::Permit;
-use crate::text::{CallPiece, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer};
+use crate::text::{
+    CallPiece, Citation, Cited, CitedSource, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer,
+};
 
 /// One request's answers as they come. Dropping it cancels the request at its group and gives the permit back.
 pub(crate) struct Answer {
@@ -20,7 +21,6 @@ pub(crate) struct Answer {
     /// One for each of the answers.
     assemblers: Vec<Assembler>,
     permit: Option<Permit>,
-    closing: CancellationToken,
 }
 
 enum Work {
@@ -29,15 +29,9 @@ enum Work {
 }
 
 impl Answer {
-    pub(crate) fn new(
-        call: Call,
-        placed: Placed,
-        assemblers: Vec<Assembler>,
-        permit: Permit,
-        closing: CancellationToken,
-    ) -> Self {
+    pub(crate) fn new(call: Call, placed: Placed, assemblers: Vec<Assembler>, permit: Permit) -> Self {
         let work = Work::Open(placed.into_chunks(call.deadline));
-        Self { call, work, assemblers, permit: Some(permit), closing }
+        Self { call, work, assemblers, permit: Some(permit) }
     }
 
     /// The messages, the last of each answer with `finish`, or a failure.
@@ -64,6 +58,7 @@ impl Answer {
             for piece in message.tool_calls {
                 add_piece(&mut whole.tool_calls, piece);
             }
+            whole.citations.extend(message.citations);
             whole.token_ids.extend(message.token_ids);
             whole.logprobs.extend(message.logprobs);
             whole.finish = message.finish;
@@ -76,15 +71,7 @@ impl Answer {
         if matches!(self.work, Work::Done) {
             return None;
         }
-        let (call, closing) = (self.call.clone(), self.closing.clone());
-        let result = tokio::select! {
-            biased;
-            () = closing.cancelled() => Err(Failure::Unavailable {
-                why: "the router is shutting down".to_owned(),
-                retry_after: RETRY_AFTER,
-            }),
-            result = call.within(self.step()) => result,
-        };
+        let result = self.call.within(step(&mut self.work, &mut self.assemblers)).await;
         if result.is_err() || self.assemblers.iter().all(|one| one.ended) {
             // Leaving the stream cancels what the group still does for it, as after a stop string.
             self.work = Work::Done;
@@ -96,22 +83,23 @@ impl Answer {
         }
         Some(result)
     }
+}
 
-    async fn step(&mut self) -> Result<v1::GenerateResponse, Failure> {
-        let internal = |why: String| Failure::Internal { why };
-        loop {
-            let Work::Open(chunks) = &mut self.work else {
-                return Err(internal("read past the end of an answer".to_owned()));
-            };
-            let Some(chunk) = chunks.next().await else {
-                return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
-            };
-            let (chunk, sequences) = (chunk?, self.assemblers.len());
-            let wrong = || format!("the leader generated sequence {} of {sequences}", chunk.index);
-            let assembler = self.assemblers.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
-            if let Some(message) = assembler.take(chunk)? {
-                return Ok(message);
-            }
+/// The next message.
+async fn step(work: &mut Work, assemblers: &mut [Assembler]) -> Result<v1::GenerateResponse, Failure> {
+    let internal = |why: String| Failure::Internal { why };
+    loop {
+        let Work::Open(chunks) = work else {
+            return Err(internal("read past the end of an answer".to_owned()));
+        };
+        let Some(chunk) = chunks.next().await else {
+            return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
+        };
+        let (chunk, sequences) = (chunk?, assemblers.len());
+        let wrong = || format!("the leader generated sequence {} of {sequences}", chunk.index);
+        let assembler = assemblers.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
+        if let Some(message) = assembler.take(chunk)? {
+            return Ok(message);
         }
     }
 }
@@ -124,6 +112,16 @@ fn add_piece(calls: &mut Vec<v1::ToolCall>, piece: v1::ToolCallDelta) {
     // Pieces of one call come together, the first of them with its name.
     if let Some(call) = calls.last_mut() {
         call.arguments.push_str(&piece.arguments);
+    }
+}
+
+impl From<Citation> for v1::Citation {
+    fn from(citation: Citation) -> Self {
+        let Citation { part, start, end, text, sources } = citation;
+        let source =
+            |source: CitedSource| v1::CitedSource { tool_call: source.call, results: source.results };
+        let sources = sources.into_iter().map(source).collect();
+        Self { reasoning: part == Cited::Reasoning, start, end, text, sources }
     }
 }
 
@@ -200,6 +198,7 @@ impl Reader {
         }
         out.reasoning.push_str(&parsed.reasoning);
         out.calls.append(&mut parsed.calls);
+        out.citations.append(&mut parsed.citations);
         out.faults.append(&mut parsed.faults);
         self.stop.push(&parsed.text, &mut out.text)
     }
@@ -262,6 +261,7 @@ impl Assembler {
             finish,
             reasoning: parsed.reasoning,
             tool_calls: parsed.calls.into_iter().map(|piece| self.piece(piece)).collect(),
+            citations: parsed.citations.into_iter().map(Into::into).collect(),
         }))
     }
 

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use model::Preset;
 use serde::{Deserialize, Serialize};
 use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
-use worker::Device;
+use worker::{Device, LoadFormat};
 
 use crate::strict;
 
@@ -37,7 +38,17 @@ pub struct Model {
     /// model.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     pub path: Option<PathBuf>,
-    /// Name the model is served under. Default: the directory's name, or `cohort-demo` for the embedded model.
+    /// A published model whose shape is built in, with `load_format = "dummy"`. Default: none.
+    #[serde(with = "strict::parsed_option")]
+    pub preset: Option<Preset>,
+    /// `checkpoint`, or `dummy`: seeded random weights in the model's shape, for which a `config.json` is enough.
+    /// Default: `checkpoint`.
+    #[serde(with = "strict::parsed")]
+    pub load_format: LoadFormat,
+    /// Layers to keep of a model with dummy weights. Default: all.
+    #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    pub layers: Option<u32>,
+    /// Name the model is served under. Default: the directory's or preset's name, or `cohort-demo` for the embedded model.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     pub name: Option<String>,
     /// Compute dtype, `f32` or `bf16`. Default: `f32`.
@@ -46,6 +57,10 @@ pub struct Model {
     /// `cpu`, `cuda` or `auto` (a GPU when one is found). Default: `auto`.
     #[serde(with = "strict::device")]
     pub device: Device,
+    /// Look at every layer's output, so that a request that fails on a value that is no number is told the layer; slow.
+    /// Default: `false`.
+    #[serde(with = "strict::truth")]
+    pub check_numerics: bool,
     /// Keys a sliding layer sees. Default: the checkpoint's `sliding_window`.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
     pub window_keys: Option<u32>,
@@ -199,7 +214,17 @@ impl FromStr for HttpListen {
 
 impl Default for Model {
     fn default() -> Self {
-        Self { path: None, name: None, dtype: DType::F32, device: Device::Auto, window_keys: None }
+        Self {
+            path: None,
+            preset: None,
+            load_format: LoadFormat::Checkpoint,
+            layers: None,
+            name: None,
+            dtype: DType::F32,
+            device: Device::Auto,
+            check_numerics: false,
+            window_keys: None,
+        }
     }
 }
 

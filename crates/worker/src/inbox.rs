@@ -10,6 +10,8 @@ use proto::worker::GenerateChunk;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
+use crate::pipeline::Job;
+
 /// Messages that may lie unread: the engine thread reads all of them between two steps.
 const INBOX_MAX: usize = 4096;
 
@@ -21,6 +23,13 @@ pub(crate) type Sink = mpsc::Sender<Result<GenerateChunk, Status>>;
 pub(crate) enum Message {
     /// A request that passed the checks of the service.
     Submit(Box<Submission>),
+    /// The executor has run a step.
+    Ran(Box<Job>),
+    /// The executor is gone.
+    Stopped {
+        /// Why.
+        why: String,
+    },
     /// A follower is gone.
     Lost {
         /// Its rank.
@@ -28,6 +37,8 @@ pub(crate) enum Message {
     },
     /// Somebody wants to know what the ranks have done.
     Activity(oneshot::Sender<Vec<Activity>>),
+    /// The executor tells it.
+    Told(Vec<Activity>),
     /// Look at the shutdown token.
     Wake,
 }

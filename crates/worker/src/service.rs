@@ -34,6 +34,20 @@ pub(crate) struct Service {
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+impl Service {
+    /// The group's state, when it serves.
+    fn serving(&self) -> Result<WorkerState, Failure> {
+        let state = self.state.subscribe().borrow().clone();
+        let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
+        match phase {
+            Phase::Serving => Ok(state),
+            Phase::Starting | Phase::Loading | Phase::Warming | Phase::Draining => {
+                Err(Failure::NotServing { phase, percent: state.percent, retry_after: RETRY_AFTER })
+            }
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl Worker for Service {
     type WatchStream = Boxed<WorkerState>;
@@ -51,6 +65,7 @@ impl Worker for Service {
         &self,
         _request: Request<GetActivityRequest>,
     ) -> Result<Response<GroupActivity>, Status> {
+        self.serving()?;
         let (asker, told) = oneshot::channel();
         self.inbox.ask(Message::Activity(asker))?;
         let stopping =
@@ -65,12 +80,7 @@ impl Worker for Service {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = proto::timeout(request.metadata())?;
         let mut request = request.into_inner();
-        let state = self.state.subscribe().borrow().clone();
-        let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
-        if phase != Phase::Serving {
-            let percent = state.percent;
-            return Err(Failure::NotServing { phase, percent, retry_after: RETRY_AFTER }.into());
-        }
+        let state = self.serving()?;
         let vocab_size = state.model.map_or(0, |model| model.vocab_size);
         let Some(generation) = request.generation.take() else {
             return Err(Failure::from(Violation::new("generation", "is missing")).into());

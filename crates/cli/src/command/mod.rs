@@ -1,5 +1,6 @@
 //! The subcommands, one file each.
 
+pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod config;
@@ -7,6 +8,7 @@ pub mod debug;
 pub mod demo;
 pub mod generate;
 pub mod group;
+pub mod kernels;
 pub mod plan;
 pub mod router;
 pub mod up;
@@ -47,6 +49,8 @@ pub enum Command {
     Generate(Box<generate::Args>),
     /// Chat with a running cluster in the terminal
     Chat(chat::Args),
+    /// Send a file of requests to a running cluster
+    Batch(batch::Args),
     /// Measure a running cluster
     Bench(bench::Args),
     /// Check or show a configuration
@@ -55,6 +59,8 @@ pub enum Command {
     Plan(Box<plan::Args>),
     /// Ask a running worker what it counts
     Debug(debug::Args),
+    /// Check the GPU kernels of a model; needs no GPU
+    Kernels(kernels::Args),
     /// Run a router for worker groups that run elsewhere
     Router(Box<router::Args>),
     /// Run the ranks of one worker group on this machine
@@ -74,10 +80,12 @@ impl Command {
             Self::Up(args) => up::run(&args, log),
             Self::Generate(args) => generate::run(&args),
             Self::Chat(args) => chat::run(&args),
+            Self::Batch(args) => batch::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
             Self::Debug(args) => debug::run(&args),
+            Self::Kernels(args) => kernels::run(&args),
             Self::Router(args) => router::run(&args),
             Self::Group(args) => group::run(&args, log),
             Self::Worker(args) => worker::run(&args),
@@ -95,9 +103,11 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Debug(_)
+            | Self::Kernels(_)
             | Self::Plan(_) => false,
         }
     }
@@ -111,9 +121,11 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Debug(_)
+            | Self::Kernels(_)
             | Self::Plan(_) => "warn",
         }
     }

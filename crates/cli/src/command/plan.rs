@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::bail;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use model::{ModelConfig, Placement, Preset, WeightBytes};
+use model::{ModelConfig, Placement, WeightBytes};
 use serde_json::{Value, json};
 use settings::Settings;
 use types::{Bytes, DType, KvGroup, TpSize};
@@ -19,8 +18,9 @@ use crate::out::say;
 use crate::table::{Align, Table};
 
 const MORE: &str = "\
-With --memory the KV cache takes what the weights leave, unless --kv-tokens says how large it is. What a step's
-activations take comes on top: give --memory without it. Ends with an error when the plan is not legal or does not fit.
+A --preset is computed in bf16 unless --dtype says otherwise. With --memory the KV cache takes what the weights leave,
+unless --kv-tokens says how large it is. What a step's activations take comes on top: give --memory without it. Ends
+with an error when the plan is not legal or does not fit.
 
 Examples:
   cohort plan --preset north-mini-code --tensor-parallel 2 --memory 139GiB
@@ -35,19 +35,16 @@ pub struct Args {
     /// Where the configuration comes from.
     #[command(flatten)]
     pub file: FileFlag,
-    /// A published model instead of a checkpoint; computed in bf16 unless --dtype says otherwise
-    #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = preset_parser())]
-    pub preset: Option<Preset>,
     /// Memory of each rank for weights and KV cache, such as 139GiB
     #[arg(long, value_name = "BYTES")]
     pub memory: Option<Bytes>,
     /// Tokens of the sequences that are counted as running at once [default: what model and KV cache hold]
     #[arg(long, value_name = "N")]
     pub context: Option<u32>,
-    /// How often experts were chosen, as `cohort debug expert-load` prints it: proposes a placement for --tensor-parallel
-    /// times --data-parallel ranks and shows how evenly their work is shared out
+    /// How often experts were chosen, as `cohort debug expert-load` prints it: proposes a placement for all ranks and shows
+    /// how evenly their work is shared out. zipf:SEED is a made-up skewed load
     #[arg(long, value_name = "FILE")]
-    pub expert_load: Option<PathBuf>,
+    pub expert_load: Option<String>,
     /// Copies of hot experts that each rank may hold beside its share, in the proposed placement
     #[arg(long, value_name = "N", default_value_t = 0, requires = "expert_load")]
     pub expert_replicas: usize,
@@ -66,10 +63,6 @@ pub struct Args {
     /// The group's size and bounds.
     #[command(flatten)]
     pub group: GroupFlags,
-}
-
-fn preset_parser() -> impl TypedValueParser<Value = Preset> {
-    PossibleValuesParser::new(Preset::ALL.map(Preset::name)).try_map(|name| name.parse::<Preset>())
 }
 
 /// What was asked, made whole.
@@ -110,16 +103,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn question(args: &Args) -> anyhow::Result<Question> {
-    let settings = args::load(StartedBy::User, &args.file, &[&args.model, &args.compute, &args.group])?;
-    let (name, mut model) = match args.preset {
-        Some(preset) => (preset.name().to_owned(), preset.config()?),
-        None => {
-            (embedded::served_name(&settings), ModelConfig::from_files(&embedded::checkpoint(&settings))?)
-        }
-    };
-    if let Some(keys) = settings.model.window_keys {
-        model.window_keys = keys;
-    }
+    let model = args.model.of_shape();
+    let settings = args::load(StartedBy::User, &args.file, &[&model, &args.compute, &args.group])?;
+    let (name, model) = (embedded::served_name(&settings), embedded::model_config(&settings)?);
     let shape = GroupShape {
         tensor: settings.group.tensor_parallel,
         data: settings.group.data_parallel,
@@ -145,7 +131,7 @@ fn question(args: &Args) -> anyhow::Result<Question> {
 }
 
 fn dtype(args: &Args, settings: &Settings) -> DType {
-    match (args.preset, &args.compute.dtype) {
+    match (settings.model.preset, &args.compute.dtype) {
         (Some(_), None) => DType::BF16,
         _ => settings.model.dtype,
     }
@@ -187,21 +173,6 @@ fn fitting_sizes(question: &Question) -> Vec<u32> {
     larger.filter(fits).collect()
 }
 
-/// Weights by kind, in the order they are shown.
-fn kinds(weights: &WeightBytes) -> [(&'static str, Bytes); 8] {
-    let WeightBytes { embedding, head, norms, attention, dense, routers, experts, shared } = *weights;
-    [
-        ("embedding", embedding),
-        ("head", head),
-        ("attention", attention),
-        ("norms", norms),
-        ("dense", dense),
-        ("routers", routers),
-        ("experts", experts),
-        ("shared", shared),
-    ]
-}
-
 fn as_json(question: &Question, capacity: &Capacity) -> Value {
     let shape = &question.shape;
     let ranks: Vec<Value> = capacity
@@ -209,7 +180,9 @@ fn as_json(question: &Question, capacity: &Capacity) -> Value {
         .iter()
         .enumerate()
         .map(|(at, rank)| {
-            let weights: serde_json::Map<_, _> = kinds(&rank.weights)
+            let weights: serde_json::Map<_, _> = rank
+                .weights
+                .kinds()
                 .into_iter()
                 .map(|(kind, bytes)| (kind.to_owned(), json!(bytes.0)))
                 .collect();
@@ -283,7 +256,7 @@ fn show(question: &Question, capacity: &Capacity) {
         let mut row = |what: &str, Bytes(bytes): Bytes| {
             table.row([what.to_owned(), bytes.to_string(), Bytes(bytes).to_string()]);
         };
-        kinds(&most.weights).into_iter().filter(|(_, bytes)| bytes.0 > 0).for_each(|(kind, b)| row(kind, b));
+        most.weights.kinds().into_iter().filter(|(_, bytes)| bytes.0 > 0).for_each(|(kind, b)| row(kind, b));
         row("all weights", most.weights.total());
         row("KV cache", most.kv);
         table.lines().for_each(|line| say!("{line}"));

@@ -9,6 +9,7 @@ use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use proto::{Chat, Message, Violation, v1};
 
+use super::reads::read_before_set;
 use super::{strftime, to_python_json};
 use crate::{Error, ModelFiles};
 
@@ -66,6 +67,15 @@ fn message(index: usize, message: &Message) -> Result<Value, Violation> {
         for name in ["reasoning", "reasoning_content"] {
             map.insert(name, Value::from(message.reasoning.as_str()));
         }
+    }
+    if !message.results.is_empty() {
+        let document = |(at, json): (usize, &String)| {
+            let data = object(|| format!("chat.messages[{index}].results[{at}]"), json)?;
+            let document = Value::from_pairs([("data", data)]);
+            Ok(Value::from_pairs([("type", Value::from("document")), ("document", document)]))
+        };
+        let documents = message.results.iter().enumerate().map(document);
+        map.insert("content", documents.collect::<Result<Value, Violation>>()?);
     }
     if let Some(id) = &message.tool_call_id {
         map.insert("tool_call_id", Value::from(id.as_str()));
@@ -135,12 +145,13 @@ impl Template {
                 None => return Ok(None),
             },
         };
+        let mut reads = read_before_set(&source);
         let mut environment = environment();
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| Error::File { file, reason: format!("chat template: {error:#}") })?;
         let template = environment.get_template(NAME);
-        let reads = template.map(|template| template.undeclared_variables(false)).unwrap_or_default();
+        reads.extend(template.map(|template| template.undeclared_variables(false)).unwrap_or_default());
         Ok(Some(Self { environment, special_tokens: special_tokens(&config), reads }))
     }
 

@@ -1,4 +1,5 @@
 //! A group of ranks on threads of the test, as `cohort worker` would run them, and a client of its leader.
+#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,9 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
     let size = TpSize::new(size).unwrap();
     Config {
         model: model::Files::Directory(demo()),
+        load_format: worker::LoadFormat::Checkpoint,
+        check_numerics: false,
+        layers: None,
         model_name: "demo".into(),
         dtype: DType::F32,
         device: Device::Cpu,

@@ -66,7 +66,11 @@ pub(super) fn propose(
     if shape.experts == ExpertSharding::Tensor {
         bail!("--expert-load places whole experts, and they are shared out by width; add --experts expert");
     }
-    let load = ExpertLoad::from_file(file)?;
+    let load = match file.strip_prefix("zipf:").map(str::parse) {
+        Some(Ok(seed)) => ExpertLoad::zipf(model, seed),
+        Some(Err(error)) => bail!("--expert-load {file}: the seed must be a number: {error}"),
+        None => ExpertLoad::from_file(Path::new(file))?,
+    };
     let ranks = shape.ranks()?;
     let placement = Arc::new(Placement::balanced(model, &load, ranks, args.expert_replicas)?);
     let before = match &shape.placement {
