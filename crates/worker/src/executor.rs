@@ -1,6 +1,7 @@
 //! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
 
 use engine::{Drawn, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
+use model::Activity;
 use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};
@@ -60,6 +61,11 @@ impl Executor {
             Ok(())
         })?;
         Ok(outputs)
+    }
+
+    /// Every rank's activity so far, in rank order; all ranks ask together.
+    pub(crate) fn activity(&mut self) -> Result<Vec<Activity>, Error> {
+        Ok(self.model.gather_activity()?)
     }
 
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), Error> {

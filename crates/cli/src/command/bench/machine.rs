@@ -160,7 +160,8 @@ impl Target {
                 model::load(&checkpoint, &config, &plan, &mut backend, &())?.0
             }
         };
-        let parts = Parts { config, plan, backend, comm, weights, dispatch: Dispatch::Replicated };
+        let parts =
+            Parts { config, plan, backend, comm, subgroup: None, weights, dispatch: Dispatch::Replicated };
         let mut model = Model::new(parts, budget)?;
         model.fill_kv(1)?;
         Ok(model)
