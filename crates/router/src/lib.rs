@@ -12,6 +12,7 @@ mod forward;
 mod http;
 pub mod pick;
 mod pipeline;
+mod resume;
 mod running;
 mod serve;
 mod service;

@@ -1,6 +1,7 @@
 //! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::{Failure, GenerationFields, Prompt, Role, Violation, bad_words, stop_strings, v1, worker};
 use sha2::{Digest, Sha256};
@@ -13,6 +14,7 @@ use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
 use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
+use crate::resume::Replay;
 use crate::running::Running;
 use crate::text::{Text, Vocabulary, Wanted};
 use crate::workers::{Facts, Groups};
@@ -31,6 +33,8 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) http_patience: HttpPatience,
     pub(crate) permits: Arc<Semaphore>,
+    /// Longest wait of an interrupted request for a group that goes on with it.
+    pub(crate) resume_grace: Duration,
     pub(crate) running: Arc<Running>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
@@ -58,6 +62,7 @@ struct Tokenized {
     guide: Option<worker::Guide>,
     prompt: Vec<TokenId>,
     generation: Generation,
+    eos_token_ids: Vec<u32>,
     options: Options,
     form: Form,
 }
@@ -103,8 +108,8 @@ impl Shared {
         let call = call.listed(&self.running);
         let admitted = self.admit_generation(request)?;
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
-        let placed = self.place(&call, &tokenized)?;
-        Ok(self.answer(call, tokenized, placed))
+        let way = self.place(&call, &tokenized)?;
+        Ok(self.answer(&call, tokenized, way))
     }
 
     /// A permit to work on one request.
@@ -279,7 +284,8 @@ impl Shared {
         let generation = generation.map_err(|error| GenerationFields::Public.refuse(error))?;
         check_prompt_logprobs(&generation, tokens)?;
         let (guide, prompt) = self.guide(wanted, prompt, &facts, &permit).await?;
-        Ok(Tokenized { permit, guide, prompt, generation: generation.limited_to(room), options, form })
+        let (generation, eos_token_ids) = (generation.limited_to(room), facts.eos_token_ids);
+        Ok(Tokenized { permit, guide, prompt, generation, eos_token_ids, options, form })
     }
 
     /// What a leader must be told of the answer's form, compiled on a thread that may block.
@@ -325,7 +331,7 @@ impl Shared {
         })
     }
 
-    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<Placed, Failure> {
+    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<(Placed, Replay), Failure> {
         let Options { priority, cache_salt, bypass_prefix_cache } = tokenized.options.clone();
         let request = worker::GenerateRequest {
             request_id: call.request_id.clone(),
@@ -334,13 +340,18 @@ impl Shared {
             priority: priority.level(),
             cache_salt,
             bypass_prefix_cache,
+            // Never 0, which names nothing.
+            key: random_u64() | 1,
             guide: tokenized.guide.clone(),
             ..worker::GenerateRequest::default()
         };
-        Placed::new(&self.groups, request)
+        let request = Arc::new(request);
+        let placed = Placed::new(&self.groups, &request, Vec::new())?;
+        let (eos, grace) = (tokenized.eos_token_ids.clone(), self.resume_grace);
+        Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace))))
     }
 
-    fn answer(&self, call: Call, tokenized: Tokenized, placed: Placed) -> Answer {
+    fn answer(&self, call: &Call, tokenized: Tokenized, way: (Placed, Replay)) -> Answer {
         let Tokenized { permit, prompt, generation, form, .. } = tokenized;
         let Form { stop, keep_special, parse, cites } = form;
         let reading = || {
@@ -356,8 +367,7 @@ impl Shared {
         };
         let assemblers = (0..generation.sequences())
             .map(|index| Assembler::new(call.request_id.clone(), index, &prompt, reading()));
-        let assemblers = assemblers.collect();
-        Answer::new(call, placed, assemblers, permit, self.closing.clone())
+        Answer::new(call.clone(), way, assemblers, permit)
     }
 }
 

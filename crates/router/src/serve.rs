@@ -20,6 +20,7 @@ use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::call::random_u64;
 use crate::pipeline::Shared;
+use crate::running::Running;
 use crate::service::Service;
 use crate::text::Text;
 use crate::workers::{Groups, Progress};
@@ -112,6 +113,7 @@ fn local_address(
 async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Result<Arc<Shared>, Error> {
     let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
     let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
+    let closing = CancellationToken::new();
     Ok(Arc::new(Shared {
         groups,
         text,
@@ -119,9 +121,10 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
         limits: config.limits,
         http_patience: config.http_patience,
         permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
-        running: Arc::default(),
+        running: Arc::new(Running::new(closing.clone())),
+        resume_grace: config.resume_grace,
         withdrawn: CancellationToken::new(),
-        closing: CancellationToken::new(),
+        closing,
     }))
 }
 

@@ -7,7 +7,9 @@ use std::time::Instant;
 use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
-use proto::worker::{GenerateChunk, GenerateRequest, WatchRequest, WorkerState};
+use proto::worker::{
+    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, WatchRequest, WorkerState,
+};
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
@@ -66,6 +68,7 @@ impl Worker for Service {
         let generation = GenerationSpec { guided, ..GenerationSpec::from(generation) }
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
+        let key = request.key;
         let guidance = self.kitchen.guidance(guide, facts).await?;
         let (sink, stream) = mpsc::channel(chunk::messages_max(request.prompt.len(), &generation));
         let request = engine::Request {
@@ -76,8 +79,14 @@ impl Worker for Service {
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let guides = guidance.map_or_else(|| Ok(Vec::new()), |guidance| guides(&guidance, &request))?;
-        self.inbox.submit(Submission { request, deadline, sink, guides })?;
+        self.inbox.submit(Submission { request, deadline, sink, key, guides })?;
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<CancelResponse>, Status> {
+        let CancelRequest { key, index } = request.into_inner();
+        self.inbox.cancel(key, index);
+        Ok(Response::new(CancelResponse {}))
     }
 }
 

@@ -4,6 +4,7 @@ mod detokenize;
 mod form;
 mod json;
 mod parser;
+mod reads;
 mod stop;
 mod strftime;
 mod template;

@@ -67,9 +67,11 @@ async fn a_stop_string_ends_one_answer_and_the_others_go_on() {
     let open = leader.next().await;
     let early: Vec<_> = ids("one STOP and more").iter().map(|&id| chunk(&[id])).collect();
     open.play(early).await;
+    let cancelled = soon(leader.cancelled.recv()).await.unwrap();
+    assert_eq!(cancelled, worker::CancelRequest { key: open.request.key, index: 0 });
     open.play(answer("two").into_iter().map(|chunk| of(1, chunk)).collect()).await;
-    // The first still runs at its leader; nobody waits for it.
     soon(open.chunks.closed()).await;
+    assert!(leader.cancelled.try_recv().is_err(), "the end of the stream is the cancel of the last");
     let messages = soon(call).await.unwrap().unwrap();
     assert_eq!(texts(&messages), [(0, "one ".to_owned()), (1, "two".to_owned())].into());
 }
@@ -137,9 +139,13 @@ async fn the_best_of_several_are_shown_the_likeliest_first() {
         of(index, worker::GenerateChunk { logprobs, ..last(&tokens, worker::FinishReason::Length, None) })
     };
     let script = vec![likely(0, "worst", -3.0), likely(1, "best of all", -0.5), likely(2, "good", -1.0)];
-    let leader = Leader::serving().await.play_always(script);
-    let router = TestRouter::ready(&[&leader]).await;
-    let answer = complete(&router, json!("x"), json!({ "n": 2, "best_of": 3 })).await.json();
+    let mut leader = Leader::serving().await;
+    let router = TestRouter::ready(&[&leader.address]).await;
+    let asked = json!({ "n": 2, "best_of": 3 });
+    let (answer, ()) = tokio::join!(complete(&router, json!("x"), asked), async {
+        leader.next().await.play(script).await;
+    });
+    let answer = answer.json();
     let choices = answer["choices"].as_array().unwrap();
     let texts: Vec<&str> = choices.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
     assert_eq!(texts, ["best of all", "good"]);
