@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::bail;
-use model::{ModelConfig, Placement, WeightBytes};
+use model::{ModelConfig, Placement};
 use serde_json::{Value, json};
 use settings::Settings;
 use types::{Bytes, DType, KvGroup, TpSize};
