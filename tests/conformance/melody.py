@@ -126,7 +126,10 @@ def prompts(cohort: Cohort, sdist: pathlib.Path) -> int:
             same += 1
             continue
         wrong += 1
-        print(f"  differs: {pair.name}\n    expected {expected!r}\n    got      {got}")
+        own = got.get("rendered", str(got))
+        at = next((at for at, (a, b) in enumerate(zip(expected, own)) if a != b), min(len(expected), len(own)))
+        around = slice(max(at - 60, 0), at + 120)
+        print(f"  differs: {pair.name}, at {at}\n    expected {expected[around]!r}\n    got      {own[around]!r}")
     print(f"prompts: {same} of {len(pairs)} pairs are the same, {wrong} differ")
     return wrong
 
