@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use collectives::Collective;
 use ops::{Backend, Batch, KvGroup, KvLayerSpec, Window};
-use types::{BlockSize, Dispatch};
+use types::{BlockSize, Dispatch, TokenId};
 
 use crate::dispatch::{self, Routed, Sizes};
 use crate::partial::{Partial, Reduced};
@@ -107,7 +107,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         batch: &Batch,
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.step_observed(batch, sink, |_, _, _| Ok(()))
+        let x = self.hidden(batch)?;
+        self.sink_logits(batch, &x, sink)
     }
 
     /// As [`Model::step`]; `observe` sees the residual stream after the embedding (0) and after each layer (1…).
@@ -117,67 +118,162 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     pub fn step_observed(
         &mut self,
         batch: &Batch,
-        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+        sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
         mut observe: impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.backend.begin_step(batch)?;
-        let mut x = self.embed()?;
-        observe(&mut self.backend, 0, &x)?;
-        for index in 0..self.config.layers.len() {
-            x = self.layer(index, x, batch.tokens.len()).map_err(|e| e.in_layer(index))?;
-            observe(&mut self.backend, index + 1, &x)?;
-        }
+        let x = self.layers(batch, &mut observe)?;
+        self.sink_logits(batch, &x, sink)
+    }
+
+    fn sink_logits(
+        &mut self,
+        batch: &Batch,
+        x: &B::Tensor,
+        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let mut first = 0;
         while first < batch.logit_rows.len() {
             let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
-            sink(first, &self.logits(&x, first..end)?)?;
+            sink(first, &self.logits(x, first..end)?)?;
             first = end;
         }
         Ok(())
     }
 
-    fn embed(&mut self) -> Result<B::Tensor, Error> {
-        let rows = Partial::new(self.backend.embed(&self.weights.embed, self.plan.first_token())?);
-        let whole = rows.reduce(&mut self.comm)?;
-        Ok(self.backend.round(whole.into_inner())?)
+    /// As [`Model::step`], for steps that need no more of the logits than each row's most likely token (the lowest on a
+    /// tie); `None` for a row with a logit that is not a number.
+    ///
+    /// # Errors
+    /// As [`Model::step`].
+    pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
+        let x = self.hidden(batch)?;
+        let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));
+        while first < batch.logit_rows.len() {
+            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
+            let vocab = self.config.vocab_size;
+            if self.comm.rank().size().as_usize() == 1 {
+                let logits = self.own_logits(&x, first..end)?;
+                chosen.extend(self.backend.largest(&logits, vocab, self.config.logit_scale)?);
+            } else {
+                let logits = self.logits(&x, first..end)?;
+                chosen.extend(logits.chunks_exact(vocab).map(|row| ops::largest(row, 1.0)));
+            }
+            first = end;
+        }
+        Ok(chosen)
     }
 
-    fn layer(&mut self, index: usize, x: B::Tensor, rows: usize) -> Result<B::Tensor, Error> {
+    /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless
+    /// other ranks have a part in it: collectives and what depends on their sizes run anew each time.
+    fn hidden(&mut self, batch: &Batch) -> Result<B::Tensor, Error> {
+        if self.comm.rank().size().as_usize() > 1 || self.dispatch == Dispatch::AllToAll {
+            self.backend.begin_step(batch)?;
+            return self.layers(batch, &mut |_, _, _| Ok(()));
+        }
+        if let Some(x) = self.backend.begin_or_repeat(batch)? {
+            return Ok(x);
+        }
+        let x = self.layers(batch, &mut |_, _, _| Ok(()))?;
+        Ok(self.backend.keep(x)?)
+    }
+
+    fn layers(
+        &mut self,
+        batch: &Batch,
+        observe: &mut impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
+    ) -> Result<B::Tensor, Error> {
+        let mut x = self.embed()?;
+        observe(&mut self.backend, 0, &x)?;
+        let mut n = None;
+        for index in 0..self.config.layers.len() {
+            (x, n) = self.layer(index, (x, n), batch.tokens.len()).map_err(|e| e.in_layer(index))?;
+            observe(&mut self.backend, index + 1, &x)?;
+        }
+        Ok(x)
+    }
+
+    fn embed(&mut self) -> Result<B::Tensor, Error> {
+        let rows = Partial::new(self.backend.embed(&self.weights.embed, self.plan.first_token())?);
+        let whole = rows.reduce(&mut self.backend, &mut self.comm)?.whole(&mut self.backend)?;
+        Ok(self.backend.round(whole)?)
+    }
+
+    /// Takes the residual stream and its norm, when the layer before has made it; returns the next layer's.
+    fn layer(
+        &mut self,
+        index: usize,
+        (x, n): (B::Tensor, Option<B::Tensor>),
+        rows: usize,
+    ) -> Result<(B::Tensor, Option<B::Tensor>), Error> {
         let Self { config, plan, backend, comm, weights, dispatch, kv } = self;
-        let (layer, weights) = (config.layers[index], &weights.layers[index]);
-        let n = backend.norm(&x, &weights.norm, config.norm)?;
-        let attended = attention(backend, config, layer, weights, &mut kv[index], &n)?;
+        let (layer, own) = (config.layers[index], &weights.layers[index]);
+        let n = match n {
+            Some(n) => n,
+            None => backend.norm(&x, &own.norm, config.norm)?,
+        };
+        let apart = *dispatch == Dispatch::Replicated;
+        if apart {
+            backend.fork()?;
+        }
+        let attended = attention(backend, config, layer, own, &mut kv[index], &n)?;
         let mut ranked = Ranked { backend, comm, config, plan, dispatch: *dispatch, rows };
-        let sum = ranked.mlp(&weights.mlp, &n, attended)?;
-        let sum: Reduced<B::Tensor> = sum.reduce(comm)?;
-        Ok(backend.residual_add(x, sum.get())?)
+        let sum = ranked.mlp(&own.mlp, &n, attended)?;
+        drop(n);
+        let sum: Reduced<B::Tensor> = sum.reduce(backend, comm)?;
+        match weights.layers.get(index + 1) {
+            Some(next) => {
+                let (sum, more) = sum.parts();
+                let more = more.as_ref().map(|(more, scale)| (more, *scale));
+                let (x, n) = backend.residual_norm(x, (sum, more), (&next.norm, config.norm))?;
+                Ok((x, Some(n)))
+            }
+            None => {
+                let sum = sum.whole(backend)?;
+                Ok((backend.residual_add(x, &sum)?, None))
+            }
+        }
     }
 
     /// Logits [which, vocabulary], scaled; equal on all ranks.
     fn logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<Vec<f32>, Error> {
         let rows = which.len();
-        let Self { config, plan, backend, comm, weights, .. } = self;
-        let x = backend.logit_rows(x, which)?;
-        let n = backend.norm(&x, &weights.final_norm, config.norm)?;
-        let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
-        let ranks = comm.rank().size().as_usize();
-        let mut logits = if ranks == 1 {
-            backend.read(&own)?
-        } else {
-            let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
-            comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
-            let by_rank = backend.read(&all)?;
-            interleave(&by_rank, rows, plan.vocab_rows, config.vocab_size)
-        };
+        let all = self.own_logits(x, which)?;
+        let Self { config, plan, backend, comm, .. } = self;
+        let mut logits = backend.read(&all)?;
+        if comm.rank().size().as_usize() > 1 {
+            logits = interleave(&logits, rows, plan.vocab_rows, config.vocab_size);
+        }
         if config.logit_scale != 1.0 {
             logits.iter_mut().for_each(|l| *l *= config.logit_scale);
         }
         Ok(logits)
     }
 
+    /// Logits on the device: [which, vocabulary] of a rank that is alone, else [ranks, which, rows of a rank].
+    fn own_logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<B::Tensor, Error> {
+        let rows = which.len();
+        let Self { config, plan, backend, comm, weights, .. } = self;
+        let x = backend.logit_rows(x, which)?;
+        let n = backend.norm(&x, &weights.final_norm, config.norm)?;
+        let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
+        let ranks = comm.rank().size().as_usize();
+        if ranks == 1 {
+            return Ok(own);
+        }
+        let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
+        comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
+        Ok(all)
+    }
+
     /// The line to the other ranks, for barriers and counters.
     pub fn comm_mut(&mut self) -> &mut C {
         &mut self.comm
+    }
+
+    /// The device.
+    pub const fn backend(&self) -> &B {
+        &self.backend
     }
 
     /// What the checkpoint computes.
@@ -214,8 +310,10 @@ impl<B: Backend, C: Collective<B::Tensor>> Ranked<'_, B, C> {
     ) -> Result<Partial<B::Tensor>, Error> {
         match weights {
             MlpWeights::Dense(mlp) => {
+                self.backend.other_branch()?;
                 let own = gated(self.backend, mlp, n)?;
-                attended.plus(self.backend, &own, 1.0)
+                self.backend.join()?;
+                attended.plus(self.backend, own, 1.0)
             }
             MlpWeights::Sparse { router, gate_up, down, shared } => {
                 let Some(moe) = &self.config.moe else {
@@ -230,7 +328,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Ranked<'_, B, C> {
                 match shared {
                     Some(shared) => {
                         let shared = gated(self.backend, shared, n)?;
-                        sum.plus(self.backend, &shared, scale)
+                        sum.plus(self.backend, shared, scale)
                     }
                     None => Ok(sum),
                 }
@@ -250,10 +348,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Ranked<'_, B, C> {
         match self.dispatch {
             Dispatch::Replicated => {
                 let first_expert = plan.experts.as_ref().map_or(0, |shard| shard.experts.start);
-                let logits = backend.linear(n, weights.router)?;
-                let routed = backend.route(&logits, moe.routing)?;
+                backend.other_branch()?;
+                let routed = backend.router(n, weights.router, moe.routing)?;
                 let own = backend.routed_experts(n, &routed, weights.gate_up, weights.down, first_expert)?;
-                attended.plus(*backend, &Partial::new(own), scale)
+                backend.join()?;
+                attended.plus(*backend, Partial::new(own), scale)
             }
             Dispatch::AllToAll => {
                 let sizes = Sizes { moe, plan, rows: *rows, hidden: self.config.hidden_size };

@@ -101,6 +101,7 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
     let bytes = 1..=MESSAGE_BYTES_MAX as u64;
     within("router.limits.prompt_bytes_max", limits.prompt_bytes_max as u64, bytes, faults);
+    lasting("router.resume_grace_s", router.resume_grace_s, Duration::ZERO, faults);
     lasting("router.withdraw_grace_s", router.withdraw_grace_s, Duration::ZERO, faults);
     lasting("router.drain_grace_s", router.drain_grace_s, Duration::ZERO, faults);
     let grpc = router.grpc_listen;

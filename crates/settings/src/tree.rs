@@ -81,6 +81,10 @@ pub struct Router {
     pub workers: Vec<String>,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
+    /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
+    /// Default: 10.
+    #[serde(with = "strict::seconds")]
+    pub resume_grace_s: Duration,
     /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds: load
     /// balancers turn away before anybody is refused. Default: 0.
     #[serde(with = "strict::seconds")]
@@ -222,6 +226,7 @@ impl Default for Router {
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
             limits: RouterLimits::default(),
+            resume_grace_s: Duration::from_secs(10),
             withdraw_grace_s: Duration::ZERO,
             drain_grace_s: Duration::from_secs(10),
         }

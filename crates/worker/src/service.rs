@@ -7,7 +7,9 @@ use std::time::Instant;
 use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
-use proto::worker::{GenerateChunk, GenerateRequest, WatchRequest, WorkerState};
+use proto::worker::{
+    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, WatchRequest, WorkerState,
+};
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
@@ -16,6 +18,7 @@ use tonic::{Request, Response, Status};
 use types::{GenerationSpec, Priority, TokenId};
 
 use crate::chunk;
+use crate::guide::{Guidance, Guide, Kitchen};
 use crate::inbox::{Inbox, Submission};
 use crate::state::StatePublisher;
 
@@ -23,6 +26,7 @@ use crate::state::StatePublisher;
 pub(crate) struct Service {
     pub(crate) inbox: Inbox,
     pub(crate) state: Arc<StatePublisher>,
+    pub(crate) kitchen: Arc<Kitchen>,
     /// Ends the watch streams, which otherwise would keep the server from closing.
     pub(crate) closing: CancellationToken,
 }
@@ -54,13 +58,18 @@ impl Worker for Service {
             let percent = state.percent;
             return Err(Failure::NotServing { phase, percent, retry_after: RETRY_AFTER }.into());
         }
-        let vocab_size = state.model.map_or(0, |model| model.vocab_size);
+        let facts = state.model.unwrap_or_default();
+        let vocab_size = facts.vocab_size;
         let Some(generation) = request.generation.take() else {
             return Err(Failure::from(Violation::new("generation", "is missing")).into());
         };
-        let generation = GenerationSpec::from(generation)
+        let guide = request.guide.take().unwrap_or_default();
+        let guided = !guide.grammar.is_empty();
+        let generation = GenerationSpec { guided, ..GenerationSpec::from(generation) }
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
+        let key = request.key;
+        let guidance = self.kitchen.guidance(guide, facts).await?;
         let (sink, stream) = mpsc::channel(chunk::messages_max(request.prompt.len(), &generation));
         let request = engine::Request {
             options: options(&request)?,
@@ -69,9 +78,23 @@ impl Worker for Service {
             deadline: None,
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        self.inbox.submit(Submission { request, deadline, sink })?;
+        let guides = guidance.map_or_else(|| Ok(Vec::new()), |guidance| guides(&guidance, &request))?;
+        self.inbox.submit(Submission { request, deadline, sink, key, guides })?;
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<CancelResponse>, Status> {
+        let CancelRequest { key, index } = request.into_inner();
+        self.inbox.cancel(key, index);
+        Ok(Response::new(CancelResponse {}))
+    }
+}
+
+/// A guide for each sequence of a request, behind what was generated already.
+fn guides(guidance: &Guidance, request: &engine::Request) -> Result<Vec<Guide>, Failure> {
+    let resumed = &request.options.resume_tokens;
+    let refuse = |error: grammar::Error| Violation::new("resume_tokens", error.to_string()).into();
+    (0..request.generation.sequences()).map(|_| guidance.resume(resumed).map_err(refuse)).collect()
 }
 
 /// What a request says beside its prompt and generation.
