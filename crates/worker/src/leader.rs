@@ -170,6 +170,8 @@ impl Leader {
     fn serve(&mut self, config: &Config, shutdown: &CancellationToken) -> Result<(), Error> {
         let mut drain_until = None;
         loop {
+            // Before the order to stop is looked at: this may take the message that would wake the thread for it.
+            self.turn()?;
             if shutdown.is_cancelled() && drain_until.is_none() {
                 self.state.set(State::Draining);
                 drain_until = Some(Instant::now() + config.drain_grace);
@@ -177,7 +179,6 @@ impl Leader {
             if drain_until.is_some_and(|until| self.open.is_empty() || Instant::now() >= until) {
                 return Ok(());
             }
-            self.turn()?;
             let load = || (self.pipeline.engine().load(), self.pipeline.gaps().summary());
             if self.is_busy() {
                 self.state.load_now_and_then(load);
