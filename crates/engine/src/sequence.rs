@@ -269,6 +269,7 @@ impl Sequence {
         for (index, output) in outputs.iter_mut().enumerate() {
             match (output, flight.draws && Some(index) == last) {
                 (RowOutput::NotANumber, _) => return Some(Finish::NotANumber),
+                (RowOutput::NoToken, true) => return Some(Finish::NoToken),
                 (RowOutput::PromptLogprob(entry), false) => self.take_prompt_logprob(entry),
                 (RowOutput::Sampled { token, logprob }, true) => {
                     return self.take_token(*token, logprob.take(), config, effects);

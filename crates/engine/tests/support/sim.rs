@@ -459,7 +459,7 @@ impl World {
                 );
                 assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
             }
-            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length => {
+            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length | Finish::NoToken => {
                 let prompt_logprobs = one.prompt_logprobs.clone();
                 let got = Expected { tokens, logprobs, prompt_logprobs, finish: Some(finish) };
                 assert_eq!(got, expected, "{seq}");

@@ -4,6 +4,7 @@
 mod support;
 
 mod admission;
+mod any_input;
 mod bad_requests;
 mod cancel;
 mod cohere_chat;
@@ -20,6 +21,7 @@ mod http_patience;
 mod http_probes;
 mod http_tokens;
 mod no_tokenizer;
+mod obedient;
 mod other_group;
 mod parsed_answers;
 mod parsing;
@@ -32,6 +34,8 @@ mod startup;
 mod stop_search;
 mod stop_strings;
 mod streaming;
+mod structured;
 mod templates;
 mod tokenizing;
+mod undecoded;
 mod vllm_api;
