@@ -128,15 +128,13 @@ impl Engine {
             let leads = all.any(|one| one.id == leader && one.leads && one.held_by.is_none());
             assert!(leads, "{} waits for {leader}, which computes no prompt", sequence.id);
         }
+        let first = self.sequences().filter_map(Sequence::deadline).min();
+        let known = |first| self.first_deadline.is_some_and(|known| known <= first);
+        assert!(first.is_none_or(known), "a deadline would be missed");
         let waiting: u64 = self.waiting.values().map(|sequence| u64::from(sequence.len())).sum();
         assert_eq!(waiting, self.waiting_tokens, "waiting tokens");
         let unique: BTreeSet<_> = self.sequences().map(|one| one.id).collect();
         assert_eq!(unique.len(), self.sequences().count(), "a sequence is in two places");
-    }
-
-    fn sequences(&self) -> impl Iterator<Item = &Sequence> {
-        let leaving = self.leaving.iter().map(|one| &one.sequence);
-        self.waiting.values().chain(leaving).chain(self.running().map(|one| &one.sequence))
     }
 
     /// What a sequence expects of the steps in flight is what they compute.
@@ -151,7 +149,7 @@ impl Engine {
         for step in &self.in_flight {
             let Some(flight) = &one.flights[flight_index(step.step)] else { continue };
             assert!(flight.end > end, "{id}: step {} adds nothing", step.step);
-            assert!(flight.logit_rows.end <= step.logit_rows, "{id}: logit rows of step {}", step.step);
+            assert!(flight.logit_rows().end <= step.logit_rows, "{id}: logit rows of step {}", step.step);
             end = flight.end;
             pending += u32::from(flight.draws);
         }

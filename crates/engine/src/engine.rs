@@ -45,6 +45,8 @@ pub struct Engine {
     /// Those that wait, preempted ones included.
     pub(crate) waiting: BTreeMap<Rank, Sequence>,
     pub(crate) waiting_tokens: u64,
+    /// No sequence has an earlier deadline; one that had it may have ended.
+    pub(crate) first_deadline: Option<Micros>,
     /// Preempted while a step in flight draws their next token: all of them have rows in the oldest one.
     pub(crate) leaving: Vec<Leaving>,
     /// Slots to name in the next plan.
@@ -98,6 +100,7 @@ impl Engine {
             groups: (0..config.data_parallel).map(|index| SubGroup::new(&config, index)).collect(),
             waiting: BTreeMap::new(),
             waiting_tokens: 0,
+            first_deadline: None,
             leaving: Vec::new(),
             slots_released: Vec::new(),
             in_flight: VecDeque::with_capacity(STEPS_IN_FLIGHT_MAX),
@@ -158,6 +161,12 @@ impl Engine {
         self.groups.iter().flat_map(|group| &group.running)
     }
 
+    /// What runs, waits, or will wait again.
+    pub(crate) fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        let leaving = self.leaving.iter().map(|one| &one.sequence);
+        self.waiting.values().chain(leaving).chain(self.running().map(|one| &one.sequence))
+    }
+
     /// Steps that were planned and have not been answered.
     #[must_use]
     pub fn steps_in_flight(&self) -> usize {
@@ -211,6 +220,7 @@ impl Engine {
             effects.extend(ids.map(|id| Effect::Refused { seq: SeqId(id), refusal: refusal.clone() }));
             return;
         }
+        self.first_deadline = self.first_deadline.into_iter().chain(request.deadline).min();
         for mut sequence in Sequence::of(seq, request, now, &self.config) {
             self.spoil_sequence(&mut sequence);
             self.wait(sequence);

@@ -19,6 +19,8 @@ pub(crate) struct SubGroup {
     pub(crate) kv: Kv,
     /// Ordered by rank when a step is planned; what that step starts comes last.
     pub(crate) running: Vec<Running>,
+    /// Whether that order still holds.
+    ordered: bool,
     pub(crate) slots_free: Vec<SlotId>,
     /// What is left for it of the step that is being made.
     pub(crate) budget: Budget,
@@ -77,6 +79,7 @@ impl SubGroup {
         Self {
             kv: Kv::new(config),
             running: Vec::with_capacity(config.running_max as usize),
+            ordered: true,
             // Reversed, so that the lowest slot is taken first.
             slots_free: (first..first + config.running_max).rev().map(SlotId).collect(),
             budget: Budget::default(),
@@ -86,7 +89,9 @@ impl SubGroup {
 
     /// Prepares for the planning of a step.
     pub(crate) fn begin(&mut self, tokens: u32, logits: u32) {
-        self.running.sort_unstable_by_key(|one| one.sequence.rank);
+        if !std::mem::replace(&mut self.ordered, true) {
+            self.running.sort_unstable_by_key(|one| one.sequence.rank);
+        }
         let decodes = self.running.iter().filter(|one| one.is_decoding()).count();
         let decodes = u32::try_from(decodes).expect("bounded by running_max");
         self.budget = Budget { tokens, logits, decodes, standing: None };
@@ -142,6 +147,7 @@ impl SubGroup {
             found.tables[group.index()].reserve(peak + 1);
         }
         self.blocked = None;
+        self.ordered = false;
         self.running.push(Running::new(sequence, slot, found));
     }
 

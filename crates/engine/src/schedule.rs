@@ -31,7 +31,7 @@ impl Engine {
     pub fn plan_into(&mut self, now: Micros, step: &mut Step, effects: &mut Vec<Effect>) -> bool {
         let in_flight = self.in_flight.len();
         assert!(in_flight < STEPS_IN_FLIGHT_MAX, "a step must be answered before the next one is planned");
-        self.end_where(effects, |sequence| sequence.is_late(now).then_some(Finish::DeadlineExceeded));
+        self.end_late(now, effects);
         step.clear();
         if self.is_idle() {
             return false;
@@ -62,6 +62,14 @@ impl Engine {
         self.plan_into(now, &mut step, effects).then_some(step)
     }
 
+    /// Ends what has a deadline that has passed.
+    fn end_late(&mut self, now: Micros, effects: &mut Vec<Effect>) {
+        if self.first_deadline.is_some_and(|first| first <= now) {
+            self.end_where(effects, |sequence| sequence.is_late(now).then_some(Finish::DeadlineExceeded));
+            self.first_deadline = self.sequences().filter_map(Sequence::deadline).min();
+        }
+    }
+
     /// Gives rows to the running sequences of sub-group `at`.
     fn schedule_running(&mut self, at: usize, step: &mut Step, effects: &mut Vec<Effect>) {
         let mut index = 0;
@@ -77,10 +85,12 @@ impl Engine {
             if wanted > 0 {
                 let dropped = group.kv.return_passed(&mut one.tables, one.computed + early);
                 one.announced[KvGroup::Sliding.index()] -= dropped;
-                while self.groups[at].room(index) == Some(0) {
+                let mut room = group.room(index);
+                while room == Some(0) {
                     self.preempt_last(at, effects);
+                    room = self.groups[at].room(index);
                 }
-                if let Some(room) = self.groups[at].room(index) {
+                if let Some(room) = room {
                     self.place((at, index), wanted.min(room), dropped, step);
                 }
             }

@@ -142,6 +142,10 @@ impl Sequence {
         self.len() - self.prompt_tokens
     }
 
+    pub(crate) const fn deadline(&self) -> Option<Micros> {
+        self.deadline
+    }
+
     pub(crate) fn is_late(&self, now: Micros) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
@@ -232,20 +236,22 @@ impl Sequence {
     }
 
     /// Takes the log-probability of the next prompt token the caller is owed.
-    fn take_prompt_logprob(&mut self, entry: TokenLogprob) {
+    fn take_prompt_logprob(&mut self, entry: &mut TokenLogprob) {
         let id = self.id;
         let owed =
             self.owed.as_mut().unwrap_or_else(|| panic!("{id}: no prompt log-probability was asked for"));
         let target = self.tokens[owed.gathered.len() + 1];
         assert_eq!(entry.token, target, "{id}: the log-probability is another token's");
-        owed.gathered.push(entry);
+        let top = std::mem::take(&mut entry.top);
+        owed.gathered.push(TokenLogprob { top, ..*entry });
     }
 
     /// Takes note of the rows it has got in a step.
     pub(crate) fn fly(&mut self, logit_rows: Range<usize>, end: u32) -> Flight {
         let draws = end == self.expected();
         self.pending += u32::from(draws);
-        Flight { logit_rows, end, draws }
+        let row = |row| u32::try_from(row).expect("bounded by logit_rows_max");
+        Flight { first: row(logit_rows.start), last: row(logit_rows.end), end, draws }
     }
 
     /// Takes the results of the logit rows of `flight`: the last one drew a token if `flight` says so, the others are
@@ -258,16 +264,15 @@ impl Sequence {
         effects: &mut Vec<Effect>,
     ) -> Option<Finish> {
         self.pending -= u32::from(flight.draws);
-        let outputs = &mut outputs[flight.logit_rows.clone()];
+        let outputs = &mut outputs[flight.logit_rows()];
         let last = outputs.len().checked_sub(1);
         for (index, output) in outputs.iter_mut().enumerate() {
-            let output = std::mem::replace(output, RowOutput::NotANumber);
             match (output, flight.draws && Some(index) == last) {
                 (RowOutput::NotANumber, _) => return Some(Finish::NotANumber),
                 (RowOutput::NoToken, true) => return Some(Finish::NoToken),
                 (RowOutput::PromptLogprob(entry), false) => self.take_prompt_logprob(entry),
                 (RowOutput::Sampled { token, logprob }, true) => {
-                    return self.take_token(token, logprob, config, effects);
+                    return self.take_token(*token, logprob.take(), config, effects);
                 }
                 (output, _) => panic!("{}: {output:?} answers another kind of row", self.id),
             }
@@ -327,12 +332,20 @@ pub(crate) struct Found {
 /// A sequence's part of a step that has not been answered.
 #[derive(Debug)]
 pub(crate) struct Flight {
-    /// Its logit rows among those of the step.
-    pub(crate) logit_rows: Range<usize>,
+    /// Its first logit row among those of the step, and the one behind its last.
+    first: u32,
+    last: u32,
     /// Tokens cached once the step has run.
     pub(crate) end: u32,
     /// Whether the last of its logit rows draws a token.
     pub(crate) draws: bool,
+}
+
+impl Flight {
+    /// Its logit rows among those of the step.
+    pub(crate) const fn logit_rows(&self) -> Range<usize> {
+        self.first as usize..self.last as usize
+    }
 }
 
 /// A sequence that lost its blocks while a step in flight draws its next token. It waits when it has that token.
@@ -381,8 +394,11 @@ impl Running {
 
     /// Puts the blocks within the first `tokens` tokens into the prefix tree.
     pub(crate) fn publish(&mut self, kv: &mut Kv, tokens: u32) {
-        let Some(mut cursor) = self.cursor.take() else { return };
         let size = kv.geometry().block_size.tokens();
+        if self.cursor.as_ref().is_none_or(|cursor| tokens < (cursor.blocks() + 1) * size) {
+            return;
+        }
+        let Some(mut cursor) = self.cursor.take() else { return };
         while cursor.blocks() < tokens / size {
             let start = cursor.blocks() * size;
             if start + size > self.sequence.len() {
@@ -415,8 +431,7 @@ impl Running {
             let flight = self.flights[before].as_ref().filter(|flight| flight.draws);
             let flight = flight.expect("a token that is not known is drawn by the step before");
             assert_eq!(known.end + 1, rows.end, "{}: one unknown input at most", self.sequence.id);
-            let row = u32::try_from(flight.logit_rows.end - 1).expect("bounded by logit_rows_max");
-            inputs.push(Input::Drawn { row });
+            inputs.push(Input::Drawn { row: flight.last - 1 });
         }
     }
 }
