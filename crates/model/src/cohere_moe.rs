@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use collectives::{Collective, Counters};
 use ops::{Backend, Batch, ExpertSlots, KvGroup, KvLayerSpec, Window};
-use types::{BlockSize, Dispatch};
+use types::{BlockSize, Dispatch, TokenId};
 
 use crate::activity::{self, Activity};
 use crate::dispatch::{self, Counts, Routed, Sizes};
@@ -127,7 +127,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         batch: &Batch,
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.step_observed(batch, &[batch.tokens.len()], sink, |_, _, _| Ok(()))
+        self.step_among(batch, &[batch.tokens.len()], sink)
     }
 
     /// Runs one step of a group of several sub-groups. Every rank calls it, the ranks of a sub-group with the same batch
@@ -142,7 +142,10 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         rows: &[usize],
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.step_observed(batch, rows, sink, |_, _, _| Ok(()))
+        self.counted(batch, rows, |model| {
+            let x = model.hidden(batch, rows)?;
+            model.sink_logits(batch, &x, sink)
+        })
     }
 
     /// As [`Model::step_among`]; `observe` sees the residual stream after the embedding (0) and after each layer (1…).
@@ -153,41 +156,123 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         &mut self,
         batch: &Batch,
         rows: &[usize],
-        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+        sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
         mut observe: impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.check_rows(batch, rows)?;
-        let before = self.counters();
-        self.backend.begin_step(batch)?;
-        let mut x = self.embed(batch.tokens.len())?;
-        observe(&mut self.backend, 0, &x)?;
-        for index in 0..self.config.layers.len() {
-            x = self.layer(index, x, rows).map_err(|e| e.in_layer(index))?;
-            observe(&mut self.backend, index + 1, &x)?;
-        }
-        let mut first = 0;
-        while first < batch.logit_rows.len() {
-            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
-            sink(first, &self.logits(&x, first..end)?)?;
-            first = end;
-        }
-        self.activity.steps += 1;
-        self.activity.rows += batch.tokens.len() as u64;
-        self.activity.collectives = self.activity.collectives.plus(&self.counters().since(&before));
-        Ok(())
+        self.counted(batch, rows, |model| {
+            model.backend.begin_step(batch)?;
+            let x = model.layers(rows, &mut observe)?;
+            model.sink_logits(batch, &x, sink)
+        })
     }
 
-    fn check_rows(&self, batch: &Batch, rows: &[usize]) -> Result<(), Error> {
+    /// As [`Model::step`], for steps that need no more of the logits than each row's most likely token (the lowest on a
+    /// tie); `None` for a row with a logit that is not a number.
+    ///
+    /// # Errors
+    /// As [`Model::step`].
+    pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
+        self.most_likely_among(batch, &[batch.tokens.len()])
+    }
+
+    /// As [`Model::most_likely`], for a group of several sub-groups.
+    ///
+    /// # Errors
+    /// As [`Model::step_among`].
+    pub fn most_likely_among(
+        &mut self,
+        batch: &Batch,
+        rows: &[usize],
+    ) -> Result<Vec<Option<TokenId>>, Error> {
+        self.counted(batch, rows, |model| {
+            let x = model.hidden(batch, rows)?;
+            model.largest(batch, &x)
+        })
+    }
+
+    /// Runs a step with `work` and adds it to what this rank has done.
+    fn counted<R>(
+        &mut self,
+        batch: &Batch,
+        rows: &[usize],
+        work: impl FnOnce(&mut Self) -> Result<R, Error>,
+    ) -> Result<R, Error> {
         let (subgroup, subgroups, got) = (self.plan.subgroup(), self.plan.subgroups(), batch.tokens.len());
-        if rows.len() == subgroups && rows[subgroup] == got {
-            return Ok(());
+        if rows.len() != subgroups || rows[subgroup] != got {
+            return Err(Error::Rows { rank: self.plan.whole, subgroup, subgroups, got, rows: rows.to_vec() });
         }
-        Err(Error::Rows { rank: self.plan.whole, subgroup, subgroups, got, rows: rows.to_vec() })
+        let before = self.counters();
+        let done = work(self)?;
+        self.activity.steps += 1;
+        self.activity.rows += got as u64;
+        self.activity.collectives = self.activity.collectives.plus(&self.counters().since(&before));
+        Ok(done)
     }
 
     fn counters(&self) -> Counters {
         let whole = self.comm.counters();
         self.subgroup.as_ref().map_or(whole, |subgroup| whole.plus(&subgroup.counters()))
+    }
+
+    fn sink_logits(
+        &mut self,
+        batch: &Batch,
+        x: &B::Tensor,
+        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut first = 0;
+        while first < batch.logit_rows.len() {
+            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
+            sink(first, &self.logits(x, first..end)?)?;
+            first = end;
+        }
+        Ok(())
+    }
+
+    fn largest(&mut self, batch: &Batch, x: &B::Tensor) -> Result<Vec<Option<TokenId>>, Error> {
+        let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));
+        while first < batch.logit_rows.len() {
+            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
+            let vocab = self.config.vocab_size;
+            if self.plan.size().as_usize() == 1 {
+                let logits = self.own_logits(x, first..end)?;
+                chosen.extend(self.backend.largest(&logits, vocab, self.config.logit_scale)?);
+            } else {
+                let logits = self.logits(x, first..end)?;
+                chosen.extend(logits.chunks_exact(vocab).map(|row| ops::largest(row, 1.0)));
+            }
+            first = end;
+        }
+        Ok(chosen)
+    }
+
+    /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless
+    /// other ranks have a part in it: collectives and what depends on their sizes run anew each time.
+    fn hidden(&mut self, batch: &Batch, rows: &[usize]) -> Result<B::Tensor, Error> {
+        if self.comm.rank().size().as_usize() > 1 || self.dispatch == Dispatch::AllToAll {
+            self.backend.begin_step(batch)?;
+            return self.layers(rows, &mut |_, _, _| Ok(()));
+        }
+        if let Some(x) = self.backend.begin_or_repeat(batch)? {
+            return Ok(x);
+        }
+        let x = self.layers(rows, &mut |_, _, _| Ok(()))?;
+        Ok(self.backend.keep(x)?)
+    }
+
+    fn layers(
+        &mut self,
+        rows: &[usize],
+        observe: &mut impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
+    ) -> Result<B::Tensor, Error> {
+        let mut x = self.embed(rows[self.plan.subgroup()])?;
+        observe(&mut self.backend, 0, &x)?;
+        let mut n = None;
+        for index in 0..self.config.layers.len() {
+            (x, n) = self.layer(index, (x, n), rows).map_err(|e| e.in_layer(index))?;
+            observe(&mut self.backend, index + 1, &x)?;
+        }
+        Ok(x)
     }
 
     /// The rows of the step in the compute dtype; none in a sub-group with nothing to do.
@@ -196,54 +281,92 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
             return Ok(self.backend.buffer(0, self.config.hidden_size)?);
         }
         let parts = Partial::new(self.backend.embed(&self.weights.embed, self.plan.first_token())?);
-        let whole = parts.reduce(self.subgroup.as_mut().unwrap_or(&mut self.comm))?;
-        Ok(self.backend.round(whole.into_inner())?)
+        let comm = self.subgroup.as_mut().unwrap_or(&mut self.comm);
+        let whole = parts.reduce(&mut self.backend, comm)?.whole(&mut self.backend)?;
+        Ok(self.backend.round(whole)?)
     }
 
-    fn layer(&mut self, index: usize, x: B::Tensor, rows: &[usize]) -> Result<B::Tensor, Error> {
+    /// Takes the residual stream and its norm, when the layer before has made it; returns the next layer's.
+    fn layer(
+        &mut self,
+        index: usize,
+        (x, n): (B::Tensor, Option<B::Tensor>),
+        rows: &[usize],
+    ) -> Result<(B::Tensor, Option<B::Tensor>), Error> {
         let Self { config, plan, backend, comm, subgroup, weights, dispatch, kv, counts, activity } = self;
-        let (layer, weights) = (config.layers[index], &weights.layers[index]);
-        let chosen = &mut activity.chosen[index];
-        let own = rows[plan.subgroup()];
+        let (layer, own) = (config.layers[index], &weights.layers[index]);
+        let (idle, chosen) = (rows[plan.subgroup()] == 0, &mut activity.chosen[index]);
         let mut ranked =
             Ranked { backend, comm, config, plan, dispatch: *dispatch, counts, chosen, layer: index, rows };
-        if own == 0 {
-            ranked.serve(&weights.mlp, &x)?;
-            return Ok(x);
+        if idle {
+            ranked.serve(&own.mlp, &x)?;
+            return Ok((x, None));
         }
-        let n = ranked.backend.norm(&x, &weights.norm, config.norm)?;
-        let attended = attention(ranked.backend, config, layer, weights, &mut kv[index], &n)?;
-        let sum = ranked.mlp(&weights.mlp, &n, attended)?;
-        let sum: Reduced<B::Tensor> = sum.reduce(subgroup.as_mut().unwrap_or(comm))?;
-        Ok(backend.residual_add(x, sum.get())?)
+        let n = match n {
+            Some(n) => n,
+            None => ranked.backend.norm(&x, &own.norm, config.norm)?,
+        };
+        if *dispatch == Dispatch::Replicated {
+            ranked.backend.fork()?;
+        }
+        let attended = attention(ranked.backend, config, layer, own, &mut kv[index], &n)?;
+        let sum = ranked.mlp(&own.mlp, &n, attended)?;
+        drop(n);
+        let sum: Reduced<B::Tensor> = sum.reduce(backend, subgroup.as_mut().unwrap_or(comm))?;
+        match weights.layers.get(index + 1) {
+            Some(next) => {
+                let (sum, more) = sum.parts();
+                let more = more.as_ref().map(|(more, scale)| (more, *scale));
+                let (x, n) = backend.residual_norm(x, (sum, more), (&next.norm, config.norm))?;
+                Ok((x, Some(n)))
+            }
+            None => {
+                let sum = sum.whole(backend)?;
+                Ok((backend.residual_add(x, &sum)?, None))
+            }
+        }
     }
 
     /// Logits [which, vocabulary], scaled; equal on all ranks of the sub-group.
     fn logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<Vec<f32>, Error> {
         let rows = which.len();
-        let Self { config, plan, backend, comm, subgroup, weights, .. } = self;
-        let comm = subgroup.as_mut().unwrap_or(comm);
-        let x = backend.logit_rows(x, which)?;
-        let n = backend.norm(&x, &weights.final_norm, config.norm)?;
-        let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
-        let ranks = comm.rank().size().as_usize();
-        let mut logits = if ranks == 1 {
-            backend.read(&own)?
-        } else {
-            let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
-            comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
-            let by_rank = backend.read(&all)?;
-            interleave(&by_rank, rows, plan.vocab_rows, config.vocab_size)
-        };
+        let all = self.own_logits(x, which)?;
+        let Self { config, plan, backend, .. } = self;
+        let mut logits = backend.read(&all)?;
+        if plan.size().as_usize() > 1 {
+            logits = interleave(&logits, rows, plan.vocab_rows, config.vocab_size);
+        }
         if config.logit_scale != 1.0 {
             logits.iter_mut().for_each(|l| *l *= config.logit_scale);
         }
         Ok(logits)
     }
 
+    /// Logits on the device: [which, vocabulary] in a sub-group of one rank, else [its ranks, which, rows of a rank].
+    fn own_logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<B::Tensor, Error> {
+        let rows = which.len();
+        let Self { config, plan, backend, comm, subgroup, weights, .. } = self;
+        let x = backend.logit_rows(x, which)?;
+        let n = backend.norm(&x, &weights.final_norm, config.norm)?;
+        let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
+        let ranks = plan.size().as_usize();
+        if ranks == 1 {
+            return Ok(own);
+        }
+        let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
+        let comm = subgroup.as_mut().unwrap_or(comm);
+        comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
+        Ok(all)
+    }
+
     /// The line to all other ranks, for barriers and counters.
     pub fn comm_mut(&mut self) -> &mut C {
         &mut self.comm
+    }
+
+    /// The device.
+    pub const fn backend(&self) -> &B {
+        &self.backend
     }
 
     /// What this rank has done in its steps so far.
@@ -295,8 +418,10 @@ impl<'a, B: Backend, C: Collective<B::Tensor>> Ranked<'a, B, C> {
     ) -> Result<Partial<B::Tensor>, Error> {
         match weights {
             MlpWeights::Dense(mlp) => {
+                self.backend.other_branch()?;
                 let own = gated(self.backend, mlp, n)?;
-                attended.plus(self.backend, &own, 1.0)
+                self.backend.join()?;
+                attended.plus(self.backend, own, 1.0)
             }
             MlpWeights::Sparse { router, gate_up, down, shared } => {
                 let moe = self.moe();
@@ -310,7 +435,7 @@ impl<'a, B: Backend, C: Collective<B::Tensor>> Ranked<'a, B, C> {
                 match shared {
                     Some(shared) => {
                         let shared = gated(self.backend, shared, n)?;
-                        sum.plus(self.backend, &shared, scale)
+                        sum.plus(self.backend, shared, scale)
                     }
                     None => Ok(sum),
                 }
@@ -357,14 +482,15 @@ impl<'a, B: Backend, C: Collective<B::Tensor>> Ranked<'a, B, C> {
                 let moe = self.moe();
                 let Self { backend, plan, chosen, .. } = self;
                 let first_expert = plan.experts.as_ref().map_or(0, |shard| shard.experts.start);
-                let logits = backend.linear(n, weights.router)?;
-                let mut routed = backend.route(&logits, moe.routing)?;
+                backend.other_branch()?;
+                let mut routed = backend.router(n, weights.router, moe.routing)?;
                 backend.count_choices(&routed, chosen)?;
                 if let Some(slots) = weights.slots {
                     routed = backend.place(routed, slots, 0)?;
                 }
                 let own = backend.routed_experts(n, &routed, weights.gate_up, weights.down, first_expert)?;
-                attended.plus(*backend, &Partial::new(own), scale)
+                backend.join()?;
+                attended.plus(*backend, Partial::new(own), scale)
             }
             Dispatch::AllToAll => {
                 let own = self.exchange(weights, n)?;

@@ -236,6 +236,51 @@ pub trait Backend {
     /// When the batch contradicts itself.
     fn begin_step(&mut self, batch: &Batch) -> Result<(), Error>;
 
+    /// Starts a step whose ops up to [`Backend::keep`] depend on nothing but the batch: a backend that kept what was
+    /// queued for an earlier step of the same form queues it again and returns its result. With `None` the caller
+    /// runs the ops and hands their result to [`Backend::keep`]. The result may have more rows than the batch; the
+    /// others mean nothing.
+    ///
+    /// # Errors
+    /// As [`Backend::begin_step`].
+    fn begin_or_repeat(&mut self, batch: &Batch) -> Result<Option<Self::Tensor>, Error> {
+        self.begin_step(batch)?;
+        Ok(None)
+    }
+
+    /// Ends what [`Backend::begin_or_repeat`] began: `x` is the result of the ops since then.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn keep(&mut self, x: Self::Tensor) -> Result<Self::Tensor, Error> {
+        Ok(x)
+    }
+
+    /// From here on two branches of ops that read the same inputs and nothing of each other: first one, then after
+    /// [`Backend::other_branch`] the other, until [`Backend::join`]. A backend may run them at the same time.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn fork(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The second branch begins; nothing without a fork.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn other_branch(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// What follows reads the results of both branches; nothing without a fork.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn join(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Rows of `table` [V, H] for the tokens of the step: T × H fp32. A token outside
     /// `first_token..first_token + V` gives a zero row (a partial sum over vocabulary-parallel ranks).
     ///
@@ -291,6 +336,20 @@ pub trait Backend {
     /// # Errors
     /// On a device failure.
     fn route(&mut self, logits: &Self::Tensor, routing: Routing) -> Result<Self::Routed, Error>;
+
+    /// As [`Backend::route`] on the logits `x` [T, H] times `weight` [experts, H] transposed.
+    ///
+    /// # Errors
+    /// As [`Backend::linear`].
+    fn router(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        routing: Routing,
+    ) -> Result<Self::Routed, Error> {
+        let logits = self.linear(x, weight)?;
+        self.route(&logits, routing)
+    }
 
     /// Routed experts on every row of `x` [T, H]: gate_up [E, 2I, H], SiLU·up, down [E, H, I], times the routing
     /// weight, summed over the chosen: T × H fp32, a partial sum over ranks. Expert e here is expert
@@ -387,6 +446,25 @@ pub trait Backend {
     /// When shapes differ.
     fn residual_add(&mut self, x: Self::Tensor, sum: &Self::Tensor) -> Result<Self::Tensor, Error>;
 
+    /// The residual stream and its norm: [`Backend::residual_add`] of `sum` + scale · `more`, then [`Backend::norm`].
+    ///
+    /// # Errors
+    /// When shapes differ.
+    fn residual_norm(
+        &mut self,
+        x: Self::Tensor,
+        (sum, more): (Self::Tensor, Option<(&Self::Tensor, f32)>),
+        (weight, norm): (&Self::Weight, Norm),
+    ) -> Result<(Self::Tensor, Self::Tensor), Error> {
+        let sum = match more {
+            Some((more, scale)) => self.add_scaled(sum, more, scale)?,
+            None => sum,
+        };
+        let x = self.residual_add(x, &sum)?;
+        let n = self.norm(&x, weight, norm)?;
+        Ok((x, n))
+    }
+
     /// Some of the rows of `x` that the batch wants logits for, `which` counting in [`Batch::logit_rows`]:
     /// [which, H].
     ///
@@ -406,9 +484,39 @@ pub trait Backend {
     /// When `values` are not whole rows, or memory runs out.
     fn upload(&mut self, width: usize, values: &[f32]) -> Result<Self::Tensor, Error>;
 
+    /// The number of the largest of each row of `logits` [rows, `width`] times `scale`, the lowest one on a tie; `None` for
+    /// a row with a value that is not a number.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn largest(
+        &mut self,
+        logits: &Self::Tensor,
+        width: usize,
+        scale: f32,
+    ) -> Result<Vec<Option<TokenId>>, Error> {
+        let values = self.read(logits)?;
+        Ok(values.chunks_exact(width).map(|row| largest(row, scale)).collect())
+    }
+
     /// Copies a tensor to the host as fp32, row-major.
     ///
     /// # Errors
     /// On a device failure.
     fn read(&mut self, x: &Self::Tensor) -> Result<Vec<f32>, Error>;
+}
+
+/// [`Backend::largest`] of one row on the host.
+#[must_use]
+pub fn largest(row: &[f32], scale: f32) -> Option<TokenId> {
+    let mut best = (TokenId(0), f32::NEG_INFINITY);
+    for (id, &logit) in (0_u32..).zip(row) {
+        if logit.is_nan() {
+            return None;
+        }
+        if logit * scale > best.1 {
+            best = (TokenId(id), logit * scale);
+        }
+    }
+    Some(best.0)
 }

@@ -8,7 +8,7 @@ use model::{Activity, Model, ModelConfig, ShardPlan};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
-use types::{Bytes, DType, TpSize};
+use types::{Bytes, DType, TokenId, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
@@ -154,6 +154,19 @@ impl RankModel {
             OnDevice::Cpu(model) => model.gather_activity(),
             OnDevice::Cuda(model) => model.gather_activity(),
         }
+    }
+
+    /// As [`Model::most_likely`]; when every layer is looked at, logits come from [`RankModel::step`].
+    pub(crate) fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, model::Error> {
+        match &mut self.on {
+            OnDevice::Cpu(model) => model.most_likely(batch),
+            OnDevice::Cuda(model) => model.most_likely(batch),
+        }
+    }
+
+    /// Whether every layer is looked at.
+    pub(crate) const fn looks(&self) -> bool {
+        self.numerics.is_some()
     }
 
     pub(crate) const fn config(&self) -> &ModelConfig {

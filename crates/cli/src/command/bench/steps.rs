@@ -295,24 +295,12 @@ impl Decode<'_> {
     }
 }
 
-/// One step to its end: the most likely token of each row, chosen on the host.
+/// One step to its end: the most likely token of each row.
 fn choose<B: Settled, C: Collective<B::Tensor>>(
     model: &mut Model<B, C>,
     step: &Batch,
-) -> Result<Vec<u32>, model::Error> {
-    let vocab = model.config().vocab_size;
-    let mut chosen = Vec::with_capacity(step.logit_rows.len());
-    model.step(step, |_, logits| {
-        chosen.extend(logits.chunks_exact(vocab).map(largest));
-        Ok(())
-    })?;
-    Ok(chosen)
-}
-
-fn largest(row: &[f32]) -> u32 {
-    let best = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let at = row.iter().position(|&logit| logit >= best).unwrap_or(0);
-    u32::try_from(at).unwrap_or(u32::MAX)
+) -> Result<Vec<Option<TokenId>>, model::Error> {
+    model.most_likely(step)
 }
 
 struct Prefill<'a> {
