@@ -142,10 +142,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         rows: &[usize],
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.counted(batch, rows, |model| {
-            let x = model.hidden(batch, rows)?;
-            model.sink_logits(batch, &x, sink)
-        })
+        let before = self.begin(batch, rows)?;
+        let x = self.hidden(batch, rows)?;
+        self.sink_logits(batch, &x, sink)?;
+        self.count(batch, &before);
+        Ok(())
     }
 
     /// As [`Model::step_among`]; `observe` sees the residual stream after the embedding (0) and after each layer (1…).
@@ -159,11 +160,12 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
         mut observe: impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.counted(batch, rows, |model| {
-            model.backend.begin_step(batch)?;
-            let x = model.layers(rows, &mut observe)?;
-            model.sink_logits(batch, &x, sink)
-        })
+        let before = self.begin(batch, rows)?;
+        self.backend.begin_step(batch)?;
+        let x = self.layers(rows, &mut observe)?;
+        self.sink_logits(batch, &x, sink)?;
+        self.count(batch, &before);
+        Ok(())
     }
 
     /// As [`Model::step`], for steps that need no more of the logits than each row's most likely token (the lowest on a
@@ -172,41 +174,39 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     /// # Errors
     /// As [`Model::step`].
     pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
-        self.most_likely_among(batch, &[batch.tokens.len()])
-    }
-
-    /// As [`Model::most_likely`], for a group of several sub-groups.
-    ///
-    /// # Errors
-    /// As [`Model::step_among`].
-    pub fn most_likely_among(
-        &mut self,
-        batch: &Batch,
-        rows: &[usize],
-    ) -> Result<Vec<Option<TokenId>>, Error> {
-        self.counted(batch, rows, |model| {
-            let x = model.hidden(batch, rows)?;
-            model.largest(batch, &x)
-        })
-    }
-
-    /// Runs a step with `work` and adds it to what this rank has done.
-    fn counted<R>(
-        &mut self,
-        batch: &Batch,
-        rows: &[usize],
-        work: impl FnOnce(&mut Self) -> Result<R, Error>,
-    ) -> Result<R, Error> {
-        let (subgroup, subgroups, got) = (self.plan.subgroup(), self.plan.subgroups(), batch.tokens.len());
-        if rows.len() != subgroups || rows[subgroup] != got {
-            return Err(Error::Rows { rank: self.plan.whole, subgroup, subgroups, got, rows: rows.to_vec() });
+        let rows = [batch.tokens.len()];
+        let before = self.begin(batch, &rows)?;
+        let x = self.hidden(batch, &rows)?;
+        let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));
+        while first < batch.logit_rows.len() {
+            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
+            let vocab = self.config.vocab_size;
+            if self.comm.rank().size().as_usize() == 1 {
+                let logits = self.own_logits(&x, first..end)?;
+                chosen.extend(self.backend.largest(&logits, vocab, self.config.logit_scale)?);
+            } else {
+                let logits = self.logits(&x, first..end)?;
+                chosen.extend(logits.chunks_exact(vocab).map(|row| ops::largest(row, 1.0)));
+            }
+            first = end;
         }
-        let before = self.counters();
-        let done = work(self)?;
+        self.count(batch, &before);
+        Ok(chosen)
+    }
+
+    /// Checks a step before any rank sends anything; returns what was sent before it.
+    fn begin(&self, batch: &Batch, rows: &[usize]) -> Result<Counters, Error> {
+        let (subgroup, subgroups, got) = (self.plan.subgroup(), self.plan.subgroups(), batch.tokens.len());
+        if rows.len() == subgroups && rows[subgroup] == got {
+            return Ok(self.counters());
+        }
+        Err(Error::Rows { rank: self.plan.whole, subgroup, subgroups, got, rows: rows.to_vec() })
+    }
+
+    fn count(&mut self, batch: &Batch, before: &Counters) {
         self.activity.steps += 1;
-        self.activity.rows += got as u64;
-        self.activity.collectives = self.activity.collectives.plus(&self.counters().since(&before));
-        Ok(done)
+        self.activity.rows += batch.tokens.len() as u64;
+        self.activity.collectives = self.activity.collectives.plus(&self.counters().since(before));
     }
 
     fn counters(&self) -> Counters {
@@ -227,23 +227,6 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
             first = end;
         }
         Ok(())
-    }
-
-    fn largest(&mut self, batch: &Batch, x: &B::Tensor) -> Result<Vec<Option<TokenId>>, Error> {
-        let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));
-        while first < batch.logit_rows.len() {
-            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
-            let vocab = self.config.vocab_size;
-            if self.plan.size().as_usize() == 1 {
-                let logits = self.own_logits(x, first..end)?;
-                chosen.extend(self.backend.largest(&logits, vocab, self.config.logit_scale)?);
-            } else {
-                let logits = self.logits(x, first..end)?;
-                chosen.extend(logits.chunks_exact(vocab).map(|row| ops::largest(row, 1.0)));
-            }
-            first = end;
-        }
-        Ok(chosen)
     }
 
     /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless
@@ -280,10 +263,10 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         if rows == 0 {
             return Ok(self.backend.buffer(0, self.config.hidden_size)?);
         }
-        let parts = Partial::new(self.backend.embed(&self.weights.embed, self.plan.first_token())?);
-        let comm = self.subgroup.as_mut().unwrap_or(&mut self.comm);
-        let whole = parts.reduce(&mut self.backend, comm)?.whole(&mut self.backend)?;
-        Ok(self.backend.round(whole)?)
+        let Self { plan, backend, comm, subgroup, weights, .. } = self;
+        let parts = Partial::new(backend.embed(&weights.embed, plan.first_token())?);
+        let whole = parts.reduce(backend, subgroup.as_mut().unwrap_or(comm))?.whole(backend)?;
+        Ok(backend.round(whole)?)
     }
 
     /// Takes the residual stream and its norm, when the layer before has made it; returns the next layer's.
@@ -295,7 +278,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     ) -> Result<(B::Tensor, Option<B::Tensor>), Error> {
         let Self { config, plan, backend, comm, subgroup, weights, dispatch, kv, counts, activity } = self;
         let (layer, own) = (config.layers[index], &weights.layers[index]);
-        let (idle, chosen) = (rows[plan.subgroup()] == 0, &mut activity.chosen[index]);
+        let chosen = &mut activity.chosen[index];
+        let idle = rows[plan.subgroup()] == 0;
         let mut ranked =
             Ranked { backend, comm, config, plan, dispatch: *dispatch, counts, chosen, layer: index, rows };
         if idle {
@@ -333,7 +317,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         let all = self.own_logits(x, which)?;
         let Self { config, plan, backend, .. } = self;
         let mut logits = backend.read(&all)?;
-        if plan.size().as_usize() > 1 {
+        if plan.rank.size().as_usize() > 1 {
             logits = interleave(&logits, rows, plan.vocab_rows, config.vocab_size);
         }
         if config.logit_scale != 1.0 {
@@ -342,19 +326,20 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         Ok(logits)
     }
 
-    /// Logits on the device: [which, vocabulary] in a sub-group of one rank, else [its ranks, which, rows of a rank].
+    /// Logits on the device: [which, vocabulary] of a rank that is alone in its sub-group, else
+    /// [ranks, which, rows of a rank].
     fn own_logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<B::Tensor, Error> {
         let rows = which.len();
         let Self { config, plan, backend, comm, subgroup, weights, .. } = self;
+        let comm = subgroup.as_mut().unwrap_or(comm);
         let x = backend.logit_rows(x, which)?;
         let n = backend.norm(&x, &weights.final_norm, config.norm)?;
         let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
-        let ranks = plan.size().as_usize();
+        let ranks = comm.rank().size().as_usize();
         if ranks == 1 {
             return Ok(own);
         }
         let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
-        let comm = subgroup.as_mut().unwrap_or(comm);
         comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
         Ok(all)
     }

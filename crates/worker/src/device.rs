@@ -148,14 +148,6 @@ impl RankModel {
         }
     }
 
-    /// As [`Model::gather_activity`].
-    pub(crate) fn gather_activity(&mut self) -> Result<Vec<Activity>, model::Error> {
-        match &mut self.on {
-            OnDevice::Cpu(model) => model.gather_activity(),
-            OnDevice::Cuda(model) => model.gather_activity(),
-        }
-    }
-
     /// As [`Model::most_likely`]; when every layer is looked at, logits come from [`RankModel::step`].
     pub(crate) fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, model::Error> {
         match &mut self.on {
@@ -167,6 +159,14 @@ impl RankModel {
     /// Whether every layer is looked at.
     pub(crate) const fn looks(&self) -> bool {
         self.numerics.is_some()
+    }
+
+    /// As [`Model::gather_activity`].
+    pub(crate) fn gather_activity(&mut self) -> Result<Vec<Activity>, model::Error> {
+        match &mut self.on {
+            OnDevice::Cpu(model) => model.gather_activity(),
+            OnDevice::Cuda(model) => model.gather_activity(),
+        }
     }
 
     pub(crate) const fn config(&self) -> &ModelConfig {
