@@ -17,6 +17,7 @@ mod running;
 mod serve;
 mod service;
 pub mod text;
+mod undecoded;
 mod vllm;
 mod workers;
 

@@ -17,7 +17,7 @@ use crate::guide::Kitchen;
 use crate::inbox::Inbox;
 use crate::service::Service;
 use crate::state::StatePublisher;
-use crate::{Config, Error};
+use crate::{Config, Error, boot};
 
 /// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -47,7 +47,13 @@ impl GrpcServer {
         let runtime = runtime.map_err(|source| Error::Start { what: "the gRPC threads", source })?;
         let closing = CancellationToken::new();
         let kitchen = Arc::new(Kitchen::new(config.model.clone()));
-        let service = Service { inbox, state: Arc::clone(&state), kitchen, closing: closing.clone() };
+        let service = Service {
+            inbox,
+            state: Arc::clone(&state),
+            kitchen,
+            plan: boot::parallel(config),
+            closing: closing.clone(),
+        };
         let served = serve(listener, service, state, closing.clone());
         let task = runtime.spawn(served);
         Ok(Self { runtime, task, closing, address })
