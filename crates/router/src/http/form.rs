@@ -5,6 +5,7 @@ use proto::v1;
 use proto::v1::constraint::Form;
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use serde_json::{Value, json};
 
 use super::fields::Fields;
 
@@ -17,7 +18,7 @@ enum ResponseFormat {
     Text {},
     JsonObject {},
     JsonSchema { json_schema: JsonSchema },
-    StructuralTag { structures: Box<RawValue>, triggers: Box<RawValue> },
+    StructuralTag { structures: Value, triggers: Value },
 }
 
 /// The schema is enforced to the letter, whether it asks for that or not.
@@ -30,7 +31,7 @@ struct JsonSchema {
     _description: Option<String>,
     #[serde(rename = "strict")]
     _strict: Option<bool>,
-    schema: Box<RawValue>,
+    schema: Value,
 }
 
 #[derive(Debug, Deserialize)]
@@ -84,12 +85,11 @@ fn response_form(format: ResponseFormat) -> Option<Form> {
     match format {
         ResponseFormat::Text {} => None,
         ResponseFormat::JsonObject {} => Some(Form::JsonObject(true)),
-        ResponseFormat::JsonSchema { json_schema } => Some(Form::Json(json_schema.schema.get().to_owned())),
-        ResponseFormat::StructuralTag { structures, triggers } => Some(Form::StructuralTag(format!(
-            "{{\"structures\":{},\"triggers\":{}}}",
-            structures.get(),
-            triggers.get()
-        ))),
+        ResponseFormat::JsonSchema { json_schema } => Some(Form::Json(json_schema.schema.to_string())),
+        ResponseFormat::StructuralTag { structures, triggers } => {
+            let tag = json!({ "structures": structures, "triggers": triggers });
+            Some(Form::StructuralTag(tag.to_string()))
+        }
     }
 }
 

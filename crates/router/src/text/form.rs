@@ -72,9 +72,9 @@ impl Wanted {
 
 fn read_tool(index: usize, json: &str) -> Result<Tool, Violation> {
     let refuse = |reason: &str| Violation::new(format!("chat.tools[{index}]"), reason.to_owned());
-    let mut value: Value =
+    let value: Value =
         serde_json::from_str(json).map_err(|error| refuse(&format!("must be a JSON object: {error}")))?;
-    let function = value["function"].take();
+    let function = &value["function"];
     let name = function["name"].as_str().filter(|name| !name.is_empty());
     let name = name.ok_or_else(|| refuse("must be {\"type\": \"function\", \"function\": {\"name\": …}}"))?;
     let strict = function["strict"].as_bool().unwrap_or(false);

@@ -40,7 +40,7 @@ fn broken_bodies_are_refused_in_words_or_read() {
             let at = random.below(bytes.len());
             let until = (at + random.below(40)).min(bytes.len());
             match random.below(4) {
-                0 => bytes[at] = b" \"{}[],:\\0-x\xff"[random.below(14)],
+                0 => bytes[at] = b" \"{}[],:\\0-x\xff"[random.below(13)],
                 1 => drop(bytes.drain(at..until)),
                 2 => bytes.splice(at..at, body().into_bytes()[..random.below(60)].to_vec()).for_each(drop),
                 _ => bytes.truncate(at.max(1)),
@@ -72,7 +72,6 @@ fn nesting_and_numbers_without_end_are_refused() {
         format!("{{\"messages\": {}", "[".repeat(100_000)),
         format!("{{\"tools\": {}1{}}}", "[".repeat(500), "]".repeat(500)),
         format!("{{\"temperature\": 1{}}}", "0".repeat(100_000)),
-        format!("{{\"stop\": {}}}", json!(vec!["x"; 10_000])),
     ] {
         assert!(!router::read_chat(body.as_bytes(), None).unwrap_err().is_empty());
     }

@@ -3,10 +3,10 @@
 use std::sync::OnceLock;
 
 use grammar::Compiler;
-use proto::worker;
+use proto::{Phase, worker};
 use types::TokenId;
 
-use crate::support::{EOS, Leader, Random, VOCAB, chunk, demo_tokenizer, last};
+use crate::support::{EOS, Leader, Random, VOCAB, chunk, demo_tokenizer, facts, last, state};
 
 const END_THINKING: TokenId = TokenId(14);
 /// Answers longer than this are cut.
@@ -17,9 +17,15 @@ pub(crate) fn compiler() -> &'static Compiler {
     COMPILER.get_or_init(|| Compiler::new(demo_tokenizer().table(), &[TokenId(EOS)], VOCAB).unwrap())
 }
 
+/// A leader whose context holds a prompt with tools.
+pub(crate) async fn roomy() -> Leader {
+    let facts = worker::ModelFacts { context_tokens_max: 2048, ..facts("demo") };
+    Leader::start(state(Phase::Serving, 100, Some(facts))).await
+}
+
 /// Answers every request so, from now on.
 pub(crate) async fn obedient(seed: u64) -> String {
-    let mut leader = Leader::serving().await;
+    let mut leader = roomy().await;
     let address = leader.address.clone();
     let mut random = Random::seeded(seed);
     tokio::spawn(async move {

@@ -4,8 +4,8 @@
 use serde_json::{Value, json};
 
 use crate::http_client::{chat, chat_body, complete, send};
-use crate::obedient::obedient;
-use crate::support::{Leader, TestRouter, answer};
+use crate::obedient::{obedient, roomy};
+use crate::support::{TestRouter, answer};
 
 fn weather() -> Value {
     json!({ "type": "function", "function": { "name": "get_weather", "parameters": {
@@ -80,7 +80,7 @@ fn types_regex(pattern: &'static str) -> impl Fn(&str) -> bool {
 
 #[tokio::test]
 async fn any_object_and_tagged_parts_reach_the_leader_as_grammars() {
-    let mut leader = Leader::serving().await;
+    let mut leader = roomy().await;
     let router = TestRouter::ready(&[&leader.address]).await;
     let tag = json!({ "structures": [{ "begin": "<a>", "schema": { "type": "null" }, "end": "</a>" }], "triggers": ["<a"] });
     let forms = [
@@ -145,7 +145,7 @@ async fn the_named_tool_is_called() {
 
 #[tokio::test]
 async fn tools_of_a_chat_that_need_not_be_called_ask_for_a_grammar_only_when_they_must() {
-    let mut leader = Leader::serving().await;
+    let mut leader = roomy().await;
     let router = TestRouter::ready(&[&leader.address]).await;
     let mut strict = weather();
     strict["function"]["strict"] = json!(true);
@@ -167,7 +167,7 @@ async fn tools_of_a_chat_that_need_not_be_called_ask_for_a_grammar_only_when_the
 
 #[tokio::test]
 async fn a_thinking_budget_reaches_the_leader_with_the_markers() {
-    let mut leader = Leader::serving().await;
+    let mut leader = roomy().await;
     let router = TestRouter::ready(&[&leader.address]).await;
     for (effort, open) in [("high", true), ("none", false)] {
         let asked = json!({ "thinking_token_budget": 7, "reasoning_effort": effort });
@@ -180,18 +180,15 @@ async fn a_thinking_budget_reaches_the_leader_with_the_markers() {
     }
 }
 
-/// What is asked, and the field that is refused.
-fn impossible_forms() -> Vec<(Value, &'static str)> {
+#[tokio::test]
+async fn a_form_that_cannot_be_is_refused_with_its_path() {
     let schema =
         |schema: Value| json!({ "type": "json_schema", "json_schema": { "name": "s", "schema": schema } });
     let unique =
         json!({ "type": "object", "properties": { "list": { "type": "array", "uniqueItems": true } } });
-    let tool = |parameters: Value| json!([{ "type": "function", "function": { "name": "f", "strict": true, "parameters": parameters } }]);
-    let many: Vec<Value> =
-        (0..129).map(|n| json!({ "type": "function", "function": { "name": format!("f{n}") } })).collect();
     let deep =
         (0..100).fold(json!({ "type": "null" }), |inner, _| json!({ "type": "array", "items": inner }));
-    vec![
+    let cases = [
         (
             json!({ "response_format": schema(unique.clone()) }),
             "response_format.json_schema.schema/properties/list",
@@ -223,6 +220,16 @@ fn impossible_forms() -> Vec<(Value, &'static str)> {
             json!({ "structured_outputs": { "regex": "a" }, "response_format": { "type": "json_object" } }),
             "structured_outputs",
         ),
+    ];
+    refused(&cases).await;
+}
+
+#[tokio::test]
+async fn tools_and_fields_that_do_not_go_together_are_refused_by_name() {
+    let tool = |parameters: Value| json!([{ "type": "function", "function": { "name": "f", "strict": true, "parameters": parameters } }]);
+    let many: Vec<Value> =
+        (0..129).map(|n| json!({ "type": "function", "function": { "name": format!("f{n}") } })).collect();
+    let cases = [
         (json!({ "structured_outputs": { "regex": "a" }, "min_tokens": 2 }), "min_tokens"),
         (json!({ "structured_outputs": { "regex": "a" }, "ignore_eos": true }), "ignore_eos"),
         (json!({ "structured_outputs": { "regex": "a" }, "allowed_token_ids": [5] }), "allowed_token_ids"),
@@ -240,19 +247,20 @@ fn impossible_forms() -> Vec<(Value, &'static str)> {
             "tools[0].function.parameters/properties/x",
         ),
         (json!({ "tools": many, "tool_choice": "required" }), "tools"),
-    ]
+    ];
+    refused(&cases).await;
 }
 
-#[tokio::test]
-async fn what_cannot_be_is_refused_with_its_path_before_a_leader_hears_of_it() {
-    let leader = Leader::serving().await.play_always(answer("<|END_THINKING|>ok"));
+/// Each is refused by the name of its field before a leader hears of it, and others go on.
+async fn refused(cases: &[(Value, &str)]) {
+    let leader = roomy().await.play_always(answer("<|END_THINKING|>ok"));
     let router = TestRouter::ready(&[&leader]).await;
-    for (asked, field) in impossible_forms() {
+    for (asked, field) in cases {
         let answer = chat(&router, "Go", asked.clone()).await;
         let (param, message) = answer.refusal();
         assert_eq!(
             (answer.code, param.as_deref()),
-            (400, Some(field)),
+            (400, Some(*field)),
             "{}: {message}",
             &asked.to_string()[..200.min(asked.to_string().len())]
         );

@@ -178,7 +178,7 @@ enum ResponseFormat {
     Text {},
     JsonObject {
         #[serde(alias = "schema")]
-        json_schema: Option<Box<RawValue>>,
+        json_schema: Option<Value>,
     },
 }
 
@@ -188,7 +188,7 @@ impl ResponseFormat {
         let form = match self {
             Self::Text {} => return None,
             Self::JsonObject { json_schema: None } => Form::JsonObject(true),
-            Self::JsonObject { json_schema: Some(schema) } => Form::Json(schema.get().to_owned()),
+            Self::JsonObject { json_schema: Some(schema) } => Form::Json(schema.to_string()),
         };
         Some(v1::Constraint { form: Some(form) })
     }
