@@ -78,6 +78,21 @@ class Client(unittest.TestCase):
         whole = self.chat(messages=WEATHER, tools=TOOLS).message.tool_calls[0].function.arguments
         self.assertEqual(arguments, whole)
 
+    def test_an_answer_keeps_to_a_json_schema(self):
+        schema = {
+            "type": "object",
+            "properties": {"sky": {"enum": ["clear", "cloudy"]}},
+            "required": ["sky"],
+            "additionalProperties": False,
+        }
+        form = {"type": "json_object", "json_schema": schema}
+        answer = self.chat(messages=WEATHER, response_format=form, max_tokens=100)
+        self.assertIn(json.loads(answer.message.content[0].text)["sky"], ["clear", "cloudy"])
+
+    def test_a_call_is_made_when_it_must_be(self):
+        answer = self.chat(tools=TOOLS, tool_choice="REQUIRED", max_tokens=100)
+        self.assertEqual(answer.message.tool_calls[0].function.name, "get_weather")
+
     def test_log_probabilities(self):
         answer = self.chat(logprobs=True, max_tokens=8)
         self.assertEqual(answer.finish_reason, "MAX_TOKENS")

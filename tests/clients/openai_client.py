@@ -89,6 +89,19 @@ class Client(unittest.TestCase):
         calls = [choice.message.tool_calls[0].function.arguments for choice in (final.choices[0], whole.choices[0])]
         self.assertEqual(calls[0], calls[1])
 
+    def test_an_answer_keeps_to_a_json_schema(self):
+        word = {"type": "string", "maxLength": 12}
+        schema = {
+            "type": "object",
+            "properties": {"city": word, "degrees": {"type": "integer", "minimum": 0, "maximum": 50}},
+            "required": ["city", "degrees"],
+            "additionalProperties": False,
+        }
+        form = {"type": "json_schema", "json_schema": {"name": "weather", "strict": True, "schema": schema}}
+        answer = self.chat(messages=WEATHER, response_format=form, max_tokens=200)
+        self.assertEqual(answer.choices[0].finish_reason, "stop")
+        self.assertEqual(set(json.loads(answer.choices[0].message.content)), {"city", "degrees"})
+
     def test_log_probabilities_add_up_to_the_text(self):
         choice = self.chat(logprobs=True, top_logprobs=3, max_tokens=8).choices[0]
         self.assertEqual(len(choice.logprobs.content), 8)

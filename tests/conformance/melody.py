@@ -56,6 +56,8 @@ def cited(text: str, citations: list) -> str:
         numbers = lambda source: ",".join(map(str, source["tool_result_indices"]))
         sources = ",".join(f"{source['tool_call_index']}:[{numbers(source)}]" for source in citation["sources"])
         start, end = citation["start_index"], citation["end_index"]
+        if end > len(text):
+            continue
         text = f"{text[:start]}<co>{text[start:end]}</co: {sources}>{text[end:]}"
     return text
 

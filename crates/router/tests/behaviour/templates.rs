@@ -214,8 +214,8 @@ fn tool_calls_are_numbered_for_a_template_that_numbers_them() {
         })
         .unwrap()
     };
-    assert_eq!(template.render_chat(&chat(&["{}"], "")).unwrap(), "false<1><2>21");
-    assert_eq!(template.render_chat(&chat(&[], "")).unwrap(), "false<0><1>10");
+    assert_eq!(template.render_chat(&chat(&["{}"], "")).unwrap(), "False<1><2>21");
+    assert_eq!(template.render_chat(&chat(&[], "")).unwrap(), "False<0><1>10");
     let own = template.render_chat(&chat(&[], "{\"regen_tool_call_ids\": true}")).unwrap();
-    assert_eq!(own, "true<a><b>b0");
+    assert_eq!(own, "True<a><b>b0");
 }
