@@ -10,4 +10,5 @@ mod dummy_weights;
 mod endings;
 mod examples;
 mod parity;
+mod resumes;
 mod support;

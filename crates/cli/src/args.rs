@@ -109,16 +109,24 @@ pub struct ComputeFlags {
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 #[command(next_help_heading = "Worker group")]
 pub struct GroupFlags {
-    /// Ranks that share the model [default: 1]
+    /// Ranks that share attention, dense layers and vocabulary and see the same rows [default: 1]
     #[arg(long, value_name = "N")]
     pub tensor_parallel: Option<u32>,
+    /// Sub-groups of so many ranks, each with sequences and a KV cache of its own; all ranks share the routed experts.
+    /// More than one needs --experts expert [default: 1]
+    #[arg(long, value_name = "N")]
+    pub data_parallel: Option<u32>,
     /// How the routed experts are shared out: tensor (a part of each) or expert (some of them whole) [default: tensor]
     #[arg(long, value_parser = ["tensor", "expert"])]
     pub experts: Option<String>,
     /// How rows reach their experts: replicated (every rank has all rows), all-to-all (rows are sent to the ranks that
-    /// hold their experts; needs --experts expert) or auto [default: auto, which is replicated]
+    /// hold their experts; needs --experts expert) or auto [default: auto: replicated in one sub-group, all-to-all in
+    /// several]
     #[arg(long, value_parser = ["auto", "replicated", "all-to-all"])]
     pub dispatch: Option<String>,
+    /// File that says which experts each rank holds, as `cohort plan --expert-load` writes it [default: in order]
+    #[arg(long, value_name = "FILE")]
+    pub expert_placement: Option<String>,
     /// CPU threads of each rank [default: the machine's cores shared among the ranks]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -167,6 +175,10 @@ pub struct RouterFlags {
     /// Bytes of one prompt's text [default: 4194304]
     #[arg(long, value_name = "N")]
     pub prompt_bytes_max: Option<usize>,
+    /// How long a request that lost its group waits for one that goes on with it, in seconds; 0 ends it at once
+    /// [default: 10]
+    #[arg(long = "resume-grace", value_name = "SECONDS")]
+    pub resume_grace_s: Option<f64>,
     /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds [default: 0]
     #[arg(long = "withdraw-grace", value_name = "SECONDS")]
     pub withdraw_grace_s: Option<f64>,
@@ -223,8 +235,10 @@ impl ConfigFlags for GroupFlags {
     fn flags(&self) -> Vec<Flag> {
         [
             given("--tensor-parallel", "group.tensor_parallel", self.tensor_parallel.as_ref()),
+            given("--data-parallel", "group.data_parallel", self.data_parallel.as_ref()),
             given("--experts", "group.experts", self.experts.as_ref()),
             given("--dispatch", "group.dispatch", self.dispatch.as_ref()),
+            given("--expert-placement", "group.expert_placement", self.expert_placement.as_ref()),
             given("--threads", "group.threads", self.threads.as_ref()),
             given("--kv-tokens", "group.kv_tokens", self.kv_tokens.as_ref()),
             given("--block-size", "group.block_size", self.block_size.as_ref()),
@@ -249,6 +263,7 @@ impl ConfigFlags for RouterFlags {
             given("--http-listen", "router.http_listen", self.http_listen.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
             given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
+            given("--resume-grace", "router.resume_grace_s", self.resume_grace_s.as_ref()),
             given("--withdraw-grace", "router.withdraw_grace_s", self.withdraw_grace_s.as_ref()),
             given("--router-drain-grace", "router.drain_grace_s", self.router_drain_grace_s.as_ref()),
         ]
@@ -293,8 +308,10 @@ impl From<&Settings> for GroupFlags {
         let group = &settings.group;
         Self {
             tensor_parallel: Some(group.tensor_parallel.get()),
+            data_parallel: Some(group.data_parallel),
             experts: Some(group.experts.name().to_owned()),
             dispatch: Some(group.dispatch.name().to_owned()),
+            expert_placement: group.expert_placement.as_ref().map(|file| file.display().to_string()),
             threads: group.threads,
             kv_tokens: Some(group.kv_tokens),
             block_size: Some(group.block_size.tokens()),
@@ -317,6 +334,7 @@ impl From<&Settings> for RouterFlags {
             http_listen: Some(router.http_listen),
             requests_max: Some(router.limits.requests_max),
             prompt_bytes_max: Some(router.limits.prompt_bytes_max),
+            resume_grace_s: Some(router.resume_grace_s.as_secs_f64()),
             withdraw_grace_s: Some(router.withdraw_grace_s.as_secs_f64()),
             router_drain_grace_s: Some(router.drain_grace_s.as_secs_f64()),
         }

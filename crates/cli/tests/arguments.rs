@@ -62,15 +62,17 @@ fn compute() -> impl Strategy<Value = ComputeFlags> {
 
 fn group_flags() -> impl Strategy<Value = GroupFlags> {
     let seconds = || of(0.0..1e6_f64);
-    let counts = any::<([Option<u32>; 7], Option<usize>)>();
+    let counts = any::<([Option<u32>; 8], Option<usize>)>();
     let experts = of(prop_oneof![Just("tensor".to_owned()), Just("expert".to_owned())]);
     let dispatch =
         of(prop_oneof![Just("auto"), Just("replicated"), Just("all-to-all")].prop_map(str::to_owned));
-    let (experts, spans) = ((experts, dispatch), (seconds(), seconds(), seconds()));
+    let (experts, spans) = ((experts, dispatch, of("[ -~]{1,12}")), (seconds(), seconds(), seconds()));
     (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain))| GroupFlags {
         tensor_parallel: counts[0],
+        data_parallel: counts[7],
         experts: experts.0,
         dispatch: experts.1,
+        expert_placement: experts.2,
         threads,
         kv_tokens: counts[1],
         block_size: counts[2],
@@ -86,25 +88,28 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
 
 fn router_flags() -> impl Strategy<Value = RouterFlags> {
     let seconds = || of(0.0..1e6_f64);
-    (of(address()), of(http()), any::<Option<u32>>(), any::<Option<usize>>(), seconds(), seconds()).prop_map(
-        |(
-            grpc_listen,
-            http_listen,
-            requests_max,
-            prompt_bytes_max,
-            withdraw_grace_s,
-            router_drain_grace_s,
-        )| {
-            RouterFlags {
+    (of(address()), of(http()), any::<Option<u32>>(), any::<Option<usize>>(), seconds(), seconds(), seconds())
+        .prop_map(
+            |(
                 grpc_listen,
                 http_listen,
                 requests_max,
                 prompt_bytes_max,
+                resume_grace_s,
                 withdraw_grace_s,
                 router_drain_grace_s,
-            }
-        },
-    )
+            )| {
+                RouterFlags {
+                    grpc_listen,
+                    http_listen,
+                    requests_max,
+                    prompt_bytes_max,
+                    resume_grace_s,
+                    withdraw_grace_s,
+                    router_drain_grace_s,
+                }
+            },
+        )
 }
 
 proptest! {
@@ -115,7 +120,8 @@ proptest! {
         file in file(), rank: u32, rendezvous in address(), listen in address(), model in model(),
         compute in compute(), group in group_flags(), supervised: bool,
     ) {
-        let args = worker::Args { file, rank, rendezvous, listen, model, compute, group, supervised };
+        let leader = Some(format!("leader.of.group:{}", listen.port()));
+        let args = worker::Args { file, rank, rendezvous, leader, listen, model, compute, group, supervised };
         let Command::Worker(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -126,7 +132,10 @@ proptest! {
         group in group_flags(),
         supervised: bool,
     ) {
-        let args = group::Args { file, rendezvous, listen, model, compute, group, supervised };
+        let (hosts, host_index) = (vec!["10.0.0.1:7070".to_owned(), "other".to_owned()], Some(1));
+        let args = group::Args {
+            file, rendezvous, hosts, host_index, listen, model, compute, group, supervised
+        };
         let Command::Group(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -150,6 +159,7 @@ fn flags_made_from_settings_give_the_same_settings() {
                 group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
+                router.resume_grace_s = 7\n\
                 router.drain_grace_s = 3";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();

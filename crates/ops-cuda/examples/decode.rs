@@ -67,6 +67,7 @@ fn main() -> Result<(), Failure> {
         plan: plan.clone(),
         backend,
         comm: SoloDevice::new(Solo::new())?,
+        subgroup: None,
         weights,
         dispatch: Dispatch::Replicated,
     };

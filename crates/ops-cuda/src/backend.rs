@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use ops::{
-    Backend, Batch, Dummy, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+    Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed, Rope,
+    Routing, Window,
 };
 use types::{Bytes, DType, TokenId};
 
@@ -521,6 +522,15 @@ impl Backend for CudaBackend {
 
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {
         Tensor::new(&self.device, rows, width, DType::F32)
+    }
+
+    fn place(&mut self, _routed: Routed, _slots: &ExpertSlots, _first_row: usize) -> Result<Routed, Error> {
+        Err(alone("place"))
+    }
+
+    /// The choices stay on the card.
+    fn count_choices(&mut self, _routed: &Routed, _counts: &mut [u64]) -> Result<bool, Error> {
+        Ok(false)
     }
 
     fn slice_rows(&mut self, _x: &Tensor, _rows: Range<usize>) -> Result<Tensor, Error> {

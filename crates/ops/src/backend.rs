@@ -99,6 +99,59 @@ impl ExpertOwners {
     }
 }
 
+/// Where the copies of each expert are: in numbered slots, of which every rank holds equally many. Slots take the place
+/// of expert numbers once [`Backend::place`] has chosen a copy for each row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertSlots {
+    /// Expert e has copies `first[e]..first[e + 1]` of `slots`; one entry more than there are experts.
+    first: Vec<u32>,
+    slots: Vec<u32>,
+}
+
+impl ExpertSlots {
+    /// Of `experts` experts, `held[s]` being the one in slot s.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when a slot holds an unknown expert, or an expert is in no slot.
+    pub fn new(experts: usize, held: &[u32]) -> Result<Self, Error> {
+        let wrong = |detail| Err(Error::Shape { op: "expert slots", detail });
+        let mut slots: Vec<u32> = (0u32..).take(held.len()).collect();
+        slots.sort_by_key(|&slot| held[slot as usize]);
+        let mut first = vec![0; experts + 1];
+        for (slot, &expert) in held.iter().enumerate() {
+            match first.get_mut(expert as usize + 1) {
+                Some(copies) => *copies += 1,
+                None => return wrong(format!("slot {slot} holds expert {expert} of {experts}")),
+            }
+        }
+        if let Some(expert) = first[1..].iter().position(|copies| *copies == 0) {
+            return wrong(format!("expert {expert} of {experts} is in no slot"));
+        }
+        (1..=experts).for_each(|expert| first[expert] += first[expert - 1]);
+        Ok(Self { first, slots })
+    }
+
+    /// Experts that have slots.
+    #[must_use]
+    pub fn experts(&self) -> usize {
+        self.first.len() - 1
+    }
+
+    /// The slots with a copy of `expert`, ascending.
+    #[must_use]
+    pub fn copies(&self, expert: usize) -> &[u32] {
+        &self.slots[self.first[expert] as usize..self.first[expert + 1] as usize]
+    }
+
+    /// The slot that works for a row of `token` at `position` that chose `expert`. It follows from the row alone, so it
+    /// is the same on every rank and in every batch.
+    #[must_use]
+    pub fn of_row(&self, expert: usize, token: TokenId, position: u32) -> u32 {
+        let copies = self.copies(expert);
+        copies[token.0.wrapping_add(position) as usize % copies.len()]
+    }
+}
+
 /// Rows laid out for an all-to-all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packed<T> {
@@ -312,6 +365,25 @@ pub trait Backend {
         down: &Self::Experts,
         first_expert: usize,
     ) -> Result<Self::Tensor, Error>;
+
+    /// Replaces each chosen expert by the slot of the copy that works for the row ([`ExpertSlots::of_row`]); the first
+    /// row of `routed` is row `first_row` of the step.
+    ///
+    /// # Errors
+    /// When `routed` reaches beyond the step or chose an expert without slots, or on a device failure.
+    fn place(
+        &mut self,
+        routed: Self::Routed,
+        slots: &ExpertSlots,
+        first_row: usize,
+    ) -> Result<Self::Routed, Error>;
+
+    /// Adds the number of rows that chose each expert to `counts`; `false` when this backend leaves the choices on its
+    /// device and counts nothing.
+    ///
+    /// # Errors
+    /// When an expert is beyond `counts`, or on a device failure.
+    fn count_choices(&mut self, routed: &Self::Routed, counts: &mut [u64]) -> Result<bool, Error>;
 
     /// Rows `rows` of `x` [T, H], which may be none: [rows, H].
     ///

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use futures::stream::unfold;
+use futures::stream::{SelectAll, unfold};
 use futures::{Stream, StreamExt};
 use proto::{Failure, v1, worker};
 use types::TokenId;
 
 use crate::call::Call;
-use crate::forward::{Chunks, Placed};
+use crate::forward::{Broken, Chunks, Piece, Placed};
 use crate::pipeline::Permit;
+use crate::resume::Replay;
 use crate::text::{
     CallPiece, Citation, Cited, CitedSource, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer,
 };
@@ -18,20 +19,35 @@ use crate::text::{
 pub(crate) struct Answer {
     call: Call,
     work: Work,
-    /// One for each of the answers.
-    assemblers: Vec<Assembler>,
     permit: Option<Permit>,
 }
 
-enum Work {
-    Open(Chunks),
-    Done,
+/// What is generated for a request.
+struct Work {
+    /// One stream, or one for each sequence that was resumed; `None` when nothing more is to come.
+    streams: Option<SelectAll<Chunks>>,
+    sequences: Vec<Sequence>,
+    replay: Replay,
+}
+
+/// One of the answers.
+struct Sequence {
+    assembler: Assembler,
+    /// All that was generated, to go on from.
+    tokens: Vec<u32>,
 }
 
 impl Answer {
-    pub(crate) fn new(call: Call, placed: Placed, assemblers: Vec<Assembler>, permit: Permit) -> Self {
-        let work = Work::Open(placed.into_chunks(call.deadline));
-        Self { call, work, assemblers, permit: Some(permit) }
+    pub(crate) fn new(
+        call: Call,
+        way: (Placed, Replay),
+        assemblers: impl Iterator<Item = Assembler>,
+        permit: Permit,
+    ) -> Self {
+        let (placed, replay) = way;
+        let streams = Some(SelectAll::from_iter([replay.start(placed)]));
+        let sequences = assemblers.map(|assembler| Sequence { assembler, tokens: Vec::new() }).collect();
+        Self { call, work: Work { streams, sequences, replay }, permit: Some(permit) }
     }
 
     /// The messages, the last of each answer with `finish`, or a failure.
@@ -47,7 +63,7 @@ impl Answer {
     /// # Errors
     /// What any of them failed with.
     pub(crate) async fn collect(mut self) -> Result<Vec<v1::GenerateOnceResponse>, Failure> {
-        let mut all = vec![v1::GenerateOnceResponse::default(); self.assemblers.len()];
+        let mut all = vec![v1::GenerateOnceResponse::default(); self.work.sequences.len()];
         while let Some(message) = self.next().await {
             let message = message?;
             let Some(whole) = all.get_mut(message.index as usize) else { continue };
@@ -68,13 +84,11 @@ impl Answer {
     }
 
     async fn next(&mut self) -> Option<Result<v1::GenerateResponse, Failure>> {
-        if matches!(self.work, Work::Done) {
-            return None;
-        }
-        let result = self.call.within(step(&mut self.work, &mut self.assemblers)).await;
-        if result.is_err() || self.assemblers.iter().all(|one| one.ended) {
+        self.work.streams.as_ref()?;
+        let result = self.call.within(self.work.step()).await;
+        if result.is_err() || self.work.is_done() {
             // Leaving the stream cancels what the group still does for it, as after a stop string.
-            self.work = Work::Done;
+            self.work.streams = None;
             self.permit = None;
             match &result {
                 Ok(_) => tracing::debug!(request = %self.call.request_id, "finished"),
@@ -85,22 +99,78 @@ impl Answer {
     }
 }
 
-/// The next message.
-async fn step(work: &mut Work, assemblers: &mut [Assembler]) -> Result<v1::GenerateResponse, Failure> {
-    let internal = |why: String| Failure::Internal { why };
-    loop {
-        let Work::Open(chunks) = work else {
-            return Err(internal("read past the end of an answer".to_owned()));
-        };
-        let Some(chunk) = chunks.next().await else {
-            return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
-        };
-        let (chunk, sequences) = (chunk?, assemblers.len());
-        let wrong = || format!("the leader generated sequence {} of {sequences}", chunk.index);
-        let assembler = assemblers.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
-        if let Some(message) = assembler.take(chunk)? {
-            return Ok(message);
+impl Work {
+    fn is_done(&self) -> bool {
+        self.sequences.iter().all(|one| one.assembler.ended)
+    }
+
+    /// The next message.
+    async fn step(&mut self) -> Result<v1::GenerateResponse, Failure> {
+        let internal = |why: String| Failure::Internal { why };
+        loop {
+            let Some(streams) = &mut self.streams else {
+                return Err(internal("read past the end of an answer".to_owned()));
+            };
+            let Some(piece) = streams.next().await else {
+                return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
+            };
+            let Piece { chunk, group } = match piece {
+                Ok(piece) => piece,
+                Err(broken) => {
+                    self.recover(&broken)?;
+                    continue;
+                }
+            };
+            let count = self.sequences.len();
+            let wrong = || format!("the leader generated sequence {} of {count}", chunk.index);
+            let sequence = self.sequences.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
+            sequence.tokens.extend(&chunk.token_ids);
+            let (index, runs) = (chunk.index, chunk.finish.is_none() && !sequence.assembler.ended);
+            let message = sequence.assembler.take(chunk)?;
+            if let Some(group) = group.filter(|_| runs && sequence.assembler.ended) {
+                self.leave(group, index);
+            }
+            if let Some(message) = message {
+                return Ok(message);
+            }
         }
+    }
+
+    /// Lets go of a sequence that a stop string ended and its group goes on with. The end of the last one ends the
+    /// stream, which says it too.
+    fn leave(&self, group: usize, index: u32) {
+        if !self.is_done() {
+            self.replay.cancel(group, index);
+        }
+    }
+
+    /// Goes on elsewhere with what a broken stream left unfinished.
+    ///
+    /// # Errors
+    /// Why it broke, when that is not possible.
+    fn recover(&mut self, broken: &Broken) -> Result<(), Failure> {
+        let Some(streams) = &mut self.streams else { return Err(broken.failure.clone()) };
+        let of_stream = (0..).zip(&mut self.sequences).filter(|(index, _)| broken.sequences.contains(index));
+        let left: Vec<(u32, &mut Sequence)> = of_stream.filter(|(_, one)| !one.assembler.ended).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        self.replay.lose(broken)?;
+        let untouched = left.iter().all(|(_, one)| one.tokens.is_empty());
+        let together = untouched && left.len() == broken.sequences.len();
+        if together {
+            // The prompt is computed once again, not once for each.
+            streams.push(self.replay.again(broken));
+        }
+        for (index, Sequence { assembler, tokens }) in left {
+            if tokens.is_empty() {
+                assembler.begin_again();
+            }
+            if !together {
+                streams.push(self.replay.resume(index, tokens, broken));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -133,7 +203,7 @@ pub(crate) struct Assembler {
     prompt: Option<v1::PromptInfo>,
     usage: v1::Usage,
     reader: Option<Reader>,
-    /// Nothing comes after the end, as when a stop string ended it and its group does not know.
+    /// Nothing comes after the end, as when a stop string ended it and its group does not know yet.
     ended: bool,
 }
 
@@ -217,6 +287,13 @@ impl Assembler {
         Self { request_id, index, prompt, usage, reader: reading.map(Reader::new), ended: false }
     }
 
+    /// Forgets what came before the first message.
+    fn begin_again(&mut self) {
+        if let Some(prompt) = &mut self.prompt {
+            prompt.logprobs.clear();
+        }
+    }
+
     /// The message for `chunk`; `None` for one that only brings log-probabilities of the prompt, which are gathered
     /// for the first message, and for one after the end.
     fn take(&mut self, chunk: worker::GenerateChunk) -> Result<Option<v1::GenerateResponse>, Failure> {
@@ -227,7 +304,8 @@ impl Assembler {
         if let Some(prompt) = &mut self.prompt {
             prompt.logprobs.extend(prompt_logprobs.into_iter().map(Into::into));
         }
-        if let Some(tokens) = chunk.cached_tokens {
+        // What a resumed answer found elsewhere is not what its caller asked about.
+        if let Some(tokens) = chunk.cached_tokens.filter(|_| self.usage.output_tokens == 0) {
             self.usage.cached_tokens = tokens.min(self.usage.prompt_tokens);
         }
         if token_ids.is_empty() && finish.is_none() {

@@ -20,6 +20,8 @@ pub struct Config {
     pub model_name: Option<String>,
     /// Bounds on what is taken in.
     pub limits: Limits,
+    /// How long a request that lost its group waits for a group that goes on with it; zero ends it at once.
+    pub resume_grace: Duration,
     /// How long HTTP callers are waited for.
     pub http_patience: HttpPatience,
     /// After the order to stop: how long requests are still taken while health says NOT_SERVING, so that load
@@ -53,11 +55,14 @@ pub struct HttpPatience {
     pub body: Duration,
     /// For a caller that reads nothing of what is sent to it. Its request is cancelled then.
     pub write: Duration,
+    /// After this much silence a stream says a comment, so that proxies keep its connection.
+    pub quiet: Duration,
 }
 
 impl Default for HttpPatience {
     fn default() -> Self {
-        Self { head: Duration::from_secs(30), body: Duration::from_secs(30), write: Duration::from_secs(30) }
+        let seconds = Duration::from_secs;
+        Self { head: seconds(30), body: seconds(30), write: seconds(30), quiet: seconds(10) }
     }
 }
 

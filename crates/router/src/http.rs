@@ -6,6 +6,7 @@ mod cohere;
 mod completions;
 mod error;
 mod fields;
+mod form;
 mod generation;
 mod listen;
 mod stream;
@@ -30,6 +31,7 @@ use types::limits::MESSAGE_BYTES_MAX;
 use crate::call::{Call, REQUEST_ID};
 use crate::pipeline::Shared;
 use crate::service::VERSION;
+use crate::text::Text;
 use crate::workers::Progress;
 
 use error::ApiError;
@@ -97,6 +99,21 @@ async fn chat_completions(State(context): State<Context>, request: Request) -> R
     generate(&context.shared, &headers, Api::Chat, (common, requests)).await
 }
 
+/// The body of a `/v1/chat/completions` request as our own message; `text` is that of the served checkpoint. What the
+/// listener does with every such body, by itself.
+///
+/// # Errors
+/// The refusal in words: every field that is wrong.
+pub fn read_chat(body: &[u8], text: Option<&Text>) -> Result<v1::GenerateRequest, String> {
+    let read = || {
+        let mut fields = Fields::read(body)?;
+        let common = chat::take(&mut fields, text);
+        fields.finish()?;
+        Ok(common.request)
+    };
+    read().map_err(|error: ApiError| error.message().to_owned())
+}
+
 async fn plain_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
     let (headers, mut fields) = read(&context.shared, request).await?;
     let (common, prompts) = completions::take(&mut fields);
@@ -123,12 +140,13 @@ async fn generate(
         if several {
             call.request_id = format!("{}-{index}", call.request_id);
         }
-        answers.push(shared.generate(call, request).await?);
+        let answer = shared.generate(call, request).await;
+        answers.push(answer.map_err(|failure| common.named(failure))?);
     }
     let view = view(shared, api, &call, &common)?;
     let per_prompt = common.count();
     let mut response = match common.stream {
-        true => stream::respond(view, answers, per_prompt).await?,
+        true => stream::respond(view, answers, per_prompt, shared.http_patience.quiet).await?,
         false => {
             let whole = try_join_all(answers.into_iter().map(crate::answer::Answer::collect)).await?;
             Json(view.whole(whole.concat(), per_prompt)).into_response()
@@ -200,11 +218,11 @@ async fn read(shared: &Shared, request: Request) -> Result<(HeaderMap, Fields), 
     Ok((parts.headers, Fields::read(&body)?))
 }
 
-/// Requests that hold a place now, as vLLM names it.
+/// Answers that hold a place now, as vLLM names it, and sequences that went on after the loss of their group.
 async fn load(State(context): State<Context>) -> Json<Value> {
     let shared = &context.shared;
     let taken = (shared.limits.requests_max as usize).saturating_sub(shared.permits.available_permits());
-    Json(json!({ "server_load": taken }))
+    Json(json!({ "server_load": taken, "resumed": shared.groups.resumed() }))
 }
 
 async fn livez() -> Json<Value> {

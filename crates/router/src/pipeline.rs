@@ -1,6 +1,7 @@
 //! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::{Failure, GenerationFields, Prompt, Role, Violation, bad_words, stop_strings, v1, worker};
 use sha2::{Digest, Sha256};
@@ -13,8 +14,9 @@ use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
 use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
+use crate::resume::Replay;
 use crate::running::Running;
-use crate::text::Text;
+use crate::text::{Text, Vocabulary, Wanted};
 use crate::workers::{Facts, Groups};
 
 /// Places among the admitted requests, one for each answer, given back when the last holder is done: the answers, or
@@ -31,6 +33,8 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) http_patience: HttpPatience,
     pub(crate) permits: Arc<Semaphore>,
+    /// Longest wait of an interrupted request for a group that goes on with it.
+    pub(crate) resume_grace: Duration,
     pub(crate) running: Arc<Running>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
@@ -48,13 +52,17 @@ struct Admitted {
     bad_words: Vec<String>,
     options: Options,
     form: Form,
+    wanted: Wanted,
 }
 
 /// A request whose prompt fits the model.
 struct Tokenized {
     permit: Permit,
+    /// What a leader is told of the answer's form.
+    guide: Option<worker::Guide>,
     prompt: Vec<TokenId>,
     generation: Generation,
+    eos_token_ids: Vec<u32>,
     options: Options,
     form: Form,
 }
@@ -100,8 +108,8 @@ impl Shared {
         let call = call.listed(&self.running);
         let admitted = self.admit_generation(request)?;
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
-        let placed = self.place(&call, &tokenized)?;
-        Ok(self.answer(call, tokenized, placed))
+        let way = self.place(&call, &tokenized)?;
+        Ok(self.answer(&call, tokenized, way))
     }
 
     /// A permit to work on one request.
@@ -201,7 +209,7 @@ impl Shared {
         // The same draw wherever the request goes.
         let seed = *spec.seed.get_or_insert_with(random_u64);
         let response = request.response.unwrap_or_default();
-        let stop = request.stopping.take().unwrap_or_default().stop;
+        let v1::Stopping { stop, thinking_tokens_max, .. } = request.stopping.take().unwrap_or_default();
         let mut wrong = Vec::new();
         let prompt = Prompt::try_from(request.prompt.take()).and_then(|prompt| {
             if let Prompt::TokenIds(ids) = &prompt {
@@ -210,6 +218,9 @@ impl Shared {
             Ok(prompt)
         });
         let prompt = unless_invalid(prompt, &mut wrong)?;
+        let wanted = wanted(&request, thinking_tokens_max, prompt.as_ref());
+        let wanted = unless_invalid(wanted, &mut wrong)?.unwrap_or_default();
+        spec.guided = wanted.constraint.is_some() || wanted.calls.is_some();
         let checked = spec.clone().validate(seed, facts.vocab_size);
         unless_invalid(checked.map_err(|error| GenerationFields::Public.refuse(error)), &mut wrong)?;
         let words = request.sampling.take().unwrap_or_default().bad_words;
@@ -233,6 +244,9 @@ impl Shared {
         if parse != Parse::No {
             self.text("response.parse")?;
         }
+        if !wanted.is_nothing() {
+            self.text("a form of the answer")?;
+        }
         let cites = match &prompt {
             Prompt::Chat(chat) => {
                 !chat.documents.is_empty() || chat.messages.iter().any(|message| message.role == Role::Tool)
@@ -240,11 +254,11 @@ impl Shared {
             Prompt::Text(_) | Prompt::TokenIds(_) => false,
         };
         let form = Form { stop, keep_special: response.keep_special_tokens, parse, cites };
-        Ok(Admitted { permit, facts, prompt, spec, bad_words: words, options, form })
+        Ok(Admitted { permit, facts, prompt, spec, bad_words: words, options, form, wanted })
     }
 
     async fn tokenize_admitted(&self, admitted: Admitted) -> Result<Tokenized, Failure> {
-        let Admitted { permit, facts, prompt, mut spec, bad_words, options, form } = admitted;
+        let Admitted { permit, facts, prompt, mut spec, bad_words, options, form, wanted } = admitted;
         // Held by the tokenizing thread too, should the caller leave meanwhile.
         let (_, prompt) = self.tokenize(prompt, &permit).await?;
         spec.bad_words.extend(self.tokenize_bad_words(bad_words, &permit).await?);
@@ -269,7 +283,33 @@ impl Shared {
         let generation = spec.validate(seed, facts.vocab_size);
         let generation = generation.map_err(|error| GenerationFields::Public.refuse(error))?;
         check_prompt_logprobs(&generation, tokens)?;
-        Ok(Tokenized { permit, prompt, generation: generation.limited_to(room), options, form })
+        let (guide, prompt) = self.guide(wanted, prompt, &facts, &permit).await?;
+        let (generation, eos_token_ids) = (generation.limited_to(room), facts.eos_token_ids);
+        Ok(Tokenized { permit, guide, prompt, generation, eos_token_ids, options, form })
+    }
+
+    /// What a leader must be told of the answer's form, compiled on a thread that may block.
+    async fn guide(
+        &self,
+        wanted: Wanted,
+        prompt: Vec<TokenId>,
+        facts: &Facts,
+        permit: &Permit,
+    ) -> Result<(Option<worker::Guide>, Vec<TokenId>), Failure> {
+        if wanted.is_nothing() {
+            return Ok((None, prompt));
+        }
+        let (text, permit) = (self.text("a form of the answer")?.clone(), Arc::clone(permit));
+        let eos = facts.eos_token_ids.iter().copied().map(TokenId).collect();
+        let vocabulary = Vocabulary { eos, size: facts.vocab_size };
+        let work = tokio::task::spawn_blocking(move || {
+            let guide = text.guide(&wanted, &prompt, &vocabulary);
+            drop(permit);
+            guide.map(|guide| (Some(guide), prompt))
+        });
+        work.await.unwrap_or_else(|error| {
+            Err(Failure::Internal { why: format!("compiling the form of the answer failed: {error}") })
+        })
     }
 
     async fn tokenize_bad_words(
@@ -291,7 +331,7 @@ impl Shared {
         })
     }
 
-    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<Placed, Failure> {
+    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<(Placed, Replay), Failure> {
         let Options { priority, cache_salt, bypass_prefix_cache } = tokenized.options.clone();
         let request = worker::GenerateRequest {
             request_id: call.request_id.clone(),
@@ -300,12 +340,18 @@ impl Shared {
             priority: priority.level(),
             cache_salt,
             bypass_prefix_cache,
+            // Never 0, which names nothing.
+            key: random_u64() | 1,
+            guide: tokenized.guide.clone(),
             ..worker::GenerateRequest::default()
         };
-        Placed::new(&self.groups, request)
+        let request = Arc::new(request);
+        let placed = Placed::new(&self.groups, &request, Vec::new())?;
+        let (eos, grace) = (tokenized.eos_token_ids.clone(), self.resume_grace);
+        Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace))))
     }
 
-    fn answer(&self, call: Call, tokenized: Tokenized, placed: Placed) -> Answer {
+    fn answer(&self, call: &Call, tokenized: Tokenized, way: (Placed, Replay)) -> Answer {
         let Tokenized { permit, prompt, generation, form, .. } = tokenized;
         let Form { stop, keep_special, parse, cites } = form;
         let reading = || {
@@ -321,9 +367,28 @@ impl Shared {
         };
         let assemblers = (0..generation.sequences())
             .map(|index| Assembler::new(call.request_id.clone(), index, &prompt, reading()));
-        let assemblers = assemblers.collect();
-        Answer::new(call, placed, assemblers, permit)
+        Answer::new(call.clone(), way, assemblers, permit)
     }
+}
+
+/// What a request asks of its answer's form.
+fn wanted(
+    request: &v1::GenerateRequest,
+    thinking_tokens_max: Option<u32>,
+    prompt: Option<&Prompt>,
+) -> Result<Wanted, Failure> {
+    let constraint = request.constraint.clone().and_then(proto::constraint);
+    let calls = match prompt {
+        Some(Prompt::Chat(chat)) => Wanted::calls(chat, constraint.is_some())?,
+        Some(Prompt::Text(_) | Prompt::TokenIds(_)) | None => None,
+    };
+    let allowed = request.sampling.as_ref().is_some_and(|sampling| !sampling.allowed_token_ids.is_empty());
+    if thinking_tokens_max.is_some() && allowed {
+        let reason =
+            "cannot be combined with sampling.allowed_token_ids, which may not allow the end of reasoning";
+        return Err(Violation::new("stopping.thinking_tokens_max", reason).into());
+    }
+    Ok(Wanted { constraint, calls, thinking_tokens_max })
 }
 
 impl Options {

@@ -1,6 +1,6 @@
 //! The worker groups: one task each that keeps watching its leader, and what all of them together amount to.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -132,12 +132,18 @@ impl Group {
 #[derive(Debug)]
 pub(crate) struct InFlight {
     group: Arc<Group>,
+    index: usize,
 }
 
 impl InFlight {
-    fn new(group: Arc<Group>) -> Self {
+    fn new(group: Arc<Group>, index: usize) -> Self {
         group.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { group }
+        Self { group, index }
+    }
+
+    /// Which of the groups it is at, as [`Groups::place`] counts them.
+    pub(crate) const fn index(&self) -> usize {
+        self.index
     }
 
     pub(crate) fn group(&self) -> &Group {
@@ -165,6 +171,7 @@ pub(crate) struct Groups {
     groups: Vec<Arc<Group>>,
     state: Mutex<State>,
     changed: watch::Sender<()>,
+    resumed: AtomicU64,
 }
 
 impl Groups {
@@ -185,7 +192,7 @@ impl Groups {
         let link = Link::Down { why: "not connected yet".to_owned() };
         let seen = vec![Seen { link, facts: None, reported: 0, kv_blocks: 0 }; groups.len()];
         let state = Mutex::new(State { seen, served: None });
-        Ok(Self { groups, state, changed: watch::Sender::new(()) })
+        Ok(Self { groups, state, changed: watch::Sender::new(()), resumed: AtomicU64::new(0) })
     }
 
     /// Starts the watch tasks, which end with `stop`.
@@ -212,6 +219,28 @@ impl Groups {
     pub(crate) fn counts(&self) -> (usize, usize) {
         let state = self.state();
         (self.groups.len(), (0..self.groups.len()).filter(|&index| state.takes(index)).count())
+    }
+
+    /// Groups that take requests now.
+    pub(crate) fn ready(&self) -> Vec<Arc<Group>> {
+        let state = self.state();
+        let taking = self.groups.iter().enumerate().filter(|&(index, _)| state.takes(index));
+        taking.map(|(_, group)| Arc::clone(group)).collect()
+    }
+
+    /// A client of group `index`, as [`Groups::place`] counts them.
+    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Channel>> {
+        self.groups.get(index).map(|group| group.client())
+    }
+
+    /// Counts a sequence that goes on after the loss of its group.
+    pub(crate) fn count_resumed(&self) {
+        self.resumed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Sequences that went on after the loss of their group, since the start.
+    pub(crate) fn resumed(&self) -> u64 {
+        self.resumed.load(Ordering::Relaxed)
     }
 
     /// KV blocks of all groups together, as they reported them last.
@@ -260,7 +289,7 @@ impl Groups {
         let index = least_loaded(&candidates)?;
         tried.push(index);
         // Counted under the lock, so that two requests at once do not both see the group empty.
-        Some(InFlight::new(Arc::clone(&self.groups[index])))
+        Some(InFlight::new(Arc::clone(&self.groups[index]), index))
     }
 
     async fn keep_watching(&self, index: usize, router_id: &str) {

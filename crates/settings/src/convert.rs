@@ -2,17 +2,19 @@
 
 use std::net::SocketAddr;
 
-use types::TpRank;
+use types::{TpRank, TpSize};
 
 use crate::tree::Settings;
 
 /// What the tree does not hold because it differs from rank to rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankPlace {
     /// Who this is.
     pub rank: TpRank,
     /// Where rank 0 listens for the others, and where they find it.
     pub rendezvous: SocketAddr,
+    /// Where they find it instead, as `host:port`.
+    pub leader: Option<String>,
     /// Where the leader serves routers; read on rank 0 only.
     pub listen: SocketAddr,
 }
@@ -31,9 +33,20 @@ impl Settings {
                 requests_max: router.limits.requests_max,
                 prompt_bytes_max: router.limits.prompt_bytes_max,
             },
+            resume_grace: router.resume_grace_s,
             http_patience: router::HttpPatience::default(),
             withdraw_grace: router.withdraw_grace_s,
             drain_grace: router.drain_grace_s,
+        }
+    }
+
+    /// Ranks of each group, in all its sub-groups.
+    #[must_use]
+    pub fn ranks(&self) -> TpSize {
+        let (tensor, data) = (self.group.tensor_parallel, self.group.data_parallel);
+        match TpSize::new(tensor.get().saturating_mul(data)) {
+            Ok(ranks) => ranks,
+            Err(error) => unreachable!("checked settings have a group of a valid size: {error}"),
         }
     }
 
@@ -66,8 +79,11 @@ impl Settings {
             threads: group.threads,
             rank: place.rank,
             experts: group.experts,
-            dispatch: group.dispatch.resolve(),
+            tensor: group.tensor_parallel,
+            dispatch: group.dispatch.resolve(group.data_parallel),
+            expert_placement: group.expert_placement.clone(),
             rendezvous: place.rendezvous,
+            leader: place.leader,
             listen: place.listen,
             limits: self.limits(),
             window_keys: self.model.window_keys,

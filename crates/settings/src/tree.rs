@@ -81,6 +81,10 @@ pub struct Router {
     pub workers: Vec<String>,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
+    /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
+    /// Default: 10.
+    #[serde(with = "strict::seconds")]
+    pub resume_grace_s: Duration,
     /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds: load
     /// balancers turn away before anybody is refused. Default: 0.
     #[serde(with = "strict::seconds")]
@@ -106,17 +110,26 @@ pub struct RouterLimits {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Group {
-    /// Ranks that share the model. Default: 1.
+    /// Ranks that share attention, dense layers and vocabulary and see the same rows. Default: 1.
     #[serde(with = "strict::tp_size")]
     pub tensor_parallel: TpSize,
+    /// Sub-groups of so many ranks, each with sequences and a KV cache of its own; all ranks share the routed experts.
+    /// More than one needs `experts = "expert"`. Default: 1.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    pub data_parallel: u32,
     /// How the routed experts are shared out: `tensor` (a part of each) or `expert` (some of them whole). Default:
     /// `tensor`.
     #[serde(with = "strict::parsed")]
     pub experts: ExpertSharding,
     /// How rows reach their experts: `replicated` (every rank has all rows), `all-to-all` (rows are sent to the ranks
-    /// that hold their experts; needs `experts = "expert"`) or `auto` (replicated). Default: `auto`.
+    /// that hold their experts; needs `experts = "expert"`) or `auto` (replicated in one sub-group, all-to-all in
+    /// several). Default: `auto`.
     #[serde(with = "strict::parsed")]
     pub dispatch: DispatchChoice,
+    /// File that says which experts each rank holds, as `cohort plan --expert-load` writes it; needs
+    /// `experts = "expert"`. Default: the experts in order.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    pub expert_placement: Option<PathBuf>,
     /// CPU threads of each rank. Default: the machine's cores shared equally among the ranks.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
     pub threads: Option<usize>,
@@ -138,6 +151,10 @@ pub struct Group {
     /// Most prompt tokens of all waiting requests together; more are refused. Default: 262144.
     #[serde(deserialize_with = "strict::whole::deserialize")]
     pub waiting_tokens_max: u32,
+    /// Hosts of a group that spans several, in order, as `host` or `host:port`; each runs equally many ranks, and rank 0
+    /// meets the others at the first one's port (7070 without one). For `cohort group`. Default: none, one host.
+    #[serde(deserialize_with = "strict::text_list::deserialize")]
+    pub hosts: Vec<String>,
     /// Longest wait for all ranks to come together, in seconds. Default: 60.
     #[serde(with = "strict::seconds")]
     pub boot_timeout_s: Duration,
@@ -222,6 +239,7 @@ impl Default for Router {
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
             limits: RouterLimits::default(),
+            resume_grace_s: Duration::from_secs(10),
             withdraw_grace_s: Duration::ZERO,
             drain_grace_s: Duration::from_secs(10),
         }
@@ -241,8 +259,10 @@ impl Default for Group {
         };
         Self {
             tensor_parallel: TpSize::ONE,
+            data_parallel: 1,
             experts: ExpertSharding::Tensor,
             dispatch: DispatchChoice::Auto,
+            expert_placement: None,
             threads: None,
             kv_tokens: 32_768,
             block_size,
@@ -250,6 +270,7 @@ impl Default for Group {
             running_max: 64,
             waiting_requests_max: 256,
             waiting_tokens_max: 262_144,
+            hosts: Vec::new(),
             boot_timeout_s: Duration::from_secs(60),
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),

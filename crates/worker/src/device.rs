@@ -4,7 +4,7 @@ use std::num::NonZero;
 use std::thread::available_parallelism;
 
 use collectives::{Collective, Tcp};
-use model::{Model, ModelConfig, ShardPlan};
+use model::{Activity, Model, ModelConfig, ShardPlan};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
@@ -161,6 +161,14 @@ impl RankModel {
         self.numerics.is_some()
     }
 
+    /// As [`Model::gather_activity`].
+    pub(crate) fn gather_activity(&mut self) -> Result<Vec<Activity>, model::Error> {
+        match &mut self.on {
+            OnDevice::Cpu(model) => model.gather_activity(),
+            OnDevice::Cuda(model) => model.gather_activity(),
+        }
+    }
+
     pub(crate) const fn config(&self) -> &ModelConfig {
         match &self.on {
             OnDevice::Cpu(model) => model.config(),
@@ -177,7 +185,7 @@ fn step<B: Backend, C: Collective<B::Tensor>>(
 ) -> Result<(), model::Error> {
     let Some(numerics) = numerics else { return model.step(batch, sink) };
     let mut found = false;
-    model.step_observed(batch, sink, |backend, at, x| {
+    model.step_observed(batch, &[batch.tokens.len()], sink, |backend, at, x| {
         // What follows the first is a consequence.
         found = found || numerics.look(backend, at, x)?;
         Ok(())

@@ -48,7 +48,7 @@ pub enum Error {
         nearest: String,
     },
     /// A budget of this configuration does not fit the model.
-    #[error("{field} is {got}, and this model needs {needed}")]
+    #[error("{field} is {got}, and must be {needed}")]
     Budget {
         /// The configuration key.
         field: &'static str,

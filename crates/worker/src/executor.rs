@@ -1,12 +1,14 @@
 //! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
 
 use engine::{Drawn, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
+use model::Activity;
 use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};
 
 use crate::Error;
 use crate::device::RankModel;
+use crate::guide::{Choice, Guides};
 
 /// A rank's model with the block tables its plans refer to.
 pub(crate) struct Executor {
@@ -32,33 +34,38 @@ impl Executor {
         Ok(())
     }
 
-    /// The leader's part of a step: one result for each piece of its work.
-    pub(crate) fn lead(&mut self, step: &Step) -> Result<Vec<RowOutput>, Error> {
+    /// The leader's part of a step: one result for each piece of its work, of which `guides` say what may be drawn.
+    pub(crate) fn lead(&mut self, step: &Step, guides: &Guides) -> Result<Vec<RowOutput>, Error> {
         let Step { plan, work } = step;
         self.prepare(plan)?;
         assert_eq!(work.len(), self.batch.logit_rows.len(), "each logit row has work");
-        let outputs = if !self.model.looks() && work.iter().all(|row| takes_the_most_likely(&row.purpose)) {
+        let outputs = if !self.model.looks() && work.iter().all(|row| takes_the_most_likely(row, guides)) {
             let output = |token| RowOutput::Sampled { token, logprob: None };
             let tokens = self.model.most_likely(&self.batch)?;
             tokens.into_iter().map(|token| token.map_or(RowOutput::NotANumber, output)).collect()
         } else {
-            self.sample(work)?
+            self.sample(work, guides)?
         };
         self.exchange_tables(plan);
         self.drawn.take(plan.step(), &outputs);
         Ok(outputs)
     }
 
-    fn sample(&mut self, work: &[RowWork]) -> Result<Vec<RowOutput>, Error> {
+    fn sample(&mut self, work: &[RowWork], guides: &Guides) -> Result<Vec<RowOutput>, Error> {
         let vocab = self.model.config().vocab_size;
         let mut outputs = Vec::with_capacity(work.len());
         self.model.step(&self.batch, |first, logits| {
             for (i, row) in logits.chunks_exact(vocab).enumerate() {
-                outputs.push(row_output(first + i, row, &work[first + i].purpose));
+                outputs.push(row_output(first + i, row, &work[first + i], guides));
             }
             Ok(())
         })?;
         Ok(outputs)
+    }
+
+    /// Every rank's activity so far, in rank order; all ranks ask together.
+    pub(crate) fn activity(&mut self) -> Result<Vec<Activity>, Error> {
+        Ok(self.model.gather_activity()?)
     }
 
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), Error> {
@@ -91,27 +98,38 @@ impl Executor {
 }
 
 /// Whether the most likely token is all that a row's logits are for.
-fn takes_the_most_likely(purpose: &RowPurpose) -> bool {
-    match purpose {
+fn takes_the_most_likely(row: &RowWork, guides: &Guides) -> bool {
+    match &row.purpose {
         RowPurpose::Sample { params, rules, history, banned, logprobs, stream, position } => {
-            let draw = Draw { params, rules, stream: *stream, position: *position, banned };
-            history.is_none() && logprobs.is_none() && draw.is_greedy()
+            let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask: None };
+            history.is_none() && logprobs.is_none() && draw.is_greedy() && !guides.guide(row.seq)
         }
         RowPurpose::PromptLogprob { .. } => false,
     }
 }
 
-fn row_output(row: usize, logits: &[f32], purpose: &RowPurpose) -> RowOutput {
+fn row_output(row: usize, logits: &[f32], work: &RowWork, guides: &Guides) -> RowOutput {
     let Ok(logits) = Logits::new(row, logits) else {
         return RowOutput::NotANumber;
     };
-    match purpose {
+    match &work.purpose {
         RowPurpose::Sample { params, rules, history, stream, position, banned, logprobs } => {
-            let draw = Draw { params, rules, stream: *stream, position: *position, banned };
+            let choice = guides.choice(work.seq, *position);
+            let mask = match &choice {
+                Ok(Choice::Any) => None,
+                Ok(Choice::Of(mask)) if mask.leaves(banned) => Some(mask),
+                Ok(Choice::Of(_)) => return RowOutput::NoToken,
+                Err(error) => {
+                    tracing::warn!(seq = %work.seq, %error, "a sequence is ended");
+                    return RowOutput::NoToken;
+                }
+            };
+            let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask };
             let token = match history {
                 Some(history) => history.draw(|history| logits.sample(&draw, history)),
                 None => logits.sample(&draw, &History::default()),
             };
+            guides.drew(work.seq, *position, token);
             let logprob = logprobs.map(|asked| ours(logits.logprob(token, asked.top())));
             RowOutput::Sampled { token, logprob }
         }

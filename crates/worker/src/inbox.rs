@@ -4,11 +4,13 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Instant;
 
 use engine::Request;
+use model::Activity;
 use proto::Failure;
 use proto::worker::GenerateChunk;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
+use crate::guide::Guide;
 use crate::pipeline::Job;
 
 /// Messages that may lie unread: the engine thread reads all of them between two steps.
@@ -34,6 +36,17 @@ pub(crate) enum Message {
         /// Its rank.
         rank: u32,
     },
+    /// Somebody wants to know what the ranks have done.
+    Activity(oneshot::Sender<Vec<Activity>>),
+    /// The executor tells it.
+    Told(Vec<Activity>),
+    /// One sequence of a request that goes on for its others is not wanted any more.
+    Cancel {
+        /// The request's.
+        key: u64,
+        /// The sequence's number.
+        index: u32,
+    },
     /// Look at the shutdown token.
     Wake,
 }
@@ -43,6 +56,10 @@ pub(crate) struct Submission {
     pub(crate) request: Request,
     pub(crate) deadline: Option<Instant>,
     pub(crate) sink: Sink,
+    /// What a cancel calls it; 0 for nothing.
+    pub(crate) key: u64,
+    /// One for each of its sequences; empty when they may draw what they like.
+    pub(crate) guides: Vec<Guide>,
 }
 
 /// The way in, for any number of threads.
@@ -58,7 +75,12 @@ impl Inbox {
 
     /// Hands a request to the engine thread without waiting.
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), Failure> {
-        self.0.try_send(Message::Submit(Box::new(submission))).map_err(|error| match error {
+        self.ask(Message::Submit(Box::new(submission)))
+    }
+
+    /// As [`Inbox::submit`], for any message.
+    pub(crate) fn ask(&self, message: Message) -> Result<(), Failure> {
+        self.0.try_send(message).map_err(|error| match error {
             TrySendError::Full(_) => Failure::Overloaded {
                 what: "requests between two steps".into(),
                 max: INBOX_MAX as u64,
@@ -68,6 +90,12 @@ impl Inbox {
                 Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
             }
         })
+    }
+
+    /// Tells the engine thread, without waiting, that a sequence is not wanted any more. With a full inbox it is
+    /// computed to its end, as if nobody had said so.
+    pub(crate) fn cancel(&self, key: u64, index: u32) {
+        let _ = self.0.try_send(Message::Cancel { key, index });
     }
 
     /// Tells the engine thread something it must know; waits when the inbox is full. Nobody listens after the end.

@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 
 use collectives::PlanSender;
 use engine::{Drawn, Effect, Engine, Event, StepPlan};
+use model::Activity;
 use proto::Failure;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 
-use crate::follower::END;
+use crate::follower::{ACTIVITY, END};
+use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
 use crate::numerics::Numerics;
 use crate::pipeline::{Pipeline, Steps};
@@ -61,14 +64,20 @@ pub(crate) struct Leader {
     state: Arc<StatePublisher>,
     clock: Instant,
     open: Streams,
+    guides: Arc<Guides>,
     next_id: u64,
     frame: Vec<u8>,
     effects: Vec<Effect>,
+    /// Who wants to know what the ranks have done. Bounded by the inbox.
+    askers: Vec<oneshot::Sender<Vec<Activity>>>,
+    /// Whether the ranks are telling it now.
+    asked: bool,
 }
 
 /// What a leader is made of once the group has booted.
 pub(crate) struct Seat {
     pub(crate) engine: engine::Config,
+    pub(crate) guides: Arc<Guides>,
     pub(crate) plans: Plans,
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
@@ -86,10 +95,13 @@ impl Leader {
             outlet: seat.outlet,
             state: seat.state,
             clock: Instant::now(),
-            open: Streams::default(),
+            open: Streams::new(Arc::clone(&seat.guides)),
+            guides: seat.guides,
             next_id: 0,
             frame: Vec::new(),
             effects: Vec::new(),
+            askers: Vec::new(),
+            asked: false,
         };
         Ok((leader, steps))
     }
@@ -116,7 +128,7 @@ impl Leader {
             options: engine::RequestOptions::default(),
         };
         let (sink, mut answers) = tokio::sync::mpsc::channel(8);
-        self.submit(Submission { request, deadline: None, sink });
+        self.submit(Submission { request, deadline: None, sink, key: 0, guides: Vec::new() });
         self.turn()?;
         while self.is_busy() && self.wait()? {
             self.turn()?;
@@ -132,6 +144,10 @@ impl Leader {
         let outcome = self.serve(config, shutdown).and_then(|()| self.settle());
         let GapSummary { steps, p50_us, p99_us } = self.pipeline.gaps().summary();
         tracing::info!(steps, p50_us, p99_us, "host gap between steps");
+        let [ready, late] = self.guides.counts();
+        if ready + late > 0 {
+            tracing::info!(ready, late, "masks that were ready when the sampler came, and that were not");
+        }
         let why = match &outcome {
             Ok(()) => {
                 Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
@@ -180,12 +196,26 @@ impl Leader {
             self.take(message)?;
         }
         self.cancel_abandoned();
+        if !self.askers.is_empty() {
+            return self.ask();
+        }
         let now = self.now();
         let Self { pipeline, plans, effects, frame, .. } = self;
         let send = |plan: &StepPlan| plans.send(frame, |frame| plan.encode(frame));
         let sent = pipeline.advance(now, effects, send);
         self.deliver();
         sent
+    }
+
+    /// Has all ranks tell what they have done, once no step is in flight; nothing is planned until then.
+    fn ask(&mut self) -> Result<(), Error> {
+        if self.asked || self.pipeline.engine().steps_in_flight() > 0 {
+            return Ok(());
+        }
+        self.asked = true;
+        self.plans.send(&mut self.frame, |frame| frame.extend_from_slice(ACTIVITY))?;
+        self.pipeline.pause();
+        Ok(())
     }
 
     /// Sleeps until something happens, and takes it in; false when nothing can happen any more.
@@ -213,6 +243,19 @@ impl Leader {
                 let source = collectives::Error::PeerLost { rank, collective };
                 return Err(Error::Group { rank: self.rank, source });
             }
+            Message::Activity(asker) => self.askers.push(asker),
+            Message::Told(ranks) => {
+                self.asked = false;
+                for asker in self.askers.drain(..) {
+                    // Nobody waits any more when the call was given up.
+                    let _ = asker.send(ranks.clone());
+                }
+            }
+            Message::Cancel { key, index } => {
+                if let Some(seq) = self.open.take(key, index) {
+                    self.apply(Event::Cancel(seq));
+                }
+            }
             Message::Wake => {}
         }
         Ok(())
@@ -223,12 +266,14 @@ impl Leader {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { mut request, deadline, sink } = submission;
+        let Submission { mut request, deadline, sink, key, guides } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         let seq = SeqId(self.next_id);
-        let sequences = request.generation.sequences();
-        self.next_id += u64::from(sequences);
-        self.open.open(seq, sequences, request.options.first_stream, &sink);
+        self.next_id += u64::from(request.generation.sequences());
+        self.open.open(seq..SeqId(self.next_id), request.options.first_stream, key, &sink);
+        for (own, guide) in (seq.0..).map(SeqId).zip(guides) {
+            self.guides.open(own, guide);
+        }
         self.apply(Event::Submit { seq, request });
     }
 

@@ -2,6 +2,7 @@
 //! batch for the model, and the leader's gRPC service.
 #![forbid(unsafe_code)]
 
+mod activity;
 mod boot;
 mod capacity;
 mod chunk;
@@ -12,6 +13,7 @@ mod executor;
 mod fit;
 mod follower;
 mod gap;
+mod guide;
 mod inbox;
 mod leader;
 mod numerics;

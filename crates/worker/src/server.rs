@@ -13,10 +13,11 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use types::limits::MESSAGE_BYTES_MAX;
 
-use crate::Error;
+use crate::guide::Kitchen;
 use crate::inbox::Inbox;
 use crate::service::Service;
 use crate::state::StatePublisher;
+use crate::{Config, Error, boot};
 
 /// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -35,7 +36,8 @@ pub(crate) struct GrpcServer {
 }
 
 impl GrpcServer {
-    pub(crate) fn start(listen: SocketAddr, inbox: Inbox, state: Arc<StatePublisher>) -> Result<Self, Error> {
+    pub(crate) fn start(config: &Config, inbox: Inbox, state: Arc<StatePublisher>) -> Result<Self, Error> {
+        let listen = config.listen;
         let failed = |source| Error::Listen { address: listen, source };
         let listener = TcpListener::bind(listen).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
@@ -44,7 +46,14 @@ impl GrpcServer {
         let runtime = builder.worker_threads(IO_THREADS).thread_name("grpc").enable_all().build();
         let runtime = runtime.map_err(|source| Error::Start { what: "the gRPC threads", source })?;
         let closing = CancellationToken::new();
-        let service = Service { inbox, state: Arc::clone(&state), closing: closing.clone() };
+        let kitchen = Arc::new(Kitchen::new(config.model.clone()));
+        let service = Service {
+            inbox,
+            state: Arc::clone(&state),
+            kitchen,
+            plan: boot::parallel(config),
+            closing: closing.clone(),
+        };
         let served = serve(listener, service, state, closing.clone());
         let task = runtime.spawn(served);
         Ok(Self { runtime, task, closing, address })

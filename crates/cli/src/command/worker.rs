@@ -37,6 +37,9 @@ pub struct Args {
     /// Where rank 0 listens for the other ranks, and where they find it
     #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
     pub rendezvous: SocketAddr,
+    /// Where the other ranks find rank 0 when it is on another host, as host:port; looked up again until it answers
+    #[arg(long, value_name = "HOST:PORT")]
+    pub leader: Option<String>,
     /// Where rank 0 listens for routers
     #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
     pub listen: SocketAddr,
@@ -62,6 +65,7 @@ impl Args {
         argv.extend(self.file.config.iter().map(|path| format!("--config={}", path.display())));
         argv.push(format!("--rank={}", self.rank));
         argv.push(format!("--rendezvous={}", self.rendezvous));
+        argv.extend(self.leader.iter().map(|leader| format!("--leader={leader}")));
         argv.push(format!("--listen={}", self.listen));
         argv.extend(self.model.to_argv());
         argv.extend(self.compute.to_argv());
@@ -82,11 +86,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         &args.file,
         &[&args.model, &args.compute, &args.group],
     )?;
-    let rank = TpRank::new(args.rank, settings.group.tensor_parallel)?;
-    if !rank.is_leader() && args.rendezvous.port() == 0 {
+    let rank = TpRank::new(args.rank, settings.ranks())?;
+    if !rank.is_leader() && args.rendezvous.port() == 0 && args.leader.is_none() {
         bail!("{rank} needs --rendezvous with the address that rank 0 listens at");
     }
-    let place = RankPlace { rank, rendezvous: args.rendezvous, listen: args.listen };
+    let (rendezvous, leader) = (args.rendezvous, args.leader.clone());
+    let place = RankPlace { rank, rendezvous, leader, listen: args.listen };
     let name = embedded::served_name(&settings);
     let config = settings.worker(place, embedded::checkpoint(&settings), name);
     let booted = Arc::new(AtomicBool::new(false));

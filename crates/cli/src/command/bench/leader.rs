@@ -84,6 +84,14 @@ impl Worker for Service {
         Ok(Response::new(Box::pin(states)))
     }
 
+    /// Nothing: it computes nothing.
+    async fn get_activity(
+        &self,
+        _: Request<worker::GetActivityRequest>,
+    ) -> Result<Response<worker::GroupActivity>, Status> {
+        Ok(Response::new(worker::GroupActivity::default()))
+    }
+
     async fn generate(
         &self,
         request: Request<worker::GenerateRequest>,
@@ -97,6 +105,14 @@ impl Worker for Service {
         let release = self.release.clone();
         let held = stream::once(release.cancelled_owned()).flat_map(move |()| from(2));
         Ok(Response::new(Box::pin(stream::iter([Ok(chunk(false))]).chain(held))))
+    }
+
+    /// Without effect: the router asks for one answer, and leaves it by dropping the stream.
+    async fn cancel(
+        &self,
+        _: Request<worker::CancelRequest>,
+    ) -> Result<Response<worker::CancelResponse>, Status> {
+        Ok(Response::new(worker::CancelResponse {}))
     }
 }
 
