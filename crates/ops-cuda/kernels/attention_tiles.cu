@@ -1,6 +1,7 @@
 // Attention on the tensor cores, after attention.cu: one row's heads over a range of keys (attend_token), and 16 rows of
 // a prompt (attend_prompt). Formula, shapes and bytes are there. A prompt's operations: 4·D per (row, query head, visible
 // key); North, 8K prompt: 0.55 T a full layer, 0.41 T a sliding one; floor at 800 TFLOP/s (H100) 0.69 and 0.51 ms.
+// Measured (H100 80GB HBM3, ncu with cold caches, 2026-11-24): attend_prompt 1.52 ms a sliding layer, 34 % of the floor.
 #if BF16 && D % 64 == 0 && D <= 128
 #define KEYS 16
 #define CHUNKS (D / 32)

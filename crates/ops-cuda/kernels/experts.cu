@@ -4,9 +4,9 @@
 // Few rows: a warp reads one gate row and one up row of the expert (gate_up), then one row of each chosen expert
 // (down), so a step of one row reads each chosen expert once. Bytes of a row: 3·k·I·H of weights; North (k 8, I 768,
 // H 2048, bf16): 75 MB a layer, floor 22.5 us on an H100 at 3.35 TB/s; Command A+ (k 8, I 4096, H 4096): 805 MB, 240 us.
-// Rows that choose the same expert read it again (from L2 when near in time).
-// Measured (North, one row, H100 80GB HBM3, ncu with cold caches, 2026-11-23): expert_up 22.8 us, expert_down 13.5 us,
-// route 5.1 us; for 2048 rows group_pairs 47 us (one block), combine 55 us.
+// For 3 to 256 rows expert_up_tiles and expert_down_tiles read each touched expert once; more rows are grouped for gemm.cu.
+// Measured (North, one row, ncu with cold caches, 2026-11-24): H200 expert_up 18.5 us, expert_down 11.1 us, router 9.4 us;
+// H100 23.4, 13.6 and 10.2 us. For 8192 rows on an H100: group_pairs 77 us (one block), combine 217 us (the bytes' floor).
 
 struct RouteParams {
     u32* experts;    // [T, k]

@@ -1,7 +1,9 @@
 // c = a · wᵀ for very many rows on Hopper's warpgroup tensor cores (wgmma m64n256k16), after gemm.cu: the same shapes and
 // the same tiles in shared memory, whose pieces lie as the 128-byte swizzle wants them. A block takes 128 rows and 256
 // rows of w; two warpgroups take 64 rows each. Four stages of cp.async; a product is on its way while the next stage is
-// awaited. For sm_90a alone. Operations and floors are in gemm.cu.
+// awaited. For sm_90a alone. Operations: 2·M·N·K. Floor at 800 TFLOP/s (H100), North, 8192 rows: qkv 215 us, o 172 us,
+// gate_up of 65536 pairs 515 us, down 258 us. Measured (H100 80GB HBM3, ncu with cold caches, 2026-11-24): 387, 271, 1030 and
+// 753 us, so 56, 63, 50 and 34 % of the floor; an expert's last tile is mostly padding, and down writes 537 MB of fp32.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 #define WIDE_ROWS 128

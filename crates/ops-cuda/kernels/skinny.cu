@@ -3,7 +3,7 @@
 //
 // x [T, K] T, w [O, K] T, y [T, O] fp32 or T. Bytes: O·K of weights dominate; each is read once for every ROWS rows.
 // Floor, bf16, H100 at 3.35 TB/s: qkv of North (5120 × 2048, 21 MB) 6.3 us; its head (262144 × 2048, 1.07 GB) 321 us.
-// Measured (one row, H100 80GB HBM3, ncu with cold caches, 2026-11-23): qkv 10.4 us, head 341 us.
+// Measured (one row, ncu with cold caches, 2026-11-24): qkv 10.8 us on an H100, 8.2 us on an H200; head 341 us (H100).
 
 struct SkinnyParams {
     void* y;
