@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use settings::{Flag, HttpListen, Settings, Sources};
+use settings::{Flag, HttpListen, Loaded, Settings, Sources};
 use worker::Device;
 
 /// Where logs go: always to stderr.
@@ -50,9 +50,10 @@ impl LogFlags {
 /// The cluster file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct FileFlag {
-    /// Cluster file (TOML or YAML); flags and COHORT__SECTION__KEY variables win over it
+    /// Cluster file (TOML or YAML), once or several times, later ones first; flags and COHORT__SECTION__KEY variables win
+    /// over all
     #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    pub config: Vec<PathBuf>,
 }
 
 /// What is served.
@@ -314,12 +315,24 @@ impl StartedBy {
 /// # Errors
 /// Everything that is wrong with them, at once.
 pub fn load(by: StartedBy, file: &FileFlag, flags: &[&dyn ConfigFlags]) -> Result<Settings, settings::Error> {
-    let mut sources = Sources { file: file.config.clone(), ..Sources::default() };
+    Ok(load_traced(by, file, flags)?.settings)
+}
+
+/// As [`load`], with the origin of every value.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_traced(
+    by: StartedBy,
+    file: &FileFlag,
+    flags: &[&dyn ConfigFlags],
+) -> Result<Loaded, settings::Error> {
+    let mut sources = Sources { files: file.config.clone(), ..Sources::default() };
     sources.flags = flags.iter().flat_map(|group| group.flags()).collect();
     if by == StartedBy::User {
         sources.environment = environment();
     }
-    Settings::load(&sources)
+    Settings::load_traced(&sources)
 }
 
 /// The variables of this process that are text; no other can be one of ours.

@@ -32,7 +32,8 @@ fn http() -> impl Strategy<Value = HttpListen> {
 }
 
 fn file() -> impl Strategy<Value = FileFlag> {
-    of("[ -~]{1,12}").prop_map(|path| FileFlag { config: path.map(PathBuf::from) })
+    prop::collection::vec("[ -~]{1,12}", 0..3)
+        .prop_map(|paths| FileFlag { config: paths.into_iter().map(PathBuf::from).collect() })
 }
 
 fn model() -> impl Strategy<Value = ModelFlags> {
@@ -142,7 +143,7 @@ fn flags_made_from_settings_give_the_same_settings() {
                 router.drain_grace_s = 3";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
-    let settings = Settings::load(&Sources { file: Some(path.path().into()), ..Sources::default() }).unwrap();
+    let settings = Settings::load(&Sources { files: vec![path.path().into()], ..Sources::default() }).unwrap();
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());

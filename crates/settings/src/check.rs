@@ -9,13 +9,21 @@ use types::{Dispatch, ExpertSharding};
 use crate::tree::{Group, Router, Settings};
 
 /// Groups of one cluster file: far above what one machine holds.
-const GROUPS_MAX: u64 = 256;
+pub(crate) const GROUPS_MAX: u64 = 256;
 /// Threads of one rank: above any machine in use.
-const THREADS_MAX: u64 = 4096;
+pub(crate) const THREADS_MAX: u64 = 4096;
 /// Requests a router admits, or a group lets wait or run, at once.
-const REQUESTS_MAX: u64 = 1 << 20;
-/// A day: a longer time-out is none.
-const TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+pub(crate) const REQUESTS_MAX: u64 = 1 << 20;
+/// Tokens of a cache or a queue: sums of two of them fit 32 bits.
+pub(crate) const TOKENS_MAX: u64 = (u32::MAX / 2) as u64;
+/// Tokens of one sequence.
+pub(crate) const CONTEXT_MAX: u64 = CONTEXT_TOKENS_MAX as u64;
+/// Bytes of one prompt: it has to fit a message.
+pub(crate) const PROMPT_BYTES_MAX: u64 = MESSAGE_BYTES_MAX as u64;
+/// A day, in seconds: a longer time-out is none.
+pub(crate) const TIMEOUT_MAX_S: f64 = 86_400.0;
+/// Seconds a time-out lasts at least: a shorter one would strike before anything can happen.
+pub(crate) const TIMEOUT_MIN_S: f64 = 0.001;
 
 /// A key and what is wrong with its value.
 pub(crate) type Fault = (&'static str, String);
@@ -26,17 +34,17 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     group(&settings.group, &mut faults);
     router(&settings.router, &mut faults);
     if let Some(keys) = settings.model.window_keys {
-        within("model.window_keys", keys.into(), 1..=CONTEXT_TOKENS_MAX.into(), &mut faults);
+        within("model.window_keys", keys.into(), 1..=CONTEXT_MAX, &mut faults);
     }
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
     faults
 }
 
 fn group(group: &Group, faults: &mut Vec<Fault>) {
-    let tokens = 1..=u64::from(u32::MAX / 2);
+    let tokens = 1..=TOKENS_MAX;
     let whole = [
         ("group.kv_tokens", group.kv_tokens, tokens.clone()),
-        ("group.step_tokens_max", group.step_tokens_max, 1..=CONTEXT_TOKENS_MAX.into()),
+        ("group.step_tokens_max", group.step_tokens_max, 1..=CONTEXT_MAX),
         ("group.running_max", group.running_max, 1..=REQUESTS_MAX),
         ("group.waiting_requests_max", group.waiting_requests_max, 1..=REQUESTS_MAX),
         ("group.waiting_tokens_max", group.waiting_tokens_max, tokens),
@@ -64,18 +72,18 @@ fn group(group: &Group, faults: &mut Vec<Fault>) {
         let reason = "all-to-all sends rows to whole experts, and group.experts is tensor; set it to expert";
         faults.push(("group.dispatch", reason.to_owned()));
     }
-    lasting("group.boot_timeout_s", group.boot_timeout_s, Duration::from_millis(1), faults);
-    lasting("group.step_timeout_s", group.step_timeout_s, Duration::from_millis(1), faults);
-    lasting("group.drain_grace_s", group.drain_grace_s, Duration::ZERO, faults);
+    lasting("group.boot_timeout_s", group.boot_timeout_s, TIMEOUT_MIN_S, faults);
+    lasting("group.step_timeout_s", group.step_timeout_s, TIMEOUT_MIN_S, faults);
+    lasting("group.drain_grace_s", group.drain_grace_s, 0.0, faults);
 }
 
 fn router(router: &Router, faults: &mut Vec<Fault>) {
     let limits = &router.limits;
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
-    let bytes = 1..=MESSAGE_BYTES_MAX as u64;
-    within("router.limits.prompt_bytes_max", limits.prompt_bytes_max as u64, bytes, faults);
-    lasting("router.withdraw_grace_s", router.withdraw_grace_s, Duration::ZERO, faults);
-    lasting("router.drain_grace_s", router.drain_grace_s, Duration::ZERO, faults);
+    let bytes = limits.prompt_bytes_max as u64;
+    within("router.limits.prompt_bytes_max", bytes, 1..=PROMPT_BYTES_MAX, faults);
+    lasting("router.withdraw_grace_s", router.withdraw_grace_s, 0.0, faults);
+    lasting("router.drain_grace_s", router.drain_grace_s, 0.0, faults);
     let grpc = router.grpc_listen;
     if grpc.port() != 0 && router.http_listen.address() == Some(grpc) {
         faults.push(("router.http_listen", format!("is the same address as router.grpc_listen, {grpc}")));
@@ -106,9 +114,9 @@ fn within(key: &'static str, value: u64, range: RangeInclusive<u64>, faults: &mu
     }
 }
 
-fn lasting(key: &'static str, span: Duration, least: Duration, faults: &mut Vec<Fault>) {
-    if span < least || span > TIMEOUT_MAX {
-        let (got, least, most) = (span.as_secs_f64(), least.as_secs_f64(), TIMEOUT_MAX.as_secs());
-        faults.push((key, format!("must be between {least} and {most} seconds, not {got}")));
+fn lasting(key: &'static str, span: Duration, least: f64, faults: &mut Vec<Fault>) {
+    let seconds = span.as_secs_f64();
+    if !(least..=TIMEOUT_MAX_S).contains(&seconds) {
+        faults.push((key, format!("must be between {least} and {TIMEOUT_MAX_S} seconds, not {seconds}")));
     }
 }

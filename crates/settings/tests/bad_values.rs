@@ -97,7 +97,7 @@ fn each_bad_value_is_refused_with_its_key() {
 fn a_bad_flag_is_named_as_typed() {
     let flags = vec![flag("--kv-tokens", "group.kv_tokens", "many")];
     let found = complaints(&Sources { flags, ..Sources::default() });
-    assert_eq!(found[0].source, "--kv-tokens");
+    assert_eq!(found[0].origin.to_string(), "--kv-tokens");
     assert_eq!(found[0].reason, "must be a whole number of at least 0, not \"many\"");
 }
 
@@ -119,7 +119,7 @@ fn a_file_that_cannot_be_used_is_named() {
     let yaml = file(".yaml", "group: [1\n");
     for path in [broken.path(), odd.path(), large.path(), yaml.path(), "/nonexistent/cluster.toml".as_ref()] {
         let error =
-            Settings::load(&Sources { file: Some(path.to_owned()), ..Sources::default() }).unwrap_err();
+            Settings::load(&Sources { files: vec![path.to_owned()], ..Sources::default() }).unwrap_err();
         assert!(matches!(&error, Error::File { path: named, .. } if named == path), "{error}");
     }
 }
