@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ::worker::HostPort;
 use clap::{CommandFactory, Parser};
 use cli::args::{
     ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, LogFormat, ModelFlags, RouterFlags,
@@ -25,6 +26,15 @@ fn refused(argv: &[&str]) -> String {
 
 fn address() -> impl Strategy<Value = SocketAddr> {
     any::<([u8; 4], u16)>().prop_map(SocketAddr::from)
+}
+
+fn host() -> impl Strategy<Value = HostPort> {
+    prop_oneof![
+        address().prop_map(HostPort::from),
+        ("[a-z][a-z0-9.-]{0,20}", any::<u16>())
+            .prop_map(|(host, port)| format!("{host}:{port}").parse().unwrap()),
+        any::<([u16; 8], u16)>().prop_map(|(ip, port)| SocketAddr::from((ip, port)).into()),
+    ]
 }
 
 fn http() -> impl Strategy<Value = HttpListen> {
@@ -102,7 +112,7 @@ proptest! {
 
     #[test]
     fn a_worker_reads_back_what_it_was_started_with(
-        file in file(), rank: u32, rendezvous in address(), listen in address(), model in model(),
+        file in file(), rank: u32, rendezvous in host(), listen in address(), model in model(),
         compute in compute(), group in group_flags(), supervised: bool,
     ) {
         let args = worker::Args { file, rank, rendezvous, listen, model, compute, group, supervised };
@@ -143,7 +153,8 @@ fn flags_made_from_settings_give_the_same_settings() {
                 router.drain_grace_s = 3";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
-    let settings = Settings::load(&Sources { files: vec![path.path().into()], ..Sources::default() }).unwrap();
+    let settings =
+        Settings::load(&Sources { files: vec![path.path().into()], ..Sources::default() }).unwrap();
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());

@@ -3,16 +3,17 @@
 use std::net::SocketAddr;
 
 use types::TpRank;
+use worker::HostPort;
 
 use crate::tree::Settings;
 
 /// What the tree does not hold because it differs from rank to rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankPlace {
     /// Who this is.
     pub rank: TpRank,
     /// Where rank 0 listens for the others, and where they find it.
-    pub rendezvous: SocketAddr,
+    pub rendezvous: HostPort,
     /// Where the leader serves routers; read on rank 0 only.
     pub listen: SocketAddr,
 }

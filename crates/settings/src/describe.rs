@@ -78,7 +78,9 @@ fn values(schema: &Value) -> String {
         return names.join(", ");
     }
     let example = || match schema["examples"].as_array() {
-        Some(examples) => format!(", such as {}", examples.iter().map(shown).collect::<Vec<_>>().join(" or ")),
+        Some(examples) => {
+            format!(", such as {}", examples.iter().map(shown).collect::<Vec<_>>().join(" or "))
+        }
         None => String::new(),
     };
     match schema["type"].as_str() {

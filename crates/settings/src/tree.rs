@@ -14,7 +14,8 @@ use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
 use worker::Device;
 
 use crate::check::{
-    CONTEXT_MAX, GROUPS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S, TIMEOUT_MIN_S, TOKENS_MAX,
+    CONTEXT_MAX, GROUPS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S, TIMEOUT_MIN_S,
+    TOKENS_MAX,
 };
 use crate::{schema, strict};
 
@@ -25,13 +26,13 @@ const BLOCK_TOKENS: u32 = 16;
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// What is served.
+    /// What is served, and how it is computed.
     pub model: Model,
-    /// The front door.
+    /// The front door: what callers reach and what they may ask.
     pub router: Router,
     /// Each worker group: one replica of the model.
     pub group: Group,
-    /// How many of them.
+    /// What `cohort up` starts on one machine.
     pub cluster: Cluster,
 }
 
@@ -85,7 +86,7 @@ pub struct Router {
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub withdraw_grace_s: Duration,
-    /// After that, how long open requests may go on, in seconds.
+    /// Longest open requests may go on after the withdraw grace, in seconds.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub drain_grace_s: Duration,

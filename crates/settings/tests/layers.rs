@@ -116,7 +116,10 @@ fn every_value_knows_where_it_comes_from() {
     let mut sources = from_environment(&[("COHORT__ROUTER__LIMITS__REQUESTS_MAX", "7")]);
     sources.flags.push(flag("--groups", "cluster.groups", "3"));
     let loaded = Settings::load_traced(&sources).unwrap();
-    assert_eq!(loaded.origin("router.limits.requests_max"), Origin::Variable("COHORT__ROUTER__LIMITS__REQUESTS_MAX".into()));
+    assert_eq!(
+        loaded.origin("router.limits.requests_max"),
+        Origin::Variable("COHORT__ROUTER__LIMITS__REQUESTS_MAX".into())
+    );
     assert_eq!(loaded.origin("cluster.groups"), Origin::Flag("--groups"));
     assert_eq!(loaded.origin("group.kv_tokens"), Origin::Default);
 }

@@ -42,7 +42,12 @@ fn every_key_is_described_once() {
     known.sort();
     assert_eq!(sorted, known);
     for key in keys() {
-        assert!(key.description.ends_with('.') && !key.description.contains("  "), "{}: {:?}", key.name, key.description);
+        assert!(
+            key.description.ends_with('.') && !key.description.contains("  "),
+            "{}: {:?}",
+            key.name,
+            key.description
+        );
         assert!(!key.values.is_empty(), "{}", key.name);
     }
 }
@@ -67,7 +72,9 @@ fn the_ends_of_every_range_are_taken_and_what_lies_outside_is_not() {
     let mut checked = 0;
     for key in keys() {
         let schema = of(&key.name);
-        let (Some(least), Some(most)) = (schema["minimum"].as_f64(), schema["maximum"].as_f64()) else { continue };
+        let (Some(least), Some(most)) = (schema["minimum"].as_f64(), schema["maximum"].as_f64()) else {
+            continue;
+        };
         let step = if schema["type"] == "integer" { 1.0 } else { 0.0005 };
         for (value, fits) in [(least, true), (most, true), (least - step, false), (most + step, false)] {
             assert_eq!(taken(&key.name, &value.to_string()), fits, "{} = {value}", key.name);

@@ -1,6 +1,8 @@
 //! From a configuration to a rank that can run steps: read the configuration, meet the other ranks, load the
 //! weights, reserve the KV cache.
 
+use std::io::ErrorKind;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -15,7 +17,7 @@ use ops_cuda::{CudaBackend, SoloDevice};
 use types::{Bytes, DType, KvGroup};
 
 use crate::device::{self, Chosen, RankModel};
-use crate::{Config, Error, Phase, Report, Reporter, capacity};
+use crate::{Config, Error, HostPort, Phase, Report, Reporter, capacity};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
 const SPIN: std::time::Duration = std::time::Duration::from_micros(20);
@@ -85,7 +87,7 @@ pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> R
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
     let options = RendezvousOptions { within: config.boot_timeout, tcp };
     let joined = if rank.is_leader() {
-        Rendezvous::bind(config.rendezvous).and_then(|rendezvous| {
+        Rendezvous::bind(own_address(&config.rendezvous)?).and_then(|rendezvous| {
             reporter.report(Report::Rendezvous(rendezvous.local_addr()));
             rendezvous.lead(&member, &options)
         })
@@ -93,6 +95,13 @@ pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> R
         collectives::join(&config.rendezvous.to_string(), &member, &options)
     };
     joined.map_err(|source| Error::Group { rank, source })
+}
+
+/// The address of this machine that a host and port name.
+fn own_address(host: &HostPort) -> Result<SocketAddr, Error> {
+    let failed = |source| Error::Rendezvous { address: host.clone(), source };
+    let found = (host.host(), host.port()).to_socket_addrs().map_err(failed)?.next();
+    found.ok_or_else(|| failed(std::io::Error::new(ErrorKind::NotFound, "the name has no address")))
 }
 
 /// Loads the rank's weights and puts its model together.

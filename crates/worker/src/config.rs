@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank};
 
+use crate::HostPort;
+
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
@@ -53,7 +55,7 @@ pub struct Config {
     /// How rows reach their experts.
     pub dispatch: Dispatch,
     /// Where rank 0 listens for the others (port 0: any, reported), and where the others find it.
-    pub rendezvous: SocketAddr,
+    pub rendezvous: HostPort,
     /// Where the leader serves routers (port 0: any, reported); only read on rank 0.
     pub listen: SocketAddr,
     /// Bounds of the engine.

@@ -25,6 +25,10 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_GRACE: Duration = Duration::from_secs(1);
 /// Threads for gRPC; tokens are computed elsewhere.
 const IO_THREADS: usize = 1;
+/// What health is reported for: the server as a whole and the service, SERVING while requests are taken.
+const SERVING_NAMES: [&str; 2] = ["", "cohort.worker.v1.Worker"];
+/// A name whose health is SERVING for as long as this process answers, whatever phase it is in: for liveness probes.
+const LIVE_NAME: &str = "live";
 
 /// The running server.
 pub(crate) struct GrpcServer {
@@ -78,12 +82,13 @@ async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
     let mut states = state.subscribe();
+    reporter.set_service_status(LIVE_NAME, ServingStatus::Serving).await;
     tokio::spawn(async move {
         loop {
             let phase = states.borrow_and_update().phase;
             let serving = phase == i32::from(proto::worker::Phase::Serving);
             let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-            for name in ["", "cohort.worker.v1.Worker"] {
+            for name in SERVING_NAMES {
                 reporter.set_service_status(name, status).await;
             }
             if states.changed().await.is_err() {

@@ -80,7 +80,7 @@ impl Args {
         worker::Args {
             file: FileFlag::default(),
             rank,
-            rendezvous: rendezvous.unwrap_or(self.rendezvous),
+            rendezvous: rendezvous.unwrap_or(self.rendezvous).into(),
             listen: self.listen,
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use settings::RankPlace;
 use tokio_util::sync::CancellationToken;
 use types::TpRank;
-use worker::{Report, Reporter};
+use worker::{HostPort, Report, Reporter};
 
 use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, ModelFlags, StartedBy};
 use crate::embedded;
@@ -34,9 +34,9 @@ pub struct Args {
     /// This rank's number, from 0
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub rank: u32,
-    /// Where rank 0 listens for the other ranks, and where they find it
-    #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
-    pub rendezvous: SocketAddr,
+    /// Where rank 0 listens for the other ranks, and where they find it; a host may be a name
+    #[arg(long, value_name = "HOST:PORT", default_value_t = ANYWHERE.into())]
+    pub rendezvous: HostPort,
     /// Where rank 0 listens for routers
     #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
     pub listen: SocketAddr,
@@ -86,7 +86,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !rank.is_leader() && args.rendezvous.port() == 0 {
         bail!("{rank} needs --rendezvous with the address that rank 0 listens at");
     }
-    let place = RankPlace { rank, rendezvous: args.rendezvous, listen: args.listen };
+    let place = RankPlace { rank, rendezvous: args.rendezvous.clone(), listen: args.listen };
     let name = embedded::served_name(&settings);
     let config = settings.worker(place, embedded::checkpoint(&settings), name);
     let booted = Arc::new(AtomicBool::new(false));

@@ -1,4 +1,5 @@
 //! A group of ranks on threads of the test, as `cohort worker` would run them, and a client of its leader.
+#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         rank: TpRank::new(rank, size).unwrap(),
         experts: ExpertSharding::Tensor,
         dispatch: types::Dispatch::Replicated,
-        rendezvous: ([127, 0, 0, 1], 0).into(),
+        rendezvous: SocketAddr::from(([127, 0, 0, 1], 0)).into(),
         listen: ([127, 0, 0, 1], 0).into(),
         limits: Limits {
             block_size: BlockSize::new(16).unwrap(),
