@@ -118,6 +118,9 @@ pub struct GroupFlags {
     /// Most prompt tokens of all waiting requests together [default: 262144]
     #[arg(long, value_name = "N")]
     pub waiting_tokens_max: Option<u32>,
+    /// Address where the leader serves metrics and probes over HTTP, or off [default: off]
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<HttpListen>,
     /// Longest wait for all ranks to come together, in seconds [default: 60]
     #[arg(long = "boot-timeout", value_name = "SECONDS")]
     pub boot_timeout_s: Option<f64>,
@@ -206,6 +209,7 @@ impl ConfigFlags for GroupFlags {
             given("--running-max", "group.running_max", self.running_max.as_ref()),
             given("--waiting-requests-max", "group.waiting_requests_max", self.waiting_requests_max.as_ref()),
             given("--waiting-tokens-max", "group.waiting_tokens_max", self.waiting_tokens_max.as_ref()),
+            given("--metrics-listen", "group.metrics_listen", self.metrics_listen.as_ref()),
             given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
             given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
             given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
@@ -272,6 +276,7 @@ impl From<&Settings> for GroupFlags {
             running_max: Some(group.running_max),
             waiting_requests_max: Some(group.waiting_requests_max),
             waiting_tokens_max: Some(group.waiting_tokens_max),
+            metrics_listen: Some(group.metrics_listen),
             boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
             step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
             drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),

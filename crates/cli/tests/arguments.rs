@@ -66,7 +66,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
     let experts = of(prop_oneof![Just("tensor".to_owned()), Just("expert".to_owned())]);
     let dispatch =
         of(prop_oneof![Just("auto"), Just("replicated"), Just("all-to-all")].prop_map(str::to_owned));
-    let (experts, spans) = ((experts, dispatch), (seconds(), seconds(), seconds()));
+    let (experts, spans) = ((experts, dispatch, of(http())), (seconds(), seconds(), seconds()));
     (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain))| GroupFlags {
         tensor_parallel: counts[0],
         experts: experts.0,
@@ -78,6 +78,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         running_max: counts[4],
         waiting_requests_max: counts[5],
         waiting_tokens_max: counts[6],
+        metrics_listen: experts.2,
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
@@ -147,7 +148,7 @@ fn flags_made_from_settings_give_the_same_settings() {
     let text = "model.path = '/m'\nmodel.dtype = 'bf16'\nmodel.device = 'cuda'\nmodel.window_keys = 7\n\
                 group.tensor_parallel = 4\ngroup.experts = 'expert'\ngroup.dispatch = 'all-to-all'\ngroup.threads = 2\ngroup.kv_tokens = 99\ngroup.block_size = 8\n\
                 group.step_tokens_max = 70\ngroup.running_max = 5\ngroup.waiting_requests_max = 6\n\
-                group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\n\
+                group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\ngroup.metrics_listen = '0.0.0.0:9100'\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
                 router.drain_grace_s = 3";

@@ -37,7 +37,28 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
         within("model.window_keys", keys.into(), 1..=CONTEXT_MAX, &mut faults);
     }
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
+    metrics_ports(settings, &mut faults);
     faults
+}
+
+/// Each group of one machine gets a port of its own, and none of them is the router's.
+fn metrics_ports(settings: &Settings, faults: &mut Vec<Fault>) {
+    let Some(first) = settings.group.metrics_listen.address().filter(|address| address.port() != 0) else {
+        return;
+    };
+    let ports = u32::from(first.port())..u32::from(first.port()).saturating_add(settings.cluster.groups);
+    if ports.end > u32::from(u16::MAX) + 1 {
+        let groups = settings.cluster.groups;
+        let reason = format!("leaves no ports for {groups} groups after {}", first.port());
+        faults.push(("group.metrics_listen", reason));
+    }
+    let router = [Some(settings.router.grpc_listen), settings.router.http_listen.address()];
+    for address in router.into_iter().flatten() {
+        if address.ip() == first.ip() && ports.contains(&u32::from(address.port())) {
+            let reason = format!("one of the groups would take {address}, which is the router's");
+            faults.push(("group.metrics_listen", reason));
+        }
+    }
 }
 
 fn group(group: &Group, faults: &mut Vec<Fault>) {

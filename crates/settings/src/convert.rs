@@ -66,6 +66,7 @@ impl Settings {
             dispatch: group.dispatch.resolve(),
             rendezvous: place.rendezvous,
             listen: place.listen,
+            metrics_listen: group.metrics_listen.address(),
             limits: self.limits(),
             window_keys: self.model.window_keys,
             boot_timeout: group.boot_timeout_s,

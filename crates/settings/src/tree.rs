@@ -155,6 +155,11 @@ pub struct Group {
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
     pub boot_timeout_s: Duration,
+    /// Address where a group's leader serves metrics and probes over HTTP, or `off`. On one machine `cohort up` gives each
+    /// group the next port.
+    #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::address_or_off")]
+    pub metrics_listen: HttpListen,
     /// Longest a step's collective may take before the missing rank is named and the group ends, in seconds.
     ///
     #[serde(with = "strict::seconds")]
@@ -192,6 +197,19 @@ impl HttpListen {
         match self {
             Self::Off => None,
             Self::At(address) => Some(address),
+        }
+    }
+
+    /// The address for the `index`th of several processes on one machine: its port counts on, unless any is taken.
+    #[must_use]
+    pub fn nth(self, index: u32) -> Self {
+        match self {
+            Self::At(address) if address.port() != 0 => {
+                let port = u16::try_from(index).ok().and_then(|index| address.port().checked_add(index));
+                // The configuration's check has seen to it that all of them fit.
+                Self::At(SocketAddr::new(address.ip(), port.unwrap_or(u16::MAX)))
+            }
+            Self::At(_) | Self::Off => self,
         }
     }
 }
@@ -258,6 +276,7 @@ impl Default for Group {
             waiting_requests_max: 256,
             waiting_tokens_max: 262_144,
             boot_timeout_s: Duration::from_secs(60),
+            metrics_listen: HttpListen::Off,
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),
         }

@@ -84,6 +84,14 @@ fn each_bad_value_is_refused_with_its_key() {
             "router.http_listen = '127.0.0.1:50051'",
             "router.http_listen: is the same address as router.grpc_listen",
         ),
+        (
+            "group.metrics_listen = '127.0.0.1:50050'\ncluster.groups = 2",
+            "group.metrics_listen: one of the groups would take 127.0.0.1:50051, which is the router's",
+        ),
+        (
+            "group.metrics_listen = '0.0.0.0:65535'\ncluster.groups = 2",
+            "group.metrics_listen: leaves no ports for 2 groups after 65535",
+        ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
     ];
     for (text, expected) in cases {

@@ -57,6 +57,14 @@ pub enum Error {
         /// The system's words.
         source: std::io::Error,
     },
+    /// The listener for metrics could not be opened.
+    #[error("cannot listen on {address}: {source}; choose another --metrics-listen address")]
+    MetricsListen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's words.
+        source: std::io::Error,
+    },
     /// The host that rank 0 is to listen at for the other ranks has no address.
     #[error(
         "cannot find the address of {address}: {source}; rank 0 needs a --rendezvous of its own, such as 0.0.0.0:29500"

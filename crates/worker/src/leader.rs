@@ -15,6 +15,7 @@ use crate::chunk;
 use crate::executor::Executor;
 use crate::follower::END;
 use crate::inbox::{Inbox, Message, Outlet, Sink, Submission};
+use crate::metrics::EngineCounters;
 use crate::state::{State, StatePublisher};
 use crate::{Config, Error};
 
@@ -29,6 +30,7 @@ pub(crate) struct Leader {
     plans: PlanSender,
     outlet: Outlet,
     state: Arc<StatePublisher>,
+    counters: EngineCounters,
     clock: Instant,
     /// Open requests. Bounded by the engine's queue and batch.
     open: BTreeMap<SeqId, Sink>,
@@ -45,6 +47,7 @@ pub(crate) struct Seat {
     pub(crate) plans: PlanSender,
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
+    pub(crate) counters: EngineCounters,
 }
 
 impl Leader {
@@ -57,6 +60,7 @@ impl Leader {
             plans: seat.plans,
             outlet: seat.outlet,
             state: seat.state,
+            counters: seat.counters,
             clock: Instant::now(),
             open: BTreeMap::new(),
             next_id: 0,
@@ -153,6 +157,7 @@ impl Leader {
     fn submit(&mut self, submission: Submission) {
         let Submission { mut request, deadline, sink } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
+        self.counters.prefix_queries.inc_by(request.prompt.len() as u64);
         let seq = SeqId(self.next_id);
         self.next_id += u64::from(request.generation.sequences());
         self.open.insert(seq, sink);
@@ -187,6 +192,7 @@ impl Leader {
         self.step.plan.encode(&mut self.frame);
         let rank = self.rank;
         self.plans.send(&self.frame).map_err(|source| Error::Group { rank, source })?;
+        self.counters.steps.inc();
         let rows = self.executor.lead(&self.step.plan, &self.step.work)?;
         self.apply(Event::StepDone(StepOutput { step: self.step.plan.step(), rows }));
         Ok(true)
@@ -208,8 +214,13 @@ impl Leader {
                         });
                     }
                 }
-                Effect::Started { .. } => {}
-                Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
+                Effect::Started { cached_tokens, .. } => {
+                    self.counters.prefix_hits.inc_by(cached_tokens.into());
+                }
+                Effect::Preempted { seq } => {
+                    self.counters.preemptions.inc();
+                    tracing::info!(%seq, "preempted for lack of KV blocks");
+                }
                 Effect::Finished { seq, finish, .. } => {
                     if let Some(sink) = self.open.remove(&seq) {
                         let _ = sink.try_send(chunk::finish(finish).map_err(Into::into));

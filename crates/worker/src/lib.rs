@@ -13,6 +13,7 @@ mod follower;
 mod host;
 mod inbox;
 mod leader;
+mod metrics;
 mod report;
 mod run;
 mod server;

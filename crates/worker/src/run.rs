@@ -13,6 +13,7 @@ use crate::boot::{self, Booted, Facts};
 use crate::executor::Executor;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Seat};
+use crate::metrics::{EngineCounters, Metrics};
 use crate::server::GrpcServer;
 use crate::state::{State, StatePublisher};
 use crate::{Config, Error, Phase, Report, Reporter, follower};
@@ -55,9 +56,11 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
 fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
     let (inbox, outlet) = Inbox::new();
     let state = Arc::new(StatePublisher::new());
-    let server = GrpcServer::start(config.listen, inbox.clone(), Arc::clone(&state))?;
+    let metrics = Arc::new(Metrics::new(config));
+    let server = GrpcServer::start(config, inbox.clone(), &state, &metrics)?;
     reporter.report(Report::Listening(server.address()));
-    let outcome = lead_behind(&Front { config, reporter, state, inbox }, outlet, shutdown);
+    let outcome =
+        lead_behind(&Front { config, reporter, state, inbox, counters: metrics.engine() }, outlet, shutdown);
     let closed = server.close();
     outcome.and(closed)
 }
@@ -68,6 +71,7 @@ struct Front<'a> {
     reporter: &'a Arc<dyn Reporter>,
     state: Arc<StatePublisher>,
     inbox: Inbox,
+    counters: EngineCounters,
 }
 
 /// Reports to whoever started the rank, and keeps routers informed of the phase.
@@ -94,7 +98,7 @@ impl Reporter for Both {
 }
 
 fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) -> Result<(), Error> {
-    let Front { config, state, inbox, .. } = front;
+    let Front { config, state, inbox, counters, .. } = front;
     let started = Instant::now();
     let reporter: Arc<dyn Reporter> =
         Arc::new(Both { reporter: Arc::clone(front.reporter), state: Arc::clone(state) });
@@ -109,7 +113,7 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         PlanChannel::Follower(_) => unreachable!("rank 0 is given the leader's end"),
     };
     let executor = Executor::new(config.rank, model, &engine)?;
-    let seat = Seat { engine, executor, plans, outlet, state: Arc::clone(state) };
+    let seat = Seat { engine, executor, plans, outlet, state: Arc::clone(state), counters: counters.clone() };
     let mut leader = Leader::new(config.rank, seat)?;
     let ended = CancellationToken::new();
     let _ended_on_return = ended.clone().drop_guard();

@@ -13,10 +13,11 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use types::limits::MESSAGE_BYTES_MAX;
 
-use crate::Error;
 use crate::inbox::Inbox;
+use crate::metrics::{self, Metrics};
 use crate::service::Service;
 use crate::state::StatePublisher;
+use crate::{Config, Error};
 
 /// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -39,16 +40,33 @@ pub(crate) struct GrpcServer {
 }
 
 impl GrpcServer {
-    pub(crate) fn start(listen: SocketAddr, inbox: Inbox, state: Arc<StatePublisher>) -> Result<Self, Error> {
-        let failed = |source| Error::Listen { address: listen, source };
-        let listener = TcpListener::bind(listen).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
+    /// Listens where `config` says, for routers and, if asked to, for whoever watches.
+    pub(crate) fn start(
+        config: &Config,
+        inbox: Inbox,
+        state: &Arc<StatePublisher>,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, Error> {
+        let (listener, address) =
+            listen(config.listen).map_err(|source| Error::Listen { address: config.listen, source })?;
+        let watched = match config.metrics_listen {
+            None => None,
+            Some(address) => {
+                let bound = listen(address).map_err(|source| Error::MetricsListen { address, source })?;
+                Some(bound)
+            }
+        };
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(IO_THREADS).thread_name("grpc").enable_all().build();
         let runtime = runtime.map_err(|source| Error::Start { what: "the gRPC threads", source })?;
         let closing = CancellationToken::new();
-        let service = Service { inbox, state: Arc::clone(&state), closing: closing.clone() };
+        let (state, metrics) = (Arc::clone(state), Arc::clone(metrics));
+        if let Some((listener, address)) = watched {
+            tracing::info!(%address, "metrics are served");
+            let served = (Arc::clone(&metrics), Arc::clone(&state));
+            runtime.spawn(async move { metrics::serve(into_tokio(listener), served.0, served.1).await });
+        }
+        let service = Service { inbox, state: Arc::clone(&state), metrics, closing: closing.clone() };
         let served = serve(listener, service, state, closing.clone());
         let task = runtime.spawn(served);
         Ok(Self { runtime, task, closing, address })
@@ -74,6 +92,21 @@ impl GrpcServer {
     }
 }
 
+fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
+}
+
+/// Inside a runtime.
+fn into_tokio(listener: TcpListener) -> tokio::net::TcpListener {
+    match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => unreachable!("the listener is non-blocking and the runtime runs: {error}"),
+    }
+}
+
 async fn serve(
     listener: TcpListener,
     service: Service,
@@ -96,16 +129,12 @@ async fn serve(
             }
         }
     });
-    let listener = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => unreachable!("the listener is non-blocking and the runtime runs: {error}"),
-    };
     let worker = WorkerServer::new(service)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     // The builder's own setting does not reach an incoming of ours; without it a token waits 40 ms for a delayed
     // acknowledgement.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = TcpIncoming::from(into_tokio(listener)).with_nodelay(Some(true));
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))

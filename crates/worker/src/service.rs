@@ -16,12 +16,14 @@ use types::{GenerationSpec, TokenId};
 
 use crate::chunk;
 use crate::inbox::{Inbox, Submission};
+use crate::metrics::{Asked, Metered, Metrics};
 use crate::state::StatePublisher;
 
 /// What the service knows.
 pub(crate) struct Service {
     pub(crate) inbox: Inbox,
     pub(crate) state: Arc<StatePublisher>,
+    pub(crate) metrics: Arc<Metrics>,
     /// Ends the watch streams, which otherwise would keep the server from closing.
     pub(crate) closing: CancellationToken,
 }
@@ -31,7 +33,7 @@ type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[tonic::async_trait]
 impl Worker for Service {
     type WatchStream = Boxed<WorkerState>;
-    type GenerateStream = ReceiverStream<Result<GenerateChunk, Status>>;
+    type GenerateStream = Metered<ReceiverStream<Result<GenerateChunk, Status>>>;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let router = &request.get_ref().router_id;
@@ -61,6 +63,11 @@ impl Worker for Service {
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
         let capacity = chunk::messages_max(prompt.len(), generation.max_tokens());
+        let asked = Asked {
+            prompt_tokens: prompt.len(),
+            max_tokens: generation.max_tokens(),
+            sequences: generation.sequences(),
+        };
         let (sink, stream) = mpsc::channel(capacity);
         let prompt = prompt.into_iter().map(TokenId).collect();
         let request = engine::Request {
@@ -70,7 +77,9 @@ impl Worker for Service {
             options: engine::RequestOptions::default(),
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        self.inbox.submit(Submission { request, deadline, sink })?;
-        Ok(Response::new(ReceiverStream::new(stream)))
+        self.inbox
+            .submit(Submission { request, deadline, sink })
+            .inspect_err(|failure| self.metrics.rejected(failure))?;
+        Ok(Response::new(Metered::new(ReceiverStream::new(stream), Arc::clone(&self.metrics), asked)))
     }
 }
