@@ -114,11 +114,23 @@ class Client(unittest.TestCase):
         stream = self.client.completions.create(model=MODEL, prompt="The", max_tokens=4, temperature=0, stream=True)
         self.assertEqual("".join(chunk.choices[0].text for chunk in stream), answer.choices[0].text)
 
+    def test_sampling_fields_work(self):
+        self.assertNotIn(ANSWER, self.chat(max_tokens=12, extra_body={"bad_words": ["saturating"]}).choices[0].message.content)
+        answer = self.chat(max_tokens=4, logit_bias={"600": 100}, presence_penalty=0.5, frequency_penalty=0.5)
+        self.assertEqual(answer.choices[0].finish_reason, "length")
+
+    def test_several_answers_share_their_prompt(self):
+        answer = self.chat(n=3, temperature=1, seed=1, max_tokens=8)
+        self.assertEqual([choice.index for choice in answer.choices], [0, 1, 2])
+        again = self.chat(n=3, temperature=1, seed=1, max_tokens=8)
+        self.assertEqual([c.message.content for c in answer.choices], [c.message.content for c in again.choices])
+        self.assertLessEqual(answer.usage.prompt_tokens_details.cached_tokens, answer.usage.prompt_tokens)
+
     def test_errors_are_the_clients_own(self):
         with self.assertRaises(openai.NotFoundError):
             self.chat(model="gpt")
         with self.assertRaises(openai.BadRequestError) as refused:
-            self.chat(frequency_penalty=1)
+            self.chat(frequency_penalty=3)
         self.assertEqual(refused.exception.param, "frequency_penalty")
 
 

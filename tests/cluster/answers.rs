@@ -20,6 +20,7 @@ fn sampled(ids: &[u32], max_tokens: u32, seed: u64) -> GenerateRequest {
         top_p: Some(0.95),
         min_p: Some(0.01),
         seed: Some(seed),
+        ..Sampling::default()
     });
     request
 }

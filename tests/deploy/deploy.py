@@ -34,8 +34,13 @@ def seconds(text):
 
 def compose(cohort):
     file = DEPLOY / "compose" / "compose.yaml"
-    services = yaml.safe_load(file.read_text())["services"]
-    failures = []
+    failures, every = [], yaml.safe_load(file.read_text())["services"]
+    for name, service in every.items():
+        for volume in service.get("volumes", []):
+            host = volume.split(":")[0]
+            if host.startswith(".") and not (file.parent / host).exists():
+                failures.append(f"compose.yaml: {name} mounts {host}, which is not there")
+    services = {name: service for name, service in every.items() if "command" in service}
     said = run(cohort, "config", "check", f"--config={DEPLOY / 'compose' / 'cluster.yaml'}")
     if said.returncode != 0:
         failures.append(f"compose/cluster.yaml: {said.stderr}")
@@ -51,7 +56,23 @@ def compose(cohort):
     leaders = {f"http://{name}:50052" for name in services if name.startswith("group-")}
     if leaders != set(config["router"]["workers"]):
         failures.append(f"compose/cluster.yaml: router.workers is not {sorted(leaders)}")
+    scraped = yaml.safe_load((file.parent / "prometheus.yaml").read_text())["scrape_configs"]
+    targets = {target for job in scraped for static in job["static_configs"] for target in static["targets"]}
+    port = config["group"]["metrics_listen"].rsplit(":", 1)[1]
+    expected = {f"{name}:{8080 if name == 'router' else port}" for name in services}
+    if targets != expected:
+        failures.append(f"compose/prometheus.yaml: scrapes {sorted(targets)}, not {sorted(expected)}")
     return failures
+
+
+def rules():
+    """Alerts fire when they should, as far as promtool is on this machine."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        print("promtool is not on this machine: the alerts are not tried")
+        return []
+    said = run(promtool, "test", "rules", pathlib.Path(__file__).resolve().parent / "alerts_test.yaml")
+    return [] if said.returncode == 0 else [f"promtool test rules: {said.stdout}{said.stderr}"]
 
 
 def units(cohort):
@@ -82,10 +103,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cohort", type=pathlib.Path, required=True)
     cohort = parser.parse_args().cohort
-    failures = compose(cohort) + units(cohort)
+    failures = compose(cohort) + rules() + units(cohort)
     for failure in failures:
         print(failure, file=sys.stderr)
-    print(f"compose file and systemd units: {len(failures)} failures")
+    print(f"compose file, alerts and systemd units: {len(failures)} failures")
     return 1 if failures else 0
 
 

@@ -22,9 +22,21 @@ HERE = pathlib.Path(__file__).resolve().parent
 CHART = HERE.parent.parent / "helm" / "cohort"
 KUBERNETES = ["1.29", "1.32"]
 # Kinds of controllers that a cluster may have; their schemas do not come with Kubernetes.
-CUSTOM = {"LeaderWorkerSet", "ServiceMonitor", "PrometheusRule", "ScaledObject"}
+CUSTOM = {"LeaderWorkerSet", "ServiceMonitor", "PodMonitor", "PrometheusRule", "ScaledObject"}
 # Keys of the cluster file that the chart fills in, so values may not.
-CHART_OWNED = [("cluster",), ("model", "path"), ("router", "grpc_listen"), ("router", "http_listen"), ("router", "workers")]
+CHART_OWNED = [
+    ("cluster",),
+    ("model", "path"),
+    ("router", "grpc_listen"),
+    ("router", "http_listen"),
+    ("router", "workers"),
+    ("group", "metrics_listen"),
+]
+# The committed names of metrics.
+GOLDEN_METRICS = [
+    HERE.parent.parent / "crates" / "worker" / "tests" / "golden" / "metrics.txt",
+    HERE.parent.parent / "crates" / "router" / "tests" / "behaviour" / "golden" / "metrics.txt",
+]
 
 
 class Checks:
@@ -137,6 +149,30 @@ class Checks:
         said = self.run(self.cohort, *args, "--help")
         self.check(said.returncode == 0, f"{label}: cohort {' '.join(args)}: {said.stderr}")
 
+    # ---- alerts and dashboards ----
+
+    def metrics(self):
+        """Alerts and dashboards ask only for metrics that are there; every alert is in the operations page."""
+        known = set()
+        for file in GOLDEN_METRICS:
+            for line in file.read_text().splitlines():
+                name, kind = line.split(" ")
+                known |= {"counter": {f"{name}_total"}, "gauge": {name}, "histogram": {f"{name}_bucket", f"{name}_sum", f"{name}_count"}}[kind]
+        rules = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())["groups"]
+        alerts = [rule for group in rules for rule in group["rules"]]
+        queries = [(rule["alert"], rule["expr"]) for rule in alerts]
+        for file in sorted((CHART / "files").glob("dashboard-*.json")):
+            for panel in json.loads(file.read_text())["panels"]:
+                queries += [(f"{file.name}: {panel['title']}", target["expr"]) for target in panel["targets"]]
+        for where, query in queries:
+            asked = set(re.findall(r"\b(?:vllm:|cohort_|http_requests)\w+", query))
+            self.check(asked and asked <= known, f"{where}: no process has {sorted(asked - known)}")
+        page = (CHART.parent.parent / "docs" / "operations.md").read_text()
+        for rule in alerts:
+            self.check(f"`{rule['alert']}`" in page, f"docs/operations.md does not say what to do about {rule['alert']}")
+        for name in (line.split(" ")[0] for file in GOLDEN_METRICS for line in file.read_text().splitlines()):
+            self.check(f"`{name}`" in page, f"docs/operations.md does not explain {name}")
+
     # ---- refused ----
 
     def bad(self, case):
@@ -186,6 +222,7 @@ def main():
     parser.add_argument("--write", action="store_true")
     checks = Checks(parser.parse_args())
     checks.schema()
+    checks.metrics()
     sets = sorted((HERE / "values").glob("*.yaml"))
     for path in sets:
         checks.values(path)

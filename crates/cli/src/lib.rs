@@ -7,6 +7,7 @@ pub mod args;
 mod client;
 pub mod command;
 mod embedded;
+pub mod generation;
 mod out;
 mod progress;
 pub mod report;

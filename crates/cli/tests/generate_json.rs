@@ -42,7 +42,7 @@ fn answer() -> Answer {
         token_ids: vec![4],
         logprobs: vec![logprob(4)],
         finish: Some(Finish { reason: FinishReason::Length.into(), matched: None }),
-        usage: Some(Usage { prompt_tokens: 2, output_tokens: 2, ..Usage::default() }),
+        usage: Some(Usage { prompt_tokens: 2, cached_tokens: 1, output_tokens: 2, ..Usage::default() }),
         ..GenerateResponse::default()
     });
     answer
@@ -62,7 +62,7 @@ fn one_object_holds_the_whole_answer() {
         "finish_reason": "length",
         "logprobs": [entry(3), entry(4)],
         "prompt_logprobs": [null, entry(2)],
-        "usage": {"prompt_tokens": 2, "output_tokens": 2},
+        "usage": {"prompt_tokens": 2, "cached_tokens": 1, "output_tokens": 2},
     });
     assert_eq!(printed(&request), expected);
 }
@@ -89,6 +89,49 @@ fn unset_flags_stay_unset_on_the_wire() {
     assert_eq!(request.sampling, Some(proto::v1::Sampling::default()));
     assert_eq!(request.stopping, Some(proto::v1::Stopping::default()));
     assert_eq!(request.response, Some(proto::v1::Response::default()));
+}
+
+#[test]
+fn several_answers_are_one_object_with_the_others_in_it() {
+    let mut several = answer();
+    several.add(GenerateResponse { text: "c".into(), index: 2, ..GenerateResponse::default() });
+    several.add(GenerateResponse { text: "b".into(), index: 1, ..GenerateResponse::default() });
+    several.add(GenerateResponse { text: "c".into(), index: 2, ..GenerateResponse::default() });
+    let json =
+        serde_json::to_value(several.to_json(&request(&["--prompt", "x", "-n", "3"]).unwrap())).unwrap();
+    assert_eq!(json["text"], "Hello");
+    let others: Vec<_> = json["others"].as_array().unwrap().iter().map(|other| &other["text"]).collect();
+    assert_eq!(others, ["b", "cc"]);
+    assert_eq!(printed(&request(&["--prompt", "x"]).unwrap()).get("others"), None);
+}
+
+#[test]
+fn every_generation_flag_is_on_the_wire() {
+    let flags = "--prompt x -n 2 --temperature 0.5 --top-k 3 --top-p 0.75 --min-p 0.25 --seed 7 --presence-penalty -1 \
+        --frequency-penalty 0.5 --repetition-penalty 1.5 --logit-bias 5=-1.5,9=2 --allowed-token-ids 5,9 --bad-word a \
+        --bad-word b --priority -3 --cache-salt s";
+    let request = request(&flags.split_whitespace().collect::<Vec<_>>()).unwrap();
+    let expected = proto::v1::Sampling {
+        temperature: Some(0.5),
+        top_k: Some(3),
+        top_p: Some(0.75),
+        min_p: Some(0.25),
+        seed: Some(7),
+        n: Some(2),
+        presence_penalty: Some(-1.0),
+        frequency_penalty: Some(0.5),
+        repetition_penalty: Some(1.5),
+        logit_bias: [(5, -1.5), (9, 2.0)].into(),
+        allowed_token_ids: vec![5, 9],
+        bad_words: vec!["a".to_owned(), "b".to_owned()],
+    };
+    assert_eq!(request.sampling, Some(expected));
+    assert_eq!((request.priority, request.cache_salt.as_str()), (-3, "s"));
+    let both = ["cohort", "generate", "--prompt", "x", "--cache-salt", "s", "--bypass-prefix-cache"];
+    assert!(Cli::try_parse_from(both).is_err());
+    for wrong in ["5", "5=", "x=1", "=1"] {
+        assert!(Cli::try_parse_from(["cohort", "chat", "--logit-bias", wrong]).is_err(), "{wrong}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Messages to our types and back, where a plain `From` or `TryFrom` says it all.
 
-use types::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
-use types::{Generation, GenerationSpec, TokenId};
+use types::limits::{BAD_WORD_BYTES_MAX, BAD_WORD_TEXTS_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
+use types::{Constraint, Generation, GenerationSpec, Priority, TokenId};
 
 use crate::{Failure, Violation, v1, worker};
 
@@ -33,17 +33,41 @@ impl GenerationFields {
     fn name(self, field: &str) -> String {
         let group = match (self, field) {
             (Self::Worker, _) => "generation",
-            (Self::Public, "temperature" | "top_k" | "top_p" | "min_p" | "seed") => "sampling",
+            (Self::Public, "max_tokens" | "min_tokens" | "stop_token_ids" | "ignore_eos") => "stopping",
             (Self::Public, "logprobs" | "prompt_logprobs") => "response",
-            (Self::Public, _) => "stopping",
+            (Self::Public, "json" | "regex" | "choice" | "grammar" | "json_object" | "structural_tag") => {
+                "constraint"
+            }
+            (Self::Public, _) => "sampling",
         };
         format!("{group}.{field}")
     }
+
+    /// A leader's refusal with the fields named as the caller of this API knows them.
+    #[must_use]
+    pub fn rename(self, failure: Failure) -> Failure {
+        let Failure::Invalid(wrong) = failure else { return failure };
+        let rename = |violation: Violation| match violation.field.strip_prefix("generation.") {
+            Some(field) => Violation::new(self.name(field), violation.reason),
+            None => violation,
+        };
+        Failure::Invalid(wrong.into_iter().map(rename).collect())
+    }
 }
 
+/// A caller's priority, of which the lowest is handled first, as the engine knows it.
+///
+/// # Errors
+/// [`Failure::Invalid`] when it is out of range.
+pub fn priority(lower_first: i32) -> Result<Priority, Failure> {
+    let given = Priority::new(lower_first).map_err(|error| Violation::new("priority", error.to_string()))?;
+    Priority::new(-given.level()).map_err(|error| Failure::Internal { why: error.to_string() })
+}
+
+/// Everything but `bad_words`, which are text: whoever has the tokenizer adds them.
 impl From<&v1::GenerateRequest> for GenerationSpec {
     fn from(request: &v1::GenerateRequest) -> Self {
-        let sampling = request.sampling.unwrap_or_default();
+        let sampling = request.sampling.clone().unwrap_or_default();
         let stopping = request.stopping.clone().unwrap_or_default();
         let response = request.response.unwrap_or_default();
         Self {
@@ -58,7 +82,14 @@ impl From<&v1::GenerateRequest> for GenerationSpec {
             ignore_eos: stopping.ignore_eos,
             logprobs: response.logprobs,
             prompt_logprobs: response.prompt_logprobs,
-            ..Self::default()
+            n: sampling.n,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            repetition_penalty: sampling.repetition_penalty,
+            logit_bias: sampling.logit_bias.into_iter().collect(),
+            allowed_token_ids: sampling.allowed_token_ids,
+            bad_words: Vec::new(),
+            constraint: request.constraint.clone().and_then(constraint),
         }
     }
 }
@@ -77,14 +108,22 @@ impl From<worker::Generation> for GenerationSpec {
             ignore_eos: wire.ignore_eos,
             logprobs: wire.logprobs,
             prompt_logprobs: wire.prompt_logprobs,
-            ..Self::default()
+            n: wire.n,
+            presence_penalty: wire.presence_penalty,
+            frequency_penalty: wire.frequency_penalty,
+            repetition_penalty: wire.repetition_penalty,
+            logit_bias: wire.logit_bias.into_iter().collect(),
+            allowed_token_ids: wire.allowed_token_ids,
+            bad_words: wire.bad_words.into_iter().map(|word| word.ids).collect(),
+            constraint: wire.constraint.and_then(worker_constraint),
         }
     }
 }
 
 impl From<&Generation> for worker::Generation {
     fn from(generation: &Generation) -> Self {
-        let sampling = generation.sampling();
+        let (sampling, rules) = (generation.sampling(), generation.rules());
+        let raw = |ids: &[TokenId]| ids.iter().map(|&TokenId(id)| id).collect::<Vec<u32>>();
         Self {
             max_tokens: Some(generation.max_tokens()),
             min_tokens: Some(generation.min_tokens()),
@@ -93,11 +132,45 @@ impl From<&Generation> for worker::Generation {
             top_p: Some(sampling.top_p()),
             min_p: Some(sampling.min_p()),
             seed: Some(sampling.seed()),
-            stop_token_ids: generation.stop_token_ids().iter().map(|&TokenId(id)| id).collect(),
+            stop_token_ids: raw(generation.stop_token_ids()),
             ignore_eos: generation.ignore_eos(),
             logprobs: generation.logprobs().map(types::Logprobs::top),
             prompt_logprobs: generation.prompt_logprobs().map(types::Logprobs::top),
+            n: Some(generation.sequences()),
+            presence_penalty: Some(sampling.presence_penalty()),
+            frequency_penalty: Some(sampling.frequency_penalty()),
+            repetition_penalty: Some(sampling.repetition_penalty()),
+            logit_bias: rules.logit_bias().iter().map(|&(TokenId(id), bias)| (id, bias)).collect(),
+            allowed_token_ids: raw(rules.allowed().unwrap_or_default()),
+            bad_words: rules.bad_words().iter().map(|word| worker::TokenIds { ids: raw(word) }).collect(),
+            constraint: None,
         }
+    }
+}
+
+/// `None` for one that constrains nothing.
+fn constraint(wire: v1::Constraint) -> Option<Constraint> {
+    use v1::constraint::Form;
+    match wire.form? {
+        Form::Json(schema) => Some(Constraint::Json(schema)),
+        Form::Regex(regex) => Some(Constraint::Regex(regex)),
+        Form::Choice(v1::Choices { choices }) => Some(Constraint::Choice(choices)),
+        Form::Grammar(grammar) => Some(Constraint::Grammar(grammar)),
+        Form::JsonObject(wanted) => wanted.then_some(Constraint::JsonObject),
+        Form::StructuralTag(tag) => Some(Constraint::StructuralTag(tag)),
+    }
+}
+
+/// `None` for one that constrains nothing.
+fn worker_constraint(wire: worker::Constraint) -> Option<Constraint> {
+    use worker::constraint::Form;
+    match wire.form? {
+        Form::Json(schema) => Some(Constraint::Json(schema)),
+        Form::Regex(regex) => Some(Constraint::Regex(regex)),
+        Form::Choice(worker::Choices { choices }) => Some(Constraint::Choice(choices)),
+        Form::Grammar(grammar) => Some(Constraint::Grammar(grammar)),
+        Form::JsonObject(wanted) => wanted.then_some(Constraint::JsonObject),
+        Form::StructuralTag(tag) => Some(Constraint::StructuralTag(tag)),
     }
 }
 
@@ -139,18 +212,29 @@ impl TryFrom<worker::Finish> for v1::Finish {
 /// bytes. One violation for each that is refused, named `stopping.stop[i]`.
 #[must_use]
 pub fn stop_strings(stop: &[String]) -> Vec<Violation> {
+    texts("stopping.stop", stop, (STOP_STRINGS_MAX, STOP_STRING_BYTES_MAX))
+}
+
+/// Checks a request's bad words: at most [`BAD_WORD_TEXTS_MAX`], none empty, none above [`BAD_WORD_BYTES_MAX`] bytes.
+/// One violation for each that is refused, named `sampling.bad_words[i]`.
+#[must_use]
+pub fn bad_words(words: &[String]) -> Vec<Violation> {
+    texts("sampling.bad_words", words, (BAD_WORD_TEXTS_MAX, BAD_WORD_BYTES_MAX))
+}
+
+fn texts(field: &'static str, texts: &[String], max: (usize, usize)) -> Vec<Violation> {
+    let (texts_max, bytes_max) = max;
     let mut wrong = Vec::new();
-    if stop.len() > STOP_STRINGS_MAX {
-        let reason = format!("has {} entries; at most {STOP_STRINGS_MAX}", stop.len());
-        return vec![Violation::new("stopping.stop", reason)];
+    if texts.len() > texts_max {
+        return vec![Violation::new(field, format!("has {} entries; at most {texts_max}", texts.len()))];
     }
-    for (index, text) in stop.iter().enumerate() {
+    for (index, text) in texts.iter().enumerate() {
         let reason = match text.len() {
             0 => "is empty and would match everywhere".to_owned(),
-            1..=STOP_STRING_BYTES_MAX => continue,
-            bytes => format!("has {bytes} bytes; at most {STOP_STRING_BYTES_MAX}"),
+            bytes if bytes <= bytes_max => continue,
+            bytes => format!("has {bytes} bytes; at most {bytes_max}"),
         };
-        wrong.push(Violation::new(format!("stopping.stop[{index}]"), reason));
+        wrong.push(Violation::new(format!("{field}[{index}]"), reason));
     }
     wrong
 }

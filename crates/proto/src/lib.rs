@@ -12,7 +12,7 @@ mod prompt;
 mod status;
 mod timeout;
 
-pub use convert::{GenerationFields, stop_strings};
+pub use convert::{GenerationFields, bad_words, priority, stop_strings};
 pub use phase::Phase;
 pub use prompt::{Chat, Message, Prompt, Role};
 pub use status::{Failure, RETRY_AFTER, Violation};

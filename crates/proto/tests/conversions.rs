@@ -1,8 +1,8 @@
 //! What comes over the wire becomes our types, or is refused by the name its caller used.
 
-use proto::{Failure, GenerationFields, Prompt, Role, stop_strings, v1, worker};
-use types::GenerationSpec;
+use proto::{Failure, GenerationFields, Prompt, Role, priority, stop_strings, v1, worker};
 use types::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
+use types::{Constraint, GenerationSpec, Priority};
 
 fn fields(failure: Failure) -> Vec<String> {
     match failure {
@@ -24,6 +24,12 @@ fn spec() -> GenerationSpec {
         ignore_eos: true,
         logprobs: Some(1),
         prompt_logprobs: Some(0),
+        n: Some(3),
+        presence_penalty: Some(0.5),
+        frequency_penalty: Some(-0.5),
+        repetition_penalty: Some(1.25),
+        logit_bias: vec![(3, -1.0), (7, 2.0)],
+        allowed_token_ids: vec![3, 7, 8],
         ..GenerationSpec::default()
     }
 }
@@ -37,6 +43,13 @@ fn a_public_request_keeps_every_generation_field() {
             top_p: Some(0.75),
             min_p: Some(0.25),
             seed: Some(7),
+            n: Some(3),
+            presence_penalty: Some(0.5),
+            frequency_penalty: Some(-0.5),
+            repetition_penalty: Some(1.25),
+            logit_bias: [(7, 2.0), (3, -1.0)].into(),
+            allowed_token_ids: vec![3, 7, 8],
+            bad_words: vec!["text is not for this type".to_owned()],
         }),
         stopping: Some(v1::Stopping {
             max_tokens: Some(9),
@@ -58,6 +71,7 @@ fn a_public_request_keeps_every_generation_field() {
 
 #[test]
 fn a_generation_crosses_to_a_leader_unchanged() {
+    let spec = || GenerationSpec { bad_words: vec![vec![1, 2], vec![9]], ..spec() };
     let generation = spec().validate(0, 100).unwrap();
     let wire = worker::Generation::from(&generation);
     assert_eq!(GenerationSpec::from(wire.clone()), spec());
@@ -70,12 +84,55 @@ fn a_refused_field_is_named_as_each_api_names_it() {
         top_p: Some(f32::NAN),
         max_tokens: Some(0),
         logprobs: Some(u32::MAX),
+        n: Some(0),
+        presence_penalty: Some(3.0),
+        bad_words: vec![vec![]],
+        constraint: Some(Constraint::JsonObject),
         ..GenerationSpec::default()
     };
     let public = GenerationFields::Public.refuse(bad().validate(0, 10).unwrap_err());
-    assert_eq!(fields(public), ["sampling.top_p", "stopping.max_tokens", "response.logprobs"]);
+    let expected = [
+        "sampling.top_p",
+        "sampling.presence_penalty",
+        "stopping.max_tokens",
+        "response.logprobs",
+        "sampling.n",
+        "constraint.json_object",
+        "sampling.bad_words",
+    ];
+    assert_eq!(fields(public), expected);
     let inner = GenerationFields::Worker.refuse(bad().validate(0, 10).unwrap_err());
-    assert_eq!(fields(inner), ["generation.top_p", "generation.max_tokens", "generation.logprobs"]);
+    let plain = |name: &str| format!("generation.{}", name.split('.').next_back().unwrap_or_default());
+    assert_eq!(fields(inner.clone()), expected.map(plain));
+    assert_eq!(fields(GenerationFields::Public.rename(inner)), expected);
+}
+
+#[test]
+fn a_callers_lowest_priority_is_the_engines_highest() {
+    assert_eq!(priority(-100).unwrap(), Priority::HIGHEST);
+    assert_eq!(priority(0).unwrap(), Priority::default());
+    for wrong in [-101, 101, i32::MIN] {
+        let refused = priority(wrong).unwrap_err();
+        assert!(refused.to_string().contains(&wrong.to_string()), "{refused}");
+        assert_eq!(fields(refused), ["priority"]);
+    }
+}
+
+#[test]
+fn a_constraint_keeps_its_form() {
+    use v1::constraint::Form;
+    let read = |form| {
+        let constraint = Some(v1::Constraint { form: Some(form) });
+        GenerationSpec::from(&v1::GenerateRequest { constraint, ..v1::GenerateRequest::default() }).constraint
+    };
+    assert_eq!(read(Form::Regex("a+".into())), Some(Constraint::Regex("a+".into())));
+    let choices = vec!["a".to_owned(), "b".to_owned()];
+    assert_eq!(
+        read(Form::Choice(v1::Choices { choices: choices.clone() })),
+        Some(Constraint::Choice(choices))
+    );
+    assert_eq!(read(Form::JsonObject(true)), Some(Constraint::JsonObject));
+    assert_eq!(read(Form::JsonObject(false)), None);
 }
 
 #[test]

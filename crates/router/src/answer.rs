@@ -2,44 +2,47 @@
 
 use std::sync::Arc;
 
-use futures::Stream;
 use futures::stream::unfold;
+use futures::{Stream, StreamExt};
 use proto::{Failure, RETRY_AFTER, v1, worker};
 use tokio_util::sync::CancellationToken;
 use types::TokenId;
 
 use crate::call::Call;
-use crate::forward::{Placed, WorkerStream};
+use crate::forward::{Chunks, Placed};
+use crate::metrics::Counted;
 use crate::pipeline::Permit;
 use crate::text::{CallPiece, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer};
 
-/// One request's answer as it comes. Dropping it cancels the request at its group and gives the permit back.
+/// One request's answers as they come. Dropping it cancels the request at its group and gives the permit back.
 pub(crate) struct Answer {
     call: Call,
+    counted: Counted,
     work: Work,
-    assembler: Assembler,
+    /// One for each of the answers.
+    assemblers: Vec<Assembler>,
     permit: Option<Permit>,
     closing: CancellationToken,
 }
 
 enum Work {
-    Placed(Placed),
-    Running(WorkerStream),
+    Open(Chunks),
     Done,
 }
 
 impl Answer {
     pub(crate) fn new(
-        call: Call,
+        (call, counted): (Call, Counted),
         placed: Placed,
-        assembler: Assembler,
+        assemblers: Vec<Assembler>,
         permit: Permit,
         closing: CancellationToken,
     ) -> Self {
-        Self { call, work: Work::Placed(placed), assembler, permit: Some(permit), closing }
+        let work = Work::Open(placed.into_chunks(call.deadline));
+        Self { call, counted, work, assemblers, permit: Some(permit), closing }
     }
 
-    /// The messages, the last of which has `finish`, or a failure.
+    /// The messages, the last of each answer with `finish`, or a failure.
     pub(crate) fn into_stream(self) -> impl Stream<Item = Result<v1::GenerateResponse, Failure>> + Send {
         unfold(self, |mut answer| async move {
             let message = answer.next().await?;
@@ -47,16 +50,17 @@ impl Answer {
         })
     }
 
-    /// All messages as one.
+    /// All messages of each answer as one.
     ///
     /// # Errors
     /// What any of them failed with.
-    pub(crate) async fn collect(mut self) -> Result<v1::GenerateOnceResponse, Failure> {
-        let mut whole = v1::GenerateOnceResponse::default();
+    pub(crate) async fn collect(mut self) -> Result<Vec<v1::GenerateOnceResponse>, Failure> {
+        let mut all = vec![v1::GenerateOnceResponse::default(); self.assemblers.len()];
         while let Some(message) = self.next().await {
             let message = message?;
+            let Some(whole) = all.get_mut(message.index as usize) else { continue };
             whole.request_id = message.request_id;
-            whole.prompt = whole.prompt.or(message.prompt);
+            whole.prompt = whole.prompt.take().or(message.prompt);
             whole.text.push_str(&message.text);
             whole.reasoning.push_str(&message.reasoning);
             for piece in message.tool_calls {
@@ -67,7 +71,7 @@ impl Answer {
             whole.finish = message.finish;
             whole.usage = message.usage;
         }
-        Ok(whole)
+        Ok(all)
     }
 
     async fn next(&mut self) -> Option<Result<v1::GenerateResponse, Failure>> {
@@ -83,11 +87,14 @@ impl Answer {
             }),
             result = call.within(self.step()) => result,
         };
-        let last = result.as_ref().map_or(true, |message| message.finish.is_some());
-        if last {
+        if let Ok(message) = &result {
+            self.counted.message(message);
+        }
+        if result.is_err() || self.assemblers.iter().all(|one| one.ended) {
             // Leaving the stream cancels what the group still does for it, as after a stop string.
             self.work = Work::Done;
             self.permit = None;
+            self.counted.ended(result.as_ref().err());
             match &result {
                 Ok(_) => tracing::debug!(request = %self.call.request_id, "finished"),
                 Err(failure) => tracing::info!(request = %self.call.request_id, %failure, "failed"),
@@ -97,17 +104,18 @@ impl Answer {
     }
 
     async fn step(&mut self) -> Result<v1::GenerateResponse, Failure> {
+        let internal = |why: String| Failure::Internal { why };
         loop {
-            let mut stream = match std::mem::replace(&mut self.work, Work::Done) {
-                Work::Placed(placed) => placed.open(self.call.deadline).await?,
-                Work::Running(stream) => stream,
-                Work::Done => {
-                    return Err(Failure::Internal { why: "read past the end of an answer".to_owned() });
-                }
+            let Work::Open(chunks) = &mut self.work else {
+                return Err(internal("read past the end of an answer".to_owned()));
             };
-            let chunk = stream.next().await?;
-            self.work = Work::Running(stream);
-            if let Some(message) = self.assembler.take(chunk)? {
+            let Some(chunk) = chunks.next().await else {
+                return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
+            };
+            let (chunk, sequences) = (chunk?, self.assemblers.len());
+            let wrong = || format!("the leader generated sequence {} of {sequences}", chunk.index);
+            let assembler = self.assemblers.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
+            if let Some(message) = assembler.take(chunk)? {
                 return Ok(message);
             }
         }
@@ -125,13 +133,16 @@ fn add_piece(calls: &mut Vec<v1::ToolCall>, piece: v1::ToolCallDelta) {
     }
 }
 
-/// Puts messages together from chunks. Pure: one chunk in, at most one message out.
+/// Puts the messages of one answer together from chunks. Pure: one chunk in, at most one message out.
 pub(crate) struct Assembler {
     request_id: String,
-    /// Taken by the first message.
+    index: u32,
+    /// Taken by the first message; only the first answer has it.
     prompt: Option<v1::PromptInfo>,
     usage: v1::Usage,
     reader: Option<Reader>,
+    /// Nothing comes after the end, as when a stop string ended it and its group does not know.
+    ended: bool,
 }
 
 /// Token ids to what the caller reads.
@@ -201,22 +212,30 @@ impl Reader {
 }
 
 impl Assembler {
-    /// For one request and its tokenized prompt; without a reading the text stays empty.
-    pub(crate) fn new(request_id: String, prompt: Vec<TokenId>, reading: Option<Reading>) -> Self {
+    /// For answer `index` to a tokenized prompt; without a reading the text stays empty.
+    pub(crate) fn new(request_id: String, index: u32, prompt: &[TokenId], reading: Option<Reading>) -> Self {
         // Admission has compared the length with the context, which fits u32.
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         let usage = v1::Usage { prompt_tokens, ..v1::Usage::default() };
-        let token_ids = prompt.into_iter().map(|id| id.0).collect();
-        let prompt = Some(v1::PromptInfo { token_ids, logprobs: Vec::new() });
-        Self { request_id, prompt, usage, reader: reading.map(Reader::new) }
+        let prompt = (index == 0).then(|| v1::PromptInfo {
+            token_ids: prompt.iter().map(|id| id.0).collect(),
+            logprobs: Vec::new(),
+        });
+        Self { request_id, index, prompt, usage, reader: reading.map(Reader::new), ended: false }
     }
 
     /// The message for `chunk`; `None` for one that only brings log-probabilities of the prompt, which are gathered
-    /// for the first message.
+    /// for the first message, and for one after the end.
     fn take(&mut self, chunk: worker::GenerateChunk) -> Result<Option<v1::GenerateResponse>, Failure> {
-        let worker::GenerateChunk { mut token_ids, mut logprobs, prompt_logprobs, finish } = chunk;
+        let worker::GenerateChunk { mut token_ids, mut logprobs, prompt_logprobs, finish, .. } = chunk;
+        if self.ended {
+            return Ok(None);
+        }
         if let Some(prompt) = &mut self.prompt {
             prompt.logprobs.extend(prompt_logprobs.into_iter().map(Into::into));
+        }
+        if let Some(tokens) = chunk.cached_tokens {
+            self.usage.cached_tokens = tokens.min(self.usage.prompt_tokens);
         }
         if token_ids.is_empty() && finish.is_none() {
             return Ok(None);
@@ -237,8 +256,10 @@ impl Assembler {
         }
         let tokens = u32::try_from(token_ids.len()).unwrap_or(u32::MAX);
         self.usage.output_tokens = self.usage.output_tokens.saturating_add(tokens);
+        self.ended = finish.is_some();
         Ok(Some(v1::GenerateResponse {
             request_id: self.request_id.clone(),
+            index: self.index,
             prompt: self.prompt.take(),
             text: parsed.text,
             token_ids,
@@ -250,10 +271,13 @@ impl Assembler {
         }))
     }
 
-    /// Calls are named after their request, so that ids differ over a whole conversation.
+    /// Calls are named after their request and answer, so that ids differ over a whole conversation.
     fn piece(&self, piece: CallPiece) -> v1::ToolCallDelta {
         let CallPiece { index, name, arguments } = piece;
-        let id = name.as_ref().map(|_| format!("call_{}_{index}", self.request_id));
+        let id = name.as_ref().map(|_| match self.index {
+            0 => format!("call_{}_{index}", self.request_id),
+            answer => format!("call_{}_{answer}_{index}", self.request_id),
+        });
         v1::ToolCallDelta { index, id: id.unwrap_or_default(), name: name.unwrap_or_default(), arguments }
     }
 }

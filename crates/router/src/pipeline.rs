@@ -1,23 +1,24 @@
 //! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use proto::{Failure, GenerationFields, Prompt, Violation, stop_strings, v1, worker};
+use proto::{Failure, GenerationFields, Prompt, Violation, bad_words, stop_strings, v1, worker};
+use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
-use types::limits::MESSAGE_BYTES_MAX;
-use types::{Generation, GenerationSpec, TokenId};
+use types::limits::{CACHE_SALT_BYTES_MAX, MESSAGE_BYTES_MAX, SEQUENCES_MAX};
+use types::{Generation, GenerationSpec, Priority, TokenId};
 
 use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
 use crate::config::Limits;
 use crate::forward::Placed;
+use crate::metrics::{Counted, Metrics};
 use crate::text::Text;
 use crate::workers::{Facts, Groups};
 
-/// A place among the admitted requests, given back when its last holder is done: the answer, or work for it on
-/// another thread, which goes on for a while after a caller has left.
+/// Places among the admitted requests, one for each answer, given back when the last holder is done: the answers, or
+/// work for them on another thread, which goes on for a while after a caller has left.
 pub(crate) type Permit = Arc<OwnedSemaphorePermit>;
 
 /// What all requests share.
@@ -29,6 +30,7 @@ pub(crate) struct Shared {
     pub(crate) model_name: Option<String>,
     pub(crate) limits: Limits,
     pub(crate) permits: Arc<Semaphore>,
+    pub(crate) metrics: Arc<Metrics>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
     /// Ends what is still open when the drain grace is over.
@@ -37,23 +39,32 @@ pub(crate) struct Shared {
 
 /// A request that holds its permits and whose every field is right, but for the prompt's tokens.
 struct Admitted {
+    permit: Permit,
     facts: Facts,
     prompt: Prompt,
-    sequences: Vec<Sequence>,
+    spec: GenerationSpec,
+    /// Not in `spec` yet: they are text.
+    bad_words: Vec<String>,
+    options: Options,
     form: Form,
 }
 
 /// A request whose prompt fits the model.
 struct Tokenized {
+    permit: Permit,
     prompt: Vec<TokenId>,
-    sequences: Vec<Sequence>,
+    generation: Generation,
+    options: Options,
     form: Form,
 }
 
-/// One of the answers to a request.
-struct Sequence {
-    permit: Permit,
-    generation: Generation,
+/// What a leader is told beside the prompt and how to go on from it.
+#[derive(Debug, Clone)]
+struct Options {
+    priority: Priority,
+    /// Hashed to 16 bytes; empty for none.
+    cache_salt: Vec<u8>,
+    bypass_prefix_cache: bool,
 }
 
 /// The form answers are given in.
@@ -83,32 +94,29 @@ impl Shared {
         call: Call,
         request: v1::GenerateRequest,
     ) -> Result<Answer, Failure> {
-        let mut answers = self.generate_many(call, request, NonZeroU32::MIN).await?;
-        answers.pop().ok_or_else(|| Failure::Internal { why: "a request was given no answer".to_owned() })
+        let mut counted = Counted::new(Arc::clone(&self.metrics));
+        match self.place_tokenized(&call, request, &mut counted).await {
+            Ok((tokenized, placed)) => Ok(self.answer((call, counted), tokenized, placed)),
+            Err(failure) => {
+                counted.ended(Some(&failure));
+                Err(failure)
+            }
+        }
     }
 
-    /// The whole way down for `count` answers to one prompt. Each holds a permit; their seeds follow each other.
-    ///
-    /// # Errors
-    /// As [`Shared::generate`]: all of them run or none does.
-    pub(crate) async fn generate_many(
+    async fn place_tokenized(
         self: &Arc<Self>,
-        call: Call,
+        call: &Call,
         request: v1::GenerateRequest,
-        count: NonZeroU32,
-    ) -> Result<Vec<Answer>, Failure> {
-        let admitted = self.admit_generation(request, count)?;
-        let Tokenized { prompt, sequences, form } = call.within(self.tokenize_admitted(admitted)).await?;
-        let several = sequences.len() > 1;
-        let sequences = sequences.into_iter().enumerate().map(|(index, sequence)| {
-            let mut call = call.clone();
-            if several {
-                call.request_id = format!("{}-{index}", call.request_id);
-            }
-            let placed = self.place(&call, &prompt, &sequence.generation)?;
-            Ok(self.answer(call, prompt.clone(), form.clone(), (placed, sequence.permit)))
-        });
-        sequences.collect()
+        counted: &mut Counted,
+    ) -> Result<(Tokenized, Placed), Failure> {
+        let admitted = self.admit_generation(request)?;
+        counted.passed("admit");
+        let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
+        counted.passed("tokenize");
+        let placed = self.place(call, &tokenized)?;
+        counted.passed("place");
+        Ok((tokenized, placed))
     }
 
     /// A permit to work on one request.
@@ -116,7 +124,12 @@ impl Shared {
     /// # Errors
     /// [`Failure::Overloaded`] when all are taken.
     pub(crate) fn permit(&self) -> Result<Permit, Failure> {
-        Arc::clone(&self.permits).try_acquire_owned().map(Arc::new).map_err(|_| Failure::Overloaded {
+        self.permits(1)
+    }
+
+    fn permits(&self, count: u32) -> Result<Permit, Failure> {
+        let permits = Arc::clone(&self.permits).try_acquire_many_owned(count);
+        permits.map(Arc::new).map_err(|_| Failure::Overloaded {
             what: "requests".to_owned(),
             max: u64::from(self.limits.requests_max),
             retry_after: proto::RETRY_AFTER,
@@ -168,6 +181,18 @@ impl Shared {
         })
     }
 
+    /// A place for each answer the request asks for.
+    fn permit_for(&self, request: &v1::GenerateRequest) -> Result<Permit, Failure> {
+        let asked = request.sampling.as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
+        let max = self.limits.requests_max;
+        if asked > max && asked <= SEQUENCES_MAX {
+            let reason = format!("is {asked}, and this router takes at most {max} requests at once");
+            return Err(Violation::new("sampling.n", reason).into());
+        }
+        // What is out of range is refused with the other fields.
+        self.permits(asked.clamp(1, SEQUENCES_MAX.min(max.max(1))))
+    }
+
     fn check_length(&self, prompt: &Prompt) -> Result<(), Failure> {
         let (field, bytes) = match prompt {
             Prompt::TokenIds(_) => return Ok(()),
@@ -181,32 +206,37 @@ impl Shared {
         }
     }
 
-    fn admit_generation(
-        &self,
-        mut request: v1::GenerateRequest,
-        count: NonZeroU32,
-    ) -> Result<Admitted, Failure> {
-        let permits = (0..count.get()).map(|_| self.permit()).collect::<Result<Vec<Permit>, Failure>>()?;
+    fn admit_generation(&self, mut request: v1::GenerateRequest) -> Result<Admitted, Failure> {
+        let permit = self.permit_for(&request)?;
         let (name, facts) = self.served()?;
         if !request.model.is_empty() && request.model != name {
             return Err(Failure::UnknownModel { asked: request.model, served: vec![name] });
         }
-        let spec = GenerationSpec::from(&request);
+        let mut spec = GenerationSpec::from(&request);
+        // The same draw wherever the request goes.
+        let seed = *spec.seed.get_or_insert_with(random_u64);
         let response = request.response.unwrap_or_default();
         let stop = request.stopping.take().unwrap_or_default().stop;
         let mut wrong = Vec::new();
-        let prompt = Prompt::try_from(request.prompt).and_then(|prompt| {
+        let prompt = Prompt::try_from(request.prompt.take()).and_then(|prompt| {
             if let Prompt::TokenIds(ids) = &prompt {
                 facts.check_ids("token_ids.ids", ids)?;
             }
             Ok(prompt)
         });
         let prompt = unless_invalid(prompt, &mut wrong)?;
-        let sequences = unless_invalid(draw_sequences(permits, &spec, facts.vocab_size), &mut wrong)?;
+        let checked = spec.clone().validate(seed, facts.vocab_size);
+        unless_invalid(checked.map_err(|error| GenerationFields::Public.refuse(error)), &mut wrong)?;
+        let words = request.sampling.take().unwrap_or_default().bad_words;
+        wrong.extend(bad_words(&words));
         wrong.extend(stop_strings(&stop));
-        let (Some(prompt), Some(sequences), true) = (prompt, sequences, wrong.is_empty()) else {
+        let options = unless_invalid(Options::new(&request), &mut wrong)?;
+        let (Some(prompt), Some(options), true) = (prompt, options, wrong.is_empty()) else {
             return Err(Failure::Invalid(wrong));
         };
+        if !words.is_empty() {
+            self.text("sampling.bad_words")?;
+        }
         if !stop.is_empty() {
             self.text("stopping.stop")?;
         }
@@ -219,13 +249,14 @@ impl Shared {
             self.text("response.parse")?;
         }
         let form = Form { stop, keep_special: response.keep_special_tokens, parse };
-        Ok(Admitted { facts, prompt, sequences, form })
+        Ok(Admitted { permit, facts, prompt, spec, bad_words: words, options, form })
     }
 
     async fn tokenize_admitted(&self, admitted: Admitted) -> Result<Tokenized, Failure> {
-        let Admitted { facts, prompt, mut sequences, form } = admitted;
+        let Admitted { permit, facts, prompt, mut spec, bad_words, options, form } = admitted;
         // Held by the tokenizing thread too, should the caller leave meanwhile.
-        let (_, prompt) = self.tokenize(prompt, &sequences[0].permit).await?;
+        let (_, prompt) = self.tokenize(prompt, &permit).await?;
+        spec.bad_words = self.tokenize_bad_words(bad_words, &permit).await?;
         let too_long = || Failure::PromptTooLong {
             prompt_tokens: prompt.len() as u64,
             context_tokens_max: facts.context_tokens_max,
@@ -243,52 +274,88 @@ impl Shared {
         if prompt.is_empty() {
             return Err(Violation::new("prompt", "has no tokens").into());
         }
-        for sequence in &mut sequences {
-            check_prompt_logprobs(&sequence.generation, tokens)?;
-            sequence.generation = sequence.generation.clone().limited_to(room);
-        }
-        Ok(Tokenized { prompt, sequences, form })
+        let seed = spec.seed.unwrap_or_default();
+        let generation = spec.validate(seed, facts.vocab_size);
+        let generation = generation.map_err(|error| GenerationFields::Public.refuse(error))?;
+        check_prompt_logprobs(&generation, tokens)?;
+        Ok(Tokenized { permit, prompt, generation: generation.limited_to(room), options, form })
     }
 
-    fn place(&self, call: &Call, prompt: &[TokenId], generation: &Generation) -> Result<Placed, Failure> {
+    async fn tokenize_bad_words(
+        &self,
+        words: Vec<String>,
+        permit: &Permit,
+    ) -> Result<Vec<Vec<u32>>, Failure> {
+        if words.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (text, permit) = (self.text("sampling.bad_words")?.clone(), Arc::clone(permit));
+        let work = tokio::task::spawn_blocking(move || {
+            let runs = text.bad_words(&words);
+            drop(permit);
+            runs
+        });
+        work.await.unwrap_or_else(|error| {
+            Err(Failure::Internal { why: format!("tokenizing the bad words failed: {error}") })
+        })
+    }
+
+    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<Placed, Failure> {
+        let Options { priority, cache_salt, bypass_prefix_cache } = tokenized.options.clone();
         let request = worker::GenerateRequest {
             request_id: call.request_id.clone(),
-            prompt: prompt.iter().map(|id| id.0).collect(),
-            generation: Some(worker::Generation::from(generation)),
+            prompt: tokenized.prompt.iter().map(|id| id.0).collect(),
+            generation: Some(worker::Generation::from(&tokenized.generation)),
+            priority: priority.level(),
+            cache_salt,
+            bypass_prefix_cache,
+            ..worker::GenerateRequest::default()
         };
         Placed::new(&self.groups, request)
     }
 
-    fn answer(&self, call: Call, prompt: Vec<TokenId>, form: Form, way: (Placed, Permit)) -> Answer {
-        let (placed, permit) = way;
+    fn answer(&self, (call, counted): (Call, Counted), tokenized: Tokenized, placed: Placed) -> Answer {
+        let Tokenized { permit, prompt, generation, form, .. } = tokenized;
         let Form { stop, keep_special, parse } = form;
-        let reading = self.text.as_ref().map(|text| {
+        let reading = || {
+            let text = self.text.as_ref()?;
             let parser = match parse {
                 Parse::No => None,
                 Parse::WithoutTools => Some(text.parser(&prompt, false)),
                 Parse::WithTools => Some(text.parser(&prompt, true)),
             };
-            Reading { tokenizer: Arc::clone(text.tokenizer()), keep_special, parser, stop }
-        });
-        let assembler = Assembler::new(call.request_id.clone(), prompt, reading);
-        Answer::new(call, placed, assembler, permit, self.closing.clone())
+            let tokenizer = Arc::clone(text.tokenizer());
+            Some(Reading { tokenizer, keep_special, parser, stop: stop.clone() })
+        };
+        let assemblers = (0..generation.sequences())
+            .map(|index| Assembler::new(call.request_id.clone(), index, &prompt, reading()));
+        let assemblers = assemblers.collect();
+        Answer::new((call, counted), placed, assemblers, permit, self.closing.clone())
     }
 }
 
-/// One sequence a permit. Without a seed one is drawn; those after the first count on from it.
-fn draw_sequences(
-    permits: Vec<Permit>,
-    spec: &GenerationSpec,
-    vocab_size: u32,
-) -> Result<Vec<Sequence>, Failure> {
-    let first = spec.seed.unwrap_or_else(random_u64);
-    let sequences = (0..).zip(permits).map(|(index, permit)| {
-        let spec = GenerationSpec { seed: Some(first.wrapping_add(index)), ..spec.clone() };
-        let generation =
-            spec.validate(first, vocab_size).map_err(|error| GenerationFields::Public.refuse(error))?;
-        Ok(Sequence { permit, generation })
-    });
-    sequences.collect()
+impl Options {
+    fn new(request: &v1::GenerateRequest) -> Result<Self, Failure> {
+        let (salt, bypass_prefix_cache) = (request.cache_salt.as_bytes(), request.bypass_prefix_cache);
+        let mut wrong = Vec::new();
+        let priority = unless_invalid(proto::priority(request.priority), &mut wrong)?;
+        let mut refuse = |reason| wrong.push(Violation::new("cache_salt", reason));
+        if salt.len() > CACHE_SALT_BYTES_MAX {
+            refuse(format!("has {} bytes; at most {CACHE_SALT_BYTES_MAX}", salt.len()));
+        }
+        if bypass_prefix_cache && !salt.is_empty() {
+            refuse("is set, and so is bypass_prefix_cache; set one of them".to_owned());
+        }
+        // A hash that nobody can aim at: a salt keeps one tenant's prompts from being probed by another.
+        let cache_salt = match salt {
+            [] => Vec::new(),
+            salt => Sha256::digest(salt)[..16].to_vec(),
+        };
+        match (priority, wrong.is_empty()) {
+            (Some(priority), true) => Ok(Self { priority, cache_salt, bypass_prefix_cache }),
+            _ => Err(Failure::Invalid(wrong)),
+        }
+    }
 }
 
 impl Facts {

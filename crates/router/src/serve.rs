@@ -18,6 +18,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::call::random_u64;
+use crate::metrics::Metrics;
 use crate::pipeline::Shared;
 use crate::service::Service;
 use crate::text::Text;
@@ -112,6 +113,7 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
     let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
     let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
     Ok(Arc::new(Shared {
+        metrics: Arc::new(Metrics::new(&groups)),
         groups,
         text,
         model_name: config.model_name.clone(),

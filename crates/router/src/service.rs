@@ -83,6 +83,13 @@ fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, St
     }
 }
 
+/// The answers in one message: the first with the others in it.
+fn as_one(answers: Vec<v1::GenerateOnceResponse>) -> v1::GenerateOnceResponse {
+    let mut answers = answers.into_iter();
+    let first = answers.next().unwrap_or_default();
+    v1::GenerateOnceResponse { others: answers.collect(), ..first }
+}
+
 #[tonic::async_trait]
 impl Cohort for Service {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
@@ -108,7 +115,7 @@ impl Cohort for Service {
     ) -> Result<Response<v1::GenerateOnceResponse>, Status> {
         let call = call(request.metadata(), &request.get_ref().request_id)?;
         let result = match self.shared.generate(call.clone(), request.into_inner()).await {
-            Ok(answer) => answer.collect().await,
+            Ok(answer) => answer.collect().await.map(as_one),
             Err(failure) => Err(failure),
         };
         respond(&call, result)

@@ -2,6 +2,7 @@
 //! not built, and every named limit. No logic beyond arithmetic that cannot overflow; depends on nothing here.
 #![forbid(unsafe_code)]
 
+mod constraint;
 mod dtype;
 mod error;
 mod history;
@@ -17,6 +18,7 @@ mod tokens;
 mod tp;
 mod units;
 
+pub use constraint::Constraint;
 pub use dtype::DType;
 pub use error::{Error, FieldViolation};
 pub use history::{History, SharedHistory};

@@ -29,6 +29,12 @@ pub const REPETITION_PENALTY_MAX: f32 = 100.0;
 pub const BAD_WORDS_MAX: usize = 256;
 /// Tokens of one bad word.
 pub const BAD_WORD_TOKENS_MAX: usize = 64;
+/// Bad words of one request as text: each becomes two runs of tokens, with and without a space before it.
+pub const BAD_WORD_TEXTS_MAX: usize = BAD_WORDS_MAX / 2;
+/// Bytes of one bad word: more would not fit [`BAD_WORD_TOKENS_MAX`] tokens in most languages.
+pub const BAD_WORD_BYTES_MAX: usize = 256;
+/// Bytes of one cache salt: it is hashed, so more adds nothing.
+pub const CACHE_SALT_BYTES_MAX: usize = 1024;
 /// Temperature above this is noise; OpenAI allows 2.
 pub const TEMPERATURE_MAX: f32 = 100.0;
 /// Tokens generated when a request does not say how many (and the context allows): enough for an answer, and

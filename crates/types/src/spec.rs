@@ -6,7 +6,7 @@ use crate::limits::{
     BAD_WORD_TOKENS_MAX, BAD_WORDS_MAX, LOGIT_BIAS_ABS_MAX, LOGIT_BIAS_MAX, MAX_TOKENS_DEFAULT,
     PENALTY_ABS_MAX, REPETITION_PENALTY_MAX, SEQUENCES_MAX, STOP_TOKENS_MAX, TEMPERATURE_MAX, TOP_K_MAX,
 };
-use crate::{Error, FieldViolation, Generation, Logprobs, SamplingParams, TokenId, TokenRules};
+use crate::{Constraint, Error, FieldViolation, Generation, Logprobs, SamplingParams, TokenId, TokenRules};
 
 /// Generation fields as they came over the wire: nothing has been checked.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -47,6 +47,8 @@ pub struct GenerationSpec {
     pub allowed_token_ids: Vec<u32>,
     /// Runs of tokens that must not be generated.
     pub bad_words: Vec<Vec<u32>>,
+    /// The form the answer must have.
+    pub constraint: Option<Constraint>,
 }
 
 impl GenerationSpec {
@@ -66,6 +68,9 @@ impl GenerationSpec {
         let sequences = self.n.unwrap_or(1);
         if !(1..=SEQUENCES_MAX).contains(&sequences) {
             checks.refuse("n", format!("must be between 1 and {SEQUENCES_MAX}, not {sequences}"));
+        }
+        if let Some(constraint) = &self.constraint {
+            checks.refuse(constraint.field(), "is not supported");
         }
         let rules = checks.rules(self.logit_bias, self.allowed_token_ids, self.bad_words);
         if !checks.wrong.is_empty() {
@@ -299,6 +304,15 @@ mod tests {
             "bad_words",
         ];
         assert_eq!(refused(spec), expected);
+    }
+
+    #[test]
+    fn a_constraint_is_refused_by_its_name() {
+        let refuse = |constraint| {
+            refused(GenerationSpec { constraint: Some(constraint), ..GenerationSpec::default() })
+        };
+        assert_eq!(refuse(Constraint::JsonObject), ["json_object"]);
+        assert_eq!(refuse(Constraint::Regex("a".into())), ["regex"]);
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! The leader's engine thread: gather what happened, plan, send the plan, run it, pass the tokens on.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,12 +10,12 @@ use proto::Failure;
 use tokio_util::sync::CancellationToken;
 use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank};
 
-use crate::chunk;
 use crate::executor::Executor;
 use crate::follower::END;
-use crate::inbox::{Inbox, Message, Outlet, Sink, Submission};
+use crate::inbox::{Inbox, Message, Outlet, Submission};
 use crate::metrics::EngineCounters;
 use crate::state::{State, StatePublisher};
+use crate::streams::Streams;
 use crate::{Config, Error};
 
 /// How often the thread that watches the followers looks whether it is still needed.
@@ -32,8 +31,7 @@ pub(crate) struct Leader {
     state: Arc<StatePublisher>,
     counters: EngineCounters,
     clock: Instant,
-    /// Open requests. Bounded by the engine's queue and batch.
-    open: BTreeMap<SeqId, Sink>,
+    open: Streams,
     next_id: u64,
     step: Step,
     frame: Vec<u8>,
@@ -62,7 +60,7 @@ impl Leader {
             state: seat.state,
             counters: seat.counters,
             clock: Instant::now(),
-            open: BTreeMap::new(),
+            open: Streams::default(),
             next_id: 0,
             step: Step::default(),
             frame: Vec::new(),
@@ -157,19 +155,17 @@ impl Leader {
     fn submit(&mut self, submission: Submission) {
         let Submission { mut request, deadline, sink } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
-        self.counters.prefix_queries.inc_by(request.prompt.len() as u64);
+        self.counters.submitted(request.prompt.len());
         let seq = SeqId(self.next_id);
-        self.next_id += u64::from(request.generation.sequences());
-        self.open.insert(seq, sink);
+        let sequences = request.generation.sequences();
+        self.next_id += u64::from(sequences);
+        self.open.open(seq, sequences, request.options.first_stream, &sink);
         self.apply(Event::Submit { seq, request });
     }
 
     /// Cancels what nobody waits for any more; the blocks are free before the next step is planned.
     fn cancel_abandoned(&mut self) {
-        let gone: Vec<SeqId> =
-            self.open.iter().filter(|(_, sink)| sink.is_closed()).map(|(&seq, _)| seq).collect();
-        for seq in gone {
-            self.open.remove(&seq);
+        for seq in self.open.take_abandoned() {
             self.apply(Event::Cancel(seq));
         }
     }
@@ -192,46 +188,17 @@ impl Leader {
         self.step.plan.encode(&mut self.frame);
         let rank = self.rank;
         self.plans.send(&self.frame).map_err(|source| Error::Group { rank, source })?;
-        self.counters.steps.inc();
+        self.counters.stepped();
         let rows = self.executor.lead(&self.step.plan, &self.step.work)?;
         self.apply(Event::StepDone(StepOutput { step: self.step.plan.step(), rows }));
         Ok(true)
     }
 
-    /// Passes effects on to the streams they belong to. A stream that is closed is noticed before the next step.
+    /// Passes effects on to the streams they belong to.
     fn deliver(&mut self) {
         for effect in self.effects.drain(..) {
-            match effect {
-                Effect::Token { seq, token, logprob } => {
-                    if let Some(sink) = self.open.get(&seq) {
-                        let _ = sink.try_send(Ok(chunk::token(token, logprob.as_ref())));
-                    }
-                }
-                Effect::PromptLogprobs { seq, logprobs } => {
-                    if let Some(sink) = self.open.get(&seq) {
-                        chunk::prompt_logprobs(logprobs).for_each(|chunk| {
-                            let _ = sink.try_send(Ok(chunk));
-                        });
-                    }
-                }
-                Effect::Started { cached_tokens, .. } => {
-                    self.counters.prefix_hits.inc_by(cached_tokens.into());
-                }
-                Effect::Preempted { seq } => {
-                    self.counters.preemptions.inc();
-                    tracing::info!(%seq, "preempted for lack of KV blocks");
-                }
-                Effect::Finished { seq, finish, .. } => {
-                    if let Some(sink) = self.open.remove(&seq) {
-                        let _ = sink.try_send(chunk::finish(finish).map_err(Into::into));
-                    }
-                }
-                Effect::Refused { seq, refusal } => {
-                    if let Some(sink) = self.open.remove(&seq) {
-                        let _ = sink.try_send(Err(chunk::refusal(&refusal).into()));
-                    }
-                }
-            }
+            self.counters.count(&effect);
+            self.open.deliver(effect);
         }
     }
 
@@ -242,9 +209,7 @@ impl Leader {
                 let _ = submission.sink.try_send(Err(why.to_status()));
             }
         }
-        for (_, sink) in std::mem::take(&mut self.open) {
-            let _ = sink.try_send(Err(why.to_status()));
-        }
+        self.open.end_all(why);
     }
 
     /// Starts the thread that notices a follower's end while this one sleeps or computes.

@@ -19,6 +19,7 @@ mod run;
 mod server;
 mod service;
 mod state;
+mod streams;
 
 pub use capacity::{Capacity, CollectiveCosts, GroupShape, KvCosts, Memory, RankBytes};
 pub use config::{Config, Device, Limits};

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
+use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
 use proto::worker::{GenerateChunk, GenerateRequest, WatchRequest, WorkerState};
@@ -12,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use types::{GenerationSpec, TokenId};
+use types::{GenerationSpec, Priority, TokenId};
 
 use crate::chunk;
 use crate::inbox::{Inbox, Submission};
@@ -48,7 +49,7 @@ impl Worker for Service {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = proto::timeout(request.metadata())?;
-        let GenerateRequest { prompt, generation, .. } = request.into_inner();
+        let mut request = request.into_inner();
         let state = self.state.subscribe().borrow().clone();
         let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
         if phase != Phase::Serving {
@@ -56,25 +57,23 @@ impl Worker for Service {
             return Err(Failure::NotServing { phase, percent, retry_after: RETRY_AFTER }.into());
         }
         let vocab_size = state.model.map_or(0, |model| model.vocab_size);
-        let Some(generation) = generation else {
+        let Some(generation) = request.generation.take() else {
             return Err(Failure::from(Violation::new("generation", "is missing")).into());
         };
         let generation = GenerationSpec::from(generation)
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
-        let capacity = chunk::messages_max(prompt.len(), generation.max_tokens());
         let asked = Asked {
-            prompt_tokens: prompt.len(),
+            prompt_tokens: request.prompt.len(),
             max_tokens: generation.max_tokens(),
             sequences: generation.sequences(),
         };
-        let (sink, stream) = mpsc::channel(capacity);
-        let prompt = prompt.into_iter().map(TokenId).collect();
+        let (sink, stream) = mpsc::channel(chunk::messages_max(request.prompt.len(), &generation));
         let request = engine::Request {
-            prompt,
+            options: options(&request)?,
+            prompt: request.prompt.into_iter().map(TokenId).collect(),
             generation,
             deadline: None,
-            options: engine::RequestOptions::default(),
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         self.inbox
@@ -82,4 +81,22 @@ impl Worker for Service {
             .inspect_err(|failure| self.metrics.rejected(failure))?;
         Ok(Response::new(Metered::new(ReceiverStream::new(stream), Arc::clone(&self.metrics), asked)))
     }
+}
+
+/// What a request says beside its prompt and generation.
+fn options(request: &GenerateRequest) -> Result<RequestOptions, Failure> {
+    let priority =
+        Priority::new(request.priority).map_err(|error| Violation::new("priority", error.to_string()))?;
+    let reuse = match (request.bypass_prefix_cache, request.cache_salt.as_slice()) {
+        (false, []) => PrefixReuse::Open,
+        (true, []) => PrefixReuse::Bypass,
+        (true, _) => return Err(Violation::new("cache_salt", "is set, and so is bypass_prefix_cache").into()),
+        (false, salt) => {
+            let wrong =
+                |_| Violation::new("cache_salt", format!("has {} bytes; it must have 16", salt.len()));
+            PrefixReuse::Salted(u128::from_le_bytes(salt.try_into().map_err(wrong)?))
+        }
+    };
+    let resume_tokens = request.resume_tokens.iter().copied().map(TokenId).collect();
+    Ok(RequestOptions { priority, reuse, resume_tokens, first_stream: request.first_stream })
 }

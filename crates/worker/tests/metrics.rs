@@ -29,19 +29,30 @@ fn get(address: SocketAddr, path: &str) -> (String, String) {
     (head.lines().next().unwrap().to_owned(), body.to_owned())
 }
 
-/// The page of a leader.
 fn page(address: SocketAddr) -> String {
     let (status, body) = get(address, "/metrics");
     assert!(status.contains("200"), "{status}");
-    // The page is sent in chunks whose lengths stand on lines of their own.
     body
 }
 
-/// The value of the sample whose name and labels begin so.
+/// The page of a leader that has nothing to do; it says so a moment after its last token.
+fn idle_page(address: SocketAddr) -> String {
+    let idle = |page: &str| page.contains("vllm:cache_config_info{") && value(page, RUNNING, "engine=") < 0.5;
+    let mut pages = (0..TRIES_MAX).map(|_| page(address));
+    pages.find(|page| idle(page)).expect("a leader with nothing to do says so")
+}
+
+const RUNNING: &str = "vllm:num_requests_running";
+/// More than any machine needs.
+const TRIES_MAX: usize = 10_000;
+
+/// The value of the sample with this name and, among others, this label.
 #[track_caller]
-fn value(page: &str, sample: &str) -> f64 {
-    let line = page.lines().find(|line| line.starts_with(sample));
-    let line = line.unwrap_or_else(|| panic!("no {sample} in:\n{page}"));
+fn value(page: &str, name: &str, label: &str) -> f64 {
+    let fits =
+        |line: &&str| line.split_once('{').is_some_and(|(of, rest)| of == name && rest.contains(label));
+    let line = page.lines().find(fits);
+    let line = line.unwrap_or_else(|| panic!("no {name} with {label} in:\n{page}"));
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
@@ -50,7 +61,7 @@ fn the_names_and_types_are_the_ones_dashboards_know() {
     let metrics = free();
     let rank = Rank::start(Config { metrics_listen: Some(metrics), ..config(0, 1) });
     rank.ready();
-    let page = page(metrics);
+    let page = idle_page(metrics);
     let found: BTreeSet<&str> = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
     let expected: BTreeSet<&str> = NAMES.lines().collect();
     let found: String = found.iter().map(|line| format!("{line}\n")).collect();
@@ -65,7 +76,7 @@ fn every_metric_has_a_help_text_and_the_labels_of_its_model() {
     let metrics = free();
     let rank = Rank::start(Config { metrics_listen: Some(metrics), ..config(0, 1) });
     rank.ready();
-    let page = page(metrics);
+    let page = idle_page(metrics);
     for name in page.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
         let name = name.split(' ').next().unwrap();
         assert!(page.contains(&format!("# HELP {name} ")), "{name} has no help");
@@ -85,7 +96,7 @@ fn a_request_is_counted_once_with_its_tokens_and_times() {
     let client = Client::connect(rank.listening());
     rank.ready();
     client.generate(request(vec![5; 40], 7)).unwrap();
-    let page = page(metrics);
+    let page = idle_page(metrics);
     for (sample, expected) in [
         ("vllm:prompt_tokens_total", 40.0),
         ("vllm:generation_tokens_total", 7.0),
@@ -102,13 +113,16 @@ fn a_request_is_counted_once_with_its_tokens_and_times() {
         ("vllm:num_requests_waiting", 0.0),
         ("vllm:kv_cache_usage_perc", 0.0),
     ] {
-        assert!((value(&page, sample) - expected).abs() < 1e-9, "{sample} is not {expected}:\n{page}");
+        assert!(
+            (value(&page, sample, "engine=") - expected).abs() < 1e-9,
+            "{sample} is not {expected}:\n{page}"
+        );
     }
-    assert!((value(&page, "vllm:request_success_total{finished_reason=\"length\"") - 1.0).abs() < 1e-9);
-    assert!((value(&page, "cohort_phase{phase=\"serving\"") - 1.0).abs() < 1e-9);
-    assert!((value(&page, "cohort_phase{phase=\"loading\"")).abs() < 1e-9);
-    assert!(value(&page, "cohort_steps_total") >= 7.0);
-    assert!(page.contains("vllm:cache_config_info{block_size=\"16\",num_gpu_blocks="), "{page}");
+    assert!((value(&page, "vllm:request_success_total", "finished_reason=\"length\"") - 1.0).abs() < 1e-9);
+    assert!((value(&page, "cohort_phase", "phase=\"serving\"") - 1.0).abs() < 1e-9);
+    assert!((value(&page, "cohort_phase", "phase=\"loading\"")).abs() < 1e-9);
+    assert!(value(&page, "cohort_steps_total", "engine=") >= 7.0);
+    assert!((value(&page, "vllm:cache_config_info", "block_size=\"16\"") - 1.0).abs() < 1e-9);
     rank.shutdown.cancel();
     rank.end().unwrap();
 }
@@ -120,8 +134,8 @@ fn a_refusal_is_counted_by_its_reason() {
     let client = Client::connect(rank.listening());
     rank.ready();
     client.generate(request(vec![5; 9000], 1)).unwrap_err();
-    let page = page(metrics);
-    let rejected = value(&page, "vllm:admission_rejections_total{reason=\"PROMPT_TOO_LONG\"");
+    let page = idle_page(metrics);
+    let rejected = value(&page, "vllm:admission_rejections_total", "reason=\"PROMPT_TOO_LONG\"");
     assert!((rejected - 1.0).abs() < 1e-9, "{page}");
     rank.shutdown.cancel();
     rank.end().unwrap();

@@ -45,6 +45,10 @@ spec:
       ports:
         - name: grpc
           containerPort: {{ $values.port }}
+        {{- if $root.Values.metrics.enabled }}
+        - name: metrics
+          containerPort: {{ $root.Values.metrics.port }}
+        {{- end }}
       # It listens within a second, long before the weights are read.
       startupProbe:
         tcpSocket:

@@ -75,7 +75,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- /* Where the leaders of all groups listen. */ -}}
 {{- define "cohort.workers" -}}
 {{- $service := include "cohort.groups" . -}}
-{{- range $index := until (int .Values.groups.replicas) }}
+{{- $scaled := .Values.groups.autoscaling -}}
+{{- $groups := ternary $scaled.maxReplicas .Values.groups.replicas $scaled.enabled | int -}}
+{{- range $index := until $groups }}
 - http://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
 {{- end }}
 {{- end -}}
@@ -86,6 +88,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $router := dict "grpc_listen" "0.0.0.0:50051" "http_listen" "0.0.0.0:8080" -}}
 {{- $_ := set $router "workers" (include "cohort.workers" . | fromYamlArray) -}}
 {{- $config = mergeOverwrite $config (dict "router" $router) -}}
+{{- if .Values.metrics.enabled -}}
+{{- $listen := printf "0.0.0.0:%d" (int .Values.metrics.port) -}}
+{{- $config = mergeOverwrite $config (dict "group" (dict "metrics_listen" $listen)) -}}
+{{- end -}}
 {{- if ne .Values.model.source "embedded" -}}
 {{- $path := .Values.model.mountPath -}}
 {{- if .Values.model.directory -}}{{- $path = printf "%s/%s" $path .Values.model.directory -}}{{- end -}}

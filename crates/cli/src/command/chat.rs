@@ -1,15 +1,14 @@
 //! `cohort chat`: a conversation in the terminal.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::str::FromStr;
 
 use anyhow::bail;
-use proto::v1::{
-    ChatMessage, ChatPrompt, GenerateRequest, GenerateResponse, Response, Sampling, Stopping,
-    generate_request,
-};
+use proto::v1::{ChatMessage, ChatPrompt, GenerateRequest, GenerateResponse, Response, generate_request};
 use tonic::Streaming;
 
 use crate::client;
+use crate::generation::GenerationFlags;
 use crate::style::Paint;
 
 const MORE: &str = "\
@@ -18,6 +17,19 @@ While chatting:
   /system TEXT    set the system message (nothing: remove it) and start anew
   /params         show the parameters; /params temperature=0 top_p=0.9 changes them
   /quit           leave, as does the end of the input";
+/// What `/params` knows.
+const PARAMETERS: [&str; 10] = [
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "max_tokens",
+    "reasoning",
+];
 /// Why a line that begins with `/` was not understood.
 const COMMANDS: &str = "commands are /reset, /system TEXT, /params [NAME=VALUE …] and /quit";
 
@@ -37,6 +49,9 @@ pub struct Args {
     /// Whether the model may think before it answers [default: the template's choice]
     #[arg(long, value_name = "BOOL")]
     pub reasoning: Option<bool>,
+    /// How to generate.
+    #[command(flatten)]
+    pub generation: GenerationFlags,
 }
 
 /// What is said and how it is answered.
@@ -48,10 +63,8 @@ pub struct Session {
     pub system: Option<String>,
     /// Whether the model may think first.
     pub reasoning: Option<bool>,
-    /// How tokens are drawn.
-    pub sampling: Sampling,
-    /// Most tokens of an answer.
-    pub max_tokens: Option<u32>,
+    /// Everything else of a request: how tokens are drawn, when to stop.
+    pub asked: GenerateRequest,
 }
 
 /// What a line of the user's asks for.
@@ -103,39 +116,41 @@ impl Session {
 
     fn set(&mut self, pair: &str) -> Result<(), String> {
         let (name, value) = pair.split_once('=').ok_or_else(|| format!("`{pair}` must be NAME=VALUE"))?;
-        let wrong = || format!("`{value}` is no value for {name}");
+        let sampling = self.asked.sampling.get_or_insert_default();
         match name {
-            "temperature" => self.sampling.temperature = Some(value.parse().map_err(|_| wrong())?),
-            "top_k" => self.sampling.top_k = Some(value.parse().map_err(|_| wrong())?),
-            "top_p" => self.sampling.top_p = Some(value.parse().map_err(|_| wrong())?),
-            "min_p" => self.sampling.min_p = Some(value.parse().map_err(|_| wrong())?),
-            "seed" => self.sampling.seed = Some(value.parse().map_err(|_| wrong())?),
-            "max_tokens" => self.max_tokens = Some(value.parse().map_err(|_| wrong())?),
-            "reasoning" => self.reasoning = Some(value.parse().map_err(|_| wrong())?),
-            _ => {
-                return Err(format!(
-                    "`{name}` is unknown; use temperature, top_k, top_p, min_p, seed, max_tokens or reasoning"
-                ));
-            }
+            "temperature" => assign(&mut sampling.temperature, name, value),
+            "top_k" => assign(&mut sampling.top_k, name, value),
+            "top_p" => assign(&mut sampling.top_p, name, value),
+            "min_p" => assign(&mut sampling.min_p, name, value),
+            "seed" => assign(&mut sampling.seed, name, value),
+            "presence_penalty" => assign(&mut sampling.presence_penalty, name, value),
+            "frequency_penalty" => assign(&mut sampling.frequency_penalty, name, value),
+            "repetition_penalty" => assign(&mut sampling.repetition_penalty, name, value),
+            "max_tokens" => assign(&mut self.asked.stopping.get_or_insert_default().max_tokens, name, value),
+            "reasoning" => assign(&mut self.reasoning, name, value),
+            _ => Err(format!("`{name}` is unknown; use {}", PARAMETERS.join(", "))),
         }
-        Ok(())
     }
 
     fn describe(&self) -> String {
-        fn shown<T: ToString>(name: &str, value: Option<T>) -> String {
-            format!("{name}={}", value.map_or("default".to_owned(), |value| value.to_string()))
+        fn shown<T: ToString>(value: Option<T>) -> String {
+            value.map_or("default".to_owned(), |value| value.to_string())
         }
-        let sampling = &self.sampling;
-        [
-            shown("temperature", sampling.temperature),
-            shown("top_k", sampling.top_k),
-            shown("top_p", sampling.top_p),
-            shown("min_p", sampling.min_p),
-            shown("seed", sampling.seed),
-            shown("max_tokens", self.max_tokens),
-            shown("reasoning", self.reasoning),
-        ]
-        .join(" ")
+        let sampling = self.asked.sampling.clone().unwrap_or_default();
+        let values = [
+            shown(sampling.temperature),
+            shown(sampling.top_k),
+            shown(sampling.top_p),
+            shown(sampling.min_p),
+            shown(sampling.seed),
+            shown(sampling.presence_penalty),
+            shown(sampling.frequency_penalty),
+            shown(sampling.repetition_penalty),
+            shown(self.asked.stopping.as_ref().and_then(|stopping| stopping.max_tokens)),
+            shown(self.reasoning),
+        ];
+        let pairs = PARAMETERS.iter().zip(values).map(|(name, value)| format!("{name}={value}"));
+        pairs.collect::<Vec<String>>().join(" ")
     }
 
     /// The request for an answer to `question` after all that was said before.
@@ -148,10 +163,8 @@ impl Session {
         GenerateRequest {
             model: model.to_owned(),
             prompt: Some(generate_request::Prompt::Chat(chat)),
-            sampling: Some(self.sampling),
-            stopping: Some(Stopping { max_tokens: self.max_tokens, ..Stopping::default() }),
             response: Some(Response { parse: true, ..Response::default() }),
-            ..GenerateRequest::default()
+            ..self.asked.clone()
         }
     }
 
@@ -161,6 +174,11 @@ impl Session {
     }
 }
 
+fn assign<T: FromStr>(to: &mut Option<T>, name: &str, value: &str) -> Result<(), String> {
+    *to = Some(value.parse().map_err(|_| format!("`{value}` is no value for {name}"))?);
+    Ok(())
+}
+
 fn message(role: &str, content: &str) -> ChatMessage {
     ChatMessage { role: role.to_owned(), content: content.to_owned(), ..ChatMessage::default() }
 }
@@ -168,8 +186,12 @@ fn message(role: &str, content: &str) -> ChatMessage {
 /// Chats until the input ends.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let terminal = std::io::stdin().is_terminal();
-    let mut session =
-        Session { system: args.system.clone(), reasoning: args.reasoning, ..Session::default() };
+    let mut session = Session {
+        turns: Vec::new(),
+        system: args.system.clone(),
+        reasoning: args.reasoning,
+        asked: args.generation.to_request(),
+    };
     let runtime = super::runtime()?;
     let mut client = client::client(runtime.block_on(client::channel(&args.server))?);
     let paint = Paint::stdout();

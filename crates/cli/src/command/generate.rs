@@ -5,13 +5,15 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use proto::v1::{
     ChatMessage, ChatPrompt, Finish, FinishReason, GenerateRequest, GenerateResponse, PromptInfo, Response,
-    Sampling, Stopping, TokenIds, TokenLogprob, Usage, generate_request,
+    TokenIds, TokenLogprob, Usage, generate_request,
 };
 use serde::Serialize;
 use tonic::{Request, Streaming};
 
 use crate::client;
+use crate::generation::GenerationFlags;
 use crate::out::{self, say};
+use crate::style::Paint;
 
 const MORE: &str = "\
 Examples:
@@ -34,12 +36,12 @@ pub struct Args {
     /// What to answer.
     #[command(flatten)]
     pub prompt: PromptFlags,
-    /// How tokens are drawn.
+    /// How to generate.
     #[command(flatten)]
-    pub sampling: SamplingFlags,
-    /// When to stop.
-    #[command(flatten)]
-    pub stopping: StoppingFlags,
+    pub generation: GenerationFlags,
+    /// Answers to generate [default: 1]
+    #[arg(short, value_name = "N", help_heading = "Output")]
+    pub n: Option<u32>,
     /// Log-probability of each generated token, with K alternatives
     #[arg(long, value_name = "K", help_heading = "Output")]
     pub logprobs: Option<u32>,
@@ -49,7 +51,7 @@ pub struct Args {
     /// Keep marker tokens such as <|END_TEXT|> in the text
     #[arg(long, help_heading = "Output")]
     pub keep_special_tokens: bool,
-    /// Print one JSON object: token_ids, text, finish_reason, logprobs, prompt_logprobs, usage
+    /// Print one JSON object: token_ids, text, finish_reason, logprobs, prompt_logprobs, usage; others with -n
     #[arg(long, help_heading = "Output")]
     pub json: bool,
 }
@@ -75,80 +77,23 @@ pub struct PromptFlags {
     pub token_ids: Option<Vec<u32>>,
 }
 
-/// How tokens are drawn.
-#[derive(Debug, Clone, Default, PartialEq, clap::Args)]
-#[command(next_help_heading = "Sampling")]
-pub struct SamplingFlags {
-    /// Divides the logits; 0 always takes the most likely token [default: 1]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub temperature: Option<f32>,
-    /// Only the K most likely tokens; 0 means all [default: 0]
-    #[arg(long, value_name = "K")]
-    pub top_k: Option<u32>,
-    /// Only the most likely tokens that together reach this probability [default: 1]
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    pub top_p: Option<f32>,
-    /// Only tokens at least this fraction as likely as the most likely one [default: 0]
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    pub min_p: Option<f32>,
-    /// Same request, same seed: same tokens [default: drawn at random]
-    #[arg(long, value_name = "N")]
-    pub seed: Option<u64>,
-}
-
-/// When to stop.
-#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
-#[command(next_help_heading = "Stopping")]
-pub struct StoppingFlags {
-    /// Most tokens to generate [default: what the context allows, at most 1024]
-    #[arg(long, value_name = "N")]
-    pub max_tokens: Option<u32>,
-    /// Do not stop before this many tokens
-    #[arg(long, value_name = "N")]
-    pub min_tokens: Option<u32>,
-    /// Text that ends the answer and is not part of it; may be given again
-    #[arg(long, value_name = "TEXT")]
-    pub stop: Vec<String>,
-    /// Tokens that end the answer, separated by commas
-    #[arg(long, value_name = "ID,…", value_delimiter = ',')]
-    pub stop_token_ids: Vec<u32>,
-    /// Go on past the model's own end-of-sequence tokens
-    #[arg(long)]
-    pub ignore_eos: bool,
-}
-
 impl Args {
     /// The request these flags describe.
     ///
     /// # Errors
     /// When no prompt is given.
     pub fn to_request(&self) -> anyhow::Result<GenerateRequest> {
-        let (sampling, stopping) = (&self.sampling, &self.stopping);
-        Ok(GenerateRequest {
-            request_id: String::new(),
-            model: self.model.clone(),
-            prompt: Some(self.prompt.to_prompt()?),
-            sampling: Some(Sampling {
-                temperature: sampling.temperature,
-                top_k: sampling.top_k,
-                top_p: sampling.top_p,
-                min_p: sampling.min_p,
-                seed: sampling.seed,
-            }),
-            stopping: Some(Stopping {
-                max_tokens: stopping.max_tokens,
-                min_tokens: stopping.min_tokens,
-                stop: stopping.stop.clone(),
-                stop_token_ids: stopping.stop_token_ids.clone(),
-                ignore_eos: stopping.ignore_eos,
-            }),
-            response: Some(Response {
-                logprobs: self.logprobs,
-                prompt_logprobs: self.prompt_logprobs,
-                keep_special_tokens: self.keep_special_tokens,
-                parse: false,
-            }),
-        })
+        let mut request = self.generation.to_request();
+        request.model.clone_from(&self.model);
+        request.prompt = Some(self.prompt.to_prompt()?);
+        request.sampling.get_or_insert_default().n = self.n;
+        request.response = Some(Response {
+            logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+            keep_special_tokens: self.keep_special_tokens,
+            parse: false,
+        });
+        Ok(request)
     }
 }
 
@@ -180,7 +125,7 @@ impl PromptFlags {
     }
 }
 
-/// A whole answer, put together from its stream.
+/// A whole answer, and the others that were asked for beside it, put together from their stream.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Answer {
     /// The generated tokens.
@@ -195,11 +140,20 @@ pub struct Answer {
     pub finish: Option<Finish>,
     /// What was counted.
     pub usage: Option<Usage>,
+    /// The answers after the first.
+    pub others: Vec<Answer>,
 }
 
 impl Answer {
     /// Adds the next message of the stream.
-    pub fn add(&mut self, message: GenerateResponse) {
+    pub fn add(&mut self, mut message: GenerateResponse) {
+        if let Some(other) = std::mem::take(&mut message.index).checked_sub(1) {
+            let other = other as usize;
+            if self.others.len() <= other {
+                self.others.resize(other + 1, Self::default());
+            }
+            return self.others[other].add(message);
+        }
         self.token_ids.extend(message.token_ids);
         self.text.push_str(&message.text);
         self.logprobs.extend(message.logprobs);
@@ -223,9 +177,15 @@ impl Answer {
             prompt_logprobs: asked.prompt_logprobs.map(|_| prompt.map(position).collect()),
             usage: self.usage.map(|usage| UsageJson {
                 prompt_tokens: usage.prompt_tokens,
+                cached_tokens: usage.cached_tokens,
                 output_tokens: usage.output_tokens,
             }),
+            others: self.others.iter().map(|other| other.to_json(request)).collect(),
         }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.finish.is_some() && self.others.iter().all(Self::is_complete)
     }
 }
 
@@ -238,11 +198,14 @@ pub struct AnswerJson<'a> {
     logprobs: Option<Vec<LogprobJson>>,
     prompt_logprobs: Option<Vec<Option<LogprobJson>>>,
     usage: Option<UsageJson>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    others: Vec<AnswerJson<'a>>,
 }
 
 #[derive(Debug, Serialize)]
 struct UsageJson {
     prompt_tokens: u32,
+    cached_tokens: u32,
     output_tokens: u32,
 }
 
@@ -273,6 +236,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let request = args.to_request()?;
     let mut call = Request::new(request.clone());
     let timeout = args.timeout.map(seconds).transpose()?;
+    // Several answers come mixed: they are shown one after the other when all are there.
+    let several = args.n.is_some_and(|n| n > 1);
+    let live = !args.json && !several;
     if let Some(timeout) = timeout {
         call.set_timeout(timeout);
     }
@@ -280,7 +246,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let mut client = client::client(client::channel(&args.server).await?);
         let answer = async {
             let stream = client.generate(call).await.map_err(|status| client::explain(&status))?.into_inner();
-            receive(stream, !args.json).await
+            receive(stream, live).await
         };
         let answer = match timeout {
             None => answer.await?,
@@ -290,11 +256,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         };
         if args.json {
             say!("{}", serde_json::to_string(&answer.to_json(&request))?);
+        } else if several {
+            print_all(&answer);
         } else {
             say!();
         }
         Ok(())
     })
+}
+
+fn print_all(first: &Answer) {
+    let paint = Paint::stdout();
+    for (index, answer) in std::iter::once(first).chain(&first.others).enumerate() {
+        say!("{}\n{}", paint.dim(format!("answer {}", index + 1)), answer.text);
+    }
 }
 
 fn seconds(seconds: f64) -> anyhow::Result<Duration> {
@@ -321,7 +296,7 @@ async fn receive(mut stream: Streaming<GenerateResponse>, print: bool) -> anyhow
         }
         answer.add(message);
     }
-    if answer.finish.is_none() {
+    if !answer.is_complete() {
         bail!("the stream ended without saying why; the answer above is not complete");
     }
     Ok(answer)

@@ -37,10 +37,10 @@ impl Prompts {
 pub(super) fn take(fields: &mut Fields) -> (Common, Vec<Prompt>) {
     let mut common = Common::take(fields);
     let prompts = fields.take::<Prompts>("prompt").map(Prompts::each).unwrap_or_default();
-    let choices = prompts.len().saturating_mul(common.count.get() as usize);
+    let choices = prompts.len().saturating_mul(common.count());
     if prompts.is_empty() {
         fields.refuse("prompt", "give a text, token ids, or a list of either");
-    } else if choices > CHOICES_MAX as usize {
+    } else if choices > CHOICES_MAX {
         fields.refuse("prompt", format!("asks for {choices} answers; at most {CHOICES_MAX}"));
     }
     common.request.response.get_or_insert_default().logprobs = fields.take("logprobs");

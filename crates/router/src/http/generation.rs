@@ -1,6 +1,6 @@
 //! The fields that chat and plain completions share.
 
-use std::num::NonZeroU32;
+use std::collections::BTreeMap;
 
 use proto::v1;
 use serde::Deserialize;
@@ -8,16 +8,10 @@ use serde::Deserialize;
 use super::fields::Fields;
 
 /// Most answers to one request: each holds a place among the admitted ones.
-pub(super) const CHOICES_MAX: u32 = 128;
+pub(super) const CHOICES_MAX: usize = 128;
 
 /// Fields that have no effect at this value. A field without a value is always refused.
-const WITHOUT_EFFECT: [(&str, &str); 18] = [
-    ("frequency_penalty", "0"),
-    ("presence_penalty", "0"),
-    ("repetition_penalty", "1"),
-    ("logit_bias", "{}"),
-    ("bad_words", "[]"),
-    ("priority", "0"),
+const WITHOUT_EFFECT: [(&str, &str); 10] = [
     ("best_of", "1"),
     ("response_format", "{\"type\":\"text\"}"),
     ("store", "false"),
@@ -26,9 +20,7 @@ const WITHOUT_EFFECT: [(&str, &str); 18] = [
     ("use_beam_search", "false"),
     ("length_penalty", "1"),
     ("spaces_between_special_tokens", "true"),
-    ("allowed_token_ids", ""),
     ("structured_outputs", ""),
-    ("cache_salt", ""),
     ("session_id", ""),
 ];
 
@@ -59,8 +51,6 @@ pub(super) struct Shown {
 pub(super) struct Common {
     /// Everything but the prompt and log-probabilities.
     pub(super) request: v1::GenerateRequest,
-    /// Answers to each prompt.
-    pub(super) count: NonZeroU32,
     pub(super) stream: bool,
     pub(super) shown: Shown,
 }
@@ -73,7 +63,6 @@ impl Common {
         if options.is_some() && !stream {
             fields.refuse("stream_options", "is for streams; set stream as well");
         }
-        let count = take_count(fields);
         let request = v1::GenerateRequest {
             request_id: fields.take("request_id").unwrap_or_default(),
             model: fields.take("model").unwrap_or_default(),
@@ -85,6 +74,10 @@ impl Common {
                 keep_special_tokens: !fields.take("skip_special_tokens").unwrap_or(true),
                 ..v1::Response::default()
             }),
+            priority: fields.take("priority").unwrap_or_default(),
+            cache_salt: take_salt(fields),
+            bypass_prefix_cache: fields.take("bypass_prefix_cache").unwrap_or(false),
+            constraint: None,
         };
         if stream && request.response.is_some_and(|response| response.prompt_logprobs.is_some()) {
             fields.refuse("prompt_logprobs", "is not for streams");
@@ -100,19 +93,35 @@ impl Common {
             return_token_ids: fields.take("return_token_ids").unwrap_or(false),
         };
         fields.without_effect(&WITHOUT_EFFECT);
-        Self { request, count, stream, shown }
+        Self { request, stream, shown }
+    }
+
+    /// Answers to each prompt.
+    pub(super) fn count(&self) -> usize {
+        self.request.sampling.as_ref().and_then(|sampling| sampling.n).unwrap_or(1) as usize
     }
 }
 
-fn take_count(fields: &mut Fields) -> NonZeroU32 {
-    let count: u32 = fields.take("n").unwrap_or(1);
-    match NonZeroU32::new(count).filter(|count| count.get() <= CHOICES_MAX) {
-        Some(count) => count,
-        None => {
-            fields.refuse("n", format!("must be between 1 and {CHOICES_MAX}, not {count}"));
-            NonZeroU32::MIN
+fn take_salt(fields: &mut Fields) -> String {
+    let salt: Option<String> = fields.take("cache_salt");
+    if salt.as_ref().is_some_and(String::is_empty) {
+        fields.refuse("cache_salt", "is empty; leave it out to share with everybody");
+    }
+    salt.unwrap_or_default()
+}
+
+/// A map from token ids, which are texts as JSON has it, to numbers.
+fn take_bias(fields: &mut Fields) -> BTreeMap<u32, f32> {
+    let given: BTreeMap<String, f32> = fields.take("logit_bias").unwrap_or_default();
+    let mut bias = BTreeMap::new();
+    for (key, value) in given {
+        match key.parse() {
+            Ok(id) if bias.insert(id, value).is_none() => {}
+            Ok(id) => fields.refuse("logit_bias", format!("has token {id} twice; it must have each once")),
+            Err(_) => fields.refuse("logit_bias", format!("has `{key}`, which is not a token id")),
         }
     }
+    bias
 }
 
 fn take_sampling(fields: &mut Fields) -> v1::Sampling {
@@ -124,6 +133,10 @@ fn take_sampling(fields: &mut Fields) -> v1::Sampling {
             None
         }),
     };
+    let allowed_token_ids: Option<Vec<u32>> = fields.take("allowed_token_ids");
+    if allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
+        fields.refuse("allowed_token_ids", "is empty; leave it out to allow all");
+    }
     v1::Sampling {
         temperature: fields.take("temperature"),
         top_k,
@@ -131,6 +144,13 @@ fn take_sampling(fields: &mut Fields) -> v1::Sampling {
         min_p: fields.take("min_p"),
         // A negative seed is as good as any: its 64 bits are taken.
         seed: fields.take::<i64>("seed").map(i64::cast_unsigned),
+        n: fields.take("n"),
+        presence_penalty: fields.take("presence_penalty"),
+        frequency_penalty: fields.take("frequency_penalty"),
+        repetition_penalty: fields.take("repetition_penalty"),
+        logit_bias: take_bias(fields),
+        allowed_token_ids: allowed_token_ids.unwrap_or_default(),
+        bad_words: fields.take("bad_words").unwrap_or_default(),
     }
 }
 

@@ -34,16 +34,19 @@ struct Feed {
     ready: VecDeque<String>,
 }
 
-/// Streams the answers; `per_prompt` of them in a row have the same prompt. What is refused before the first token
+/// Streams the choices, `per_prompt` of each answer. What is refused before the first token
 /// is answered with its status as long as nothing else had to be said.
 pub(super) async fn respond(
     view: View,
     answers: Vec<Answer>,
     per_prompt: usize,
 ) -> Result<Response, ApiError> {
-    let progress = vec![Progress::default(); answers.len()];
-    let streams = answers.into_iter().enumerate().map(|(index, answer)| {
-        let messages = answer.into_stream().map(move |message| (index, message));
+    let progress = vec![Progress::default(); answers.len() * per_prompt];
+    let streams = answers.into_iter().enumerate().map(|(prompt, answer)| {
+        let messages = answer.into_stream().map(move |message| {
+            let index = message.as_ref().map_or(0, |message| message.index as usize);
+            (prompt * per_prompt + index, message)
+        });
         Box::pin(messages) as Pin<Box<dyn Stream<Item = Message> + Send>>
     });
     let mut messages = Box::pin(select_all(streams).peekable());

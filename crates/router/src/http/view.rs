@@ -263,6 +263,7 @@ impl View {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Usage {
     prompt: u64,
+    cached: u64,
     output: u64,
     reasoning: u64,
 }
@@ -270,7 +271,10 @@ pub(super) struct Usage {
 impl Usage {
     /// Adds one choice's; a prompt counts once, with the first answer to it.
     pub(super) fn add(&mut self, usage: v1::Usage, first: bool) {
-        self.prompt += if first { u64::from(usage.prompt_tokens) } else { 0 };
+        if first {
+            self.prompt += u64::from(usage.prompt_tokens);
+            self.cached += u64::from(usage.cached_tokens);
+        }
         self.output += u64::from(usage.output_tokens);
         self.reasoning += u64::from(usage.reasoning_tokens);
     }
@@ -280,6 +284,7 @@ impl Usage {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.output,
             "total_tokens": self.prompt + self.output,
+            "prompt_tokens_details": { "cached_tokens": self.cached },
             "completion_tokens_details": { "reasoning_tokens": self.reasoning },
         })
     }

@@ -68,6 +68,28 @@ impl Text {
         self.template.is_some()
     }
 
+    /// The runs of tokens that would write one of `words`, as it is or after a space; each once.
+    ///
+    /// # Errors
+    /// [`Failure::Invalid`] naming a word that cannot be tokenized.
+    pub fn bad_words(&self, words: &[String]) -> Result<Vec<Vec<u32>>, Failure> {
+        let mut runs = Vec::with_capacity(2 * words.len());
+        for (index, word) in words.iter().enumerate() {
+            let bare = match word.trim_start_matches(' ') {
+                "" => word,
+                bare => bare,
+            };
+            for form in [bare.to_owned(), format!(" {bare}")] {
+                let ids = self.tokenizer.encode(&form, false);
+                let ids = ids.map_err(|why| Violation::new(format!("sampling.bad_words[{index}]"), why))?;
+                runs.push(ids.into_iter().map(|id| id.0).collect());
+            }
+        }
+        runs.sort_unstable();
+        runs.dedup();
+        Ok(runs)
+    }
+
     /// Renders (for a chat) and tokenizes a prompt. Returns the text that was tokenized and its token ids; token ids
     /// pass through with empty text. Takes time in proportion to the text: call it on a thread that may block.
     ///

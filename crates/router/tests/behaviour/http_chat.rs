@@ -2,7 +2,9 @@ use proto::worker;
 use serde_json::{Value, json};
 
 use crate::http_client::{chat, chat_body, receive, send};
-use crate::support::{EOS, Leader, TestRouter, answer, chunk, demo_tokenizer, facts, ids, last, soon, state};
+use crate::support::{
+    EOS, Leader, TestRouter, answer, chunk, demo_tokenizer, facts, ids, last, of, soon, state,
+};
 
 const THOUGHT: &str = "Hm.<|END_THINKING|>";
 const CALL: &str = "<|START_ACTION|>[\n    {\"tool_call_id\": \"0\", \"tool_name\": \"get_weather\", \"parameters\": \
@@ -144,26 +146,30 @@ async fn without_tools_to_call_a_call_is_content() {
 }
 
 #[tokio::test]
-async fn several_answers_have_seeds_that_follow_each_other() {
+async fn several_answers_are_one_request_to_one_leader() {
     let mut leader = Leader::serving().await;
     let router = TestRouter::ready(&[&leader.address]).await;
     let call = tokio::spawn(async move { chat(&router, "Hi", json!({ "n": 3, "seed": -1 })).await });
-    let mut seeds = Vec::new();
-    for index in 0..3 {
-        let open = leader.next().await;
-        seeds.push(open.request.generation.as_ref().unwrap().seed.unwrap());
-        open.play(answer(&format!("<|END_THINKING|>{index}"))).await;
+    let open = leader.next().await;
+    let generation = open.request.generation.as_ref().unwrap();
+    assert_eq!((generation.n, generation.seed), (Some(3), Some(u64::MAX)));
+    let scripts = [0, 2, 1].map(|index| (index, answer(&format!("<|END_THINKING|>{index}"))));
+    for (index, script) in scripts {
+        let script = script.into_iter().map(|chunk| of(index, chunk)).collect();
+        open.play(script).await;
     }
-    seeds.sort_unstable();
-    assert_eq!(seeds, [0, 1, u64::MAX]);
     let body = soon(call).await.unwrap().json();
     let choices = body["choices"].as_array().unwrap();
-    assert_eq!(
-        choices.iter().map(|choice| choice["index"].as_u64().unwrap()).collect::<Vec<u64>>(),
-        [0, 1, 2]
-    );
+    for (index, choice) in choices.iter().enumerate() {
+        assert_eq!(
+            (&choice["index"], choice["message"]["content"].as_str()),
+            (&json!(index), Some(["0", "1", "2"][index]))
+        );
+    }
+    assert_eq!(choices.len(), 3);
     let prompt = body["usage"]["prompt_tokens"].as_u64().unwrap();
     assert!(prompt < 20, "the prompt counts once, not {prompt}");
+    assert!(leader.opened.try_recv().is_err());
 }
 
 #[tokio::test]
@@ -213,11 +219,10 @@ async fn a_closed_connection_cancels_at_the_leader() {
     for stream in [true, false] {
         let body = chat_body("Hi", json!({ "stream": stream, "n": 2 })).to_string();
         let connection = send(&router, "/v1/chat/completions", "", body.as_bytes()).await;
-        let (first, second) = (leader.next().await, leader.next().await);
-        first.chunks.send(Ok(chunk(&[300]))).await.unwrap();
+        let open = leader.next().await;
+        open.chunks.send(Ok(chunk(&[300]))).await.unwrap();
         drop(connection);
-        soon(first.chunks.closed()).await;
-        soon(second.chunks.closed()).await;
+        soon(open.chunks.closed()).await;
     }
 }
 

@@ -101,6 +101,11 @@ pub(crate) fn last(
     worker::GenerateChunk { finish, ..chunk(token_ids) }
 }
 
+/// The same chunk of another sequence.
+pub(crate) fn of(index: u32, chunk: worker::GenerateChunk) -> worker::GenerateChunk {
+    worker::GenerateChunk { index, ..chunk }
+}
+
 /// One token a chunk, then EOS.
 pub(crate) fn answer(text: &str) -> Vec<worker::GenerateChunk> {
     let mut chunks: Vec<worker::GenerateChunk> = ids(text).iter().map(|&id| chunk(&[id])).collect();
@@ -116,6 +121,10 @@ pub(crate) struct Open {
 }
 
 impl Open {
+    pub(crate) fn sequences(&self) -> u32 {
+        self.request.generation.as_ref().unwrap().n.unwrap()
+    }
+
     pub(crate) async fn play(&self, script: Vec<worker::GenerateChunk>) {
         for chunk in script {
             if self.chunks.send(Ok(chunk)).await.is_err() {
@@ -213,12 +222,14 @@ impl Leader {
         tokio::task::spawn_blocking(move || runtime.shutdown_timeout(PATIENCE)).await.unwrap();
     }
 
-    /// Answers every request with `script` from now on.
+    /// Answers every request with `script` from now on, each of its sequences with the same.
     pub(crate) fn play_always(mut self, script: Vec<worker::GenerateChunk>) -> String {
         let address = self.address.clone();
         tokio::spawn(async move {
             while let Some(open) = self.opened.recv().await {
-                open.play(script.clone()).await;
+                for index in 0..open.sequences() {
+                    open.play(script.iter().map(|chunk| of(index, chunk.clone())).collect()).await;
+                }
             }
         });
         address

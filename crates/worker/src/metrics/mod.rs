@@ -7,6 +7,7 @@ mod stream;
 
 use std::sync::atomic::AtomicU64;
 
+use engine::Effect;
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -104,6 +105,7 @@ struct StateGauges {
 struct Requests {
     prompt_tokens: Counter,
     generation_tokens: Counter,
+    cached_tokens: Counter,
     finished: Family<Finished, Counter>,
     rejected: Family<Rejected, Counter>,
     first_token: Histogram,
@@ -120,14 +122,10 @@ struct Requests {
 /// What the engine thread adds to between two steps.
 #[derive(Clone, Default)]
 pub(crate) struct EngineCounters {
-    /// Sequences that lost their blocks.
-    pub(crate) preemptions: Counter,
-    /// Tokens of prompts that were looked up in the prefix cache.
-    pub(crate) prefix_queries: Counter,
-    /// Tokens of them that were there.
-    pub(crate) prefix_hits: Counter,
-    /// Steps run.
-    pub(crate) steps: Counter,
+    preemptions: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
+    steps: Counter,
 }
 
 impl Metrics {
@@ -213,11 +211,23 @@ impl Requests {
             to.register(name, help, histogram.clone());
             histogram
         };
+        let finished = Family::<Finished, Counter>::default();
+        // There from the start, so that rates are right from the first of them.
+        for finished_reason in ["stop", "length", "abort", "error"] {
+            let _ = finished.get_or_create(&Finished { finished_reason });
+        }
+        to.register("vllm:request_success", "Requests that ended, by reason", finished.clone());
+        let rejected = Family::<Rejected, Counter>::default();
+        for reason in ["OVERLOADED", "PROMPT_TOO_LONG"] {
+            let _ = rejected.get_or_create(&Rejected { reason });
+        }
+        to.register("vllm:admission_rejections", "Requests that were not taken, by reason", rejected.clone());
         Self {
+            finished,
+            rejected,
             prompt_tokens: add(to, "vllm:prompt_tokens", "Tokens of the prompts of requests"),
             generation_tokens: add(to, "vllm:generation_tokens", "Tokens generated"),
-            finished: add(to, "vllm:request_success", "Requests that ended, by reason"),
-            rejected: add(to, "vllm:admission_rejections", "Requests that were not taken, by reason"),
+            cached_tokens: add(to, "vllm:prompt_tokens_cached", "Tokens of prompts that were not computed"),
             first_token: seconds(
                 to,
                 "vllm:time_to_first_token_seconds",
@@ -273,6 +283,32 @@ impl EngineCounters {
             prefix_queries: add(to, "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache"),
             prefix_hits: add(to, "vllm:prefix_cache_hits", "Tokens found in the prefix cache"),
             steps: add(to, "cohort_steps", "Steps run"),
+        }
+    }
+
+    /// A request with so many tokens of prompt goes to the engine, which looks them up in its prefix cache.
+    pub(crate) fn submitted(&self, prompt_tokens: usize) {
+        self.prefix_queries.inc_by(prompt_tokens as u64);
+    }
+
+    /// A step is run.
+    pub(crate) fn stepped(&self) {
+        self.steps.inc();
+    }
+
+    /// Something came of a step.
+    pub(crate) fn count(&self, effect: &Effect) {
+        match effect {
+            Effect::Started { cached_tokens, .. } => {
+                self.prefix_hits.inc_by((*cached_tokens).into());
+            }
+            Effect::Preempted { .. } => {
+                self.preemptions.inc();
+            }
+            Effect::Refused { .. }
+            | Effect::PromptLogprobs { .. }
+            | Effect::Token { .. }
+            | Effect::Finished { .. } => {}
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A request's stream, measured on its way to the router.
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -34,7 +35,8 @@ pub(crate) struct Metered<S> {
     asked: Asked,
     arrived: Instant,
     first: Option<Instant>,
-    last: Option<Instant>,
+    /// When each sequence had its last token.
+    last: BTreeMap<u32, Instant>,
     tokens: u64,
     /// Sequences that have ended.
     ended: u32,
@@ -49,14 +51,24 @@ impl<S> Metered<S> {
         requests.prompt_length.observe(asked.prompt_tokens as f64);
         requests.max_tokens.observe(asked.max_tokens.into());
         requests.sequences.observe(asked.sequences.into());
-        let (first, last) = (None, None);
-        Self { inner, metrics, asked, arrived: Instant::now(), first, last, tokens: 0, ended: 0, over: false }
+        Self {
+            inner,
+            metrics,
+            asked,
+            arrived: Instant::now(),
+            first: None,
+            last: BTreeMap::new(),
+            tokens: 0,
+            ended: 0,
+            over: false,
+        }
     }
 
     fn saw(&mut self, item: &Result<GenerateChunk, Status>) {
         match item {
             Ok(chunk) => {
-                self.saw_tokens(chunk.token_ids.len());
+                self.metrics.requests.cached_tokens.inc_by(chunk.cached_tokens.unwrap_or(0).into());
+                self.saw_tokens(chunk.index, chunk.token_ids.len());
                 if let Some(finish) = &chunk.finish {
                     self.ended += 1;
                     if self.ended >= self.asked.sequences {
@@ -71,7 +83,7 @@ impl<S> Metered<S> {
         }
     }
 
-    fn saw_tokens(&mut self, tokens: usize) {
+    fn saw_tokens(&mut self, sequence: u32, tokens: usize) {
         if tokens == 0 {
             return;
         }
@@ -79,12 +91,12 @@ impl<S> Metered<S> {
         let requests = &self.metrics.requests;
         requests.generation_tokens.inc_by(tokens as u64);
         self.tokens += tokens as u64;
-        match self.last.replace(now) {
-            None => {
-                self.first = Some(now);
-                requests.first_token.observe((now - self.arrived).as_secs_f64());
-            }
-            Some(last) => requests.between_tokens.observe((now - last).as_secs_f64()),
+        if self.first.is_none() {
+            self.first = Some(now);
+            requests.first_token.observe((now - self.arrived).as_secs_f64());
+        }
+        if let Some(last) = self.last.insert(sequence, now) {
+            requests.between_tokens.observe((now - last).as_secs_f64());
         }
     }
 
@@ -110,8 +122,10 @@ impl<S> Metered<S> {
         if let Some(first) = self.first {
             let decode = first.elapsed().as_secs_f64();
             requests.decode.observe(decode);
-            if self.tokens > 1 {
-                requests.time_per_token.observe(decode / (self.tokens - 1) as f64);
+            // The sequences of a request are generated side by side.
+            let steps = self.tokens / u64::from(self.asked.sequences.max(1));
+            if steps > 1 {
+                requests.time_per_token.observe(decode / (steps - 1) as f64);
             }
         }
     }

@@ -135,5 +135,10 @@ pub(crate) fn request(prompt: Vec<u32>, max_tokens: u32) -> GenerateRequest {
         ignore_eos: true,
         ..Generation::default()
     };
-    GenerateRequest { request_id: "test".into(), prompt, generation: Some(generation) }
+    GenerateRequest {
+        request_id: "test".into(),
+        prompt,
+        generation: Some(generation),
+        ..GenerateRequest::default()
+    }
 }
