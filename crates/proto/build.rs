@@ -5,7 +5,8 @@ use std::{env, error, fs};
 
 use prost::Message;
 
-const FILES: [&str; 2] = ["cohort/v1/cohort.proto", "cohort/worker/v1/worker.proto"];
+const FILES: [&str; 4] =
+    ["cohort/v1/cohort.proto", "cohort/worker/v1/worker.proto", "vllm/inference.proto", "vllm/control.proto"];
 
 fn main() -> Result<(), Box<dyn error::Error>> {
     let root = Path::new("../../proto");

@@ -109,6 +109,35 @@ fn cuda_without_a_driver_says_which_library_is_missing() {
 }
 
 #[test]
+fn cuda_with_a_driver_and_no_kernel_compiler_says_how_to_get_one() {
+    let compiles = ended(&["kernels", "check", "--arch=sm_90a"]);
+    if compiles.0.success() {
+        // This machine has one where every process finds it.
+        return;
+    }
+    assert!(
+        compiles.1.contains("libnvrtc") && compiles.1.contains("COHORT_CUDA_LIBRARIES"),
+        "{}",
+        compiles.1
+    );
+    // Any library stands in for the driver: it is not called before the compiler is found.
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let some_library = maps.split_whitespace().find(|word| word.contains("/libc.so")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(some_library, folder.path().join("libcuda.so")).unwrap();
+    let args = ["up", "--grpc-listen=127.0.0.1:0", "--http-listen=off", "--device=cuda"];
+    let output = cohort(&args).env("LD_LIBRARY_PATH", folder.path()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("libnvrtc") && said.contains("install"), "{said}");
+}
+
+#[test]
+fn kernels_for_a_card_that_is_too_old_are_refused_with_the_targets_there_are() {
+    let (status, said) = ended(&["kernels", "check", "--arch=sm_70"]);
+    assert!(!status.success() && said.contains("sm_70") && said.contains("sm_90a"), "{said}");
+}
+
+#[test]
 fn a_rank_that_never_comes_is_named() {
     let (status, said) = ended(&["worker", "--rank=0", "--tensor-parallel=2", "--boot-timeout=1"]);
     assert!(!status.success() && said.contains("rank 1 did not join"), "{said}");

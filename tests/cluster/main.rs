@@ -4,7 +4,9 @@
 mod answers;
 mod bad_requests;
 mod bad_starts;
+mod batches;
 mod deaths;
+mod dummy_weights;
 mod endings;
 mod examples;
 mod parity;

@@ -47,7 +47,10 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// `cohort up` with these flags, ready to serve.
     pub(crate) fn up(args: &[&str]) -> Self {
-        let mut all = vec!["up", "--grpc-listen=127.0.0.1:0", "--http-listen=off", "--device=cpu"];
+        let mut all = vec!["up", "--grpc-listen=127.0.0.1:0", "--device=cpu"];
+        if !args.iter().any(|arg| arg.starts_with("--http-listen")) {
+            all.push("--http-listen=off");
+        }
         all.extend(args);
         let mut up = cohort(&all).spawn().unwrap();
         let said = Arc::new(Mutex::new(String::new()));
@@ -94,6 +97,13 @@ impl Cluster {
 
     pub(crate) fn server(&self) -> String {
         format!("http://{}", self.grpc)
+    }
+
+    /// Where HTTP is served, for a cluster that was told to.
+    pub(crate) fn http(&mut self) -> String {
+        let ready = self.wait_for_line("HTTP at ");
+        let address = ready.split("HTTP at ").nth(1).unwrap().split([',', ' ']).next().unwrap();
+        format!("http://{}", address.trim())
     }
 
     /// Runs a future; one that hangs fails the test.

@@ -6,8 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use model::Preset;
 use settings::{Flag, HttpListen, Loaded, Settings, Sources};
-use worker::Device;
+use worker::{Device, LoadFormat};
 
 /// Where logs go: always to stderr.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
@@ -63,9 +64,28 @@ pub struct ModelFlags {
     /// Directory of the checkpoint [default: the embedded demo model]
     #[arg(long, value_name = "DIR")]
     pub model: Option<String>,
-    /// Name the model is served under [default: the directory's name, or cohort-demo]
+    /// A published model's shape, with --load-format dummy
+    #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = Preset::ALL.map(Preset::name))]
+    pub preset: Option<String>,
+    /// What the weights are: checkpoint, or dummy (seeded random numbers; a config.json is enough) [default: checkpoint]
+    #[arg(long, value_parser = ["checkpoint", "dummy"])]
+    pub load_format: Option<String>,
+    /// Layers to keep of a model with dummy weights [default: all]
+    #[arg(long, value_name = "N")]
+    pub layers: Option<u32>,
+    /// Name the model is served under [default: the directory's or preset's name, or cohort-demo]
     #[arg(long, value_name = "NAME")]
     pub model_name: Option<String>,
+}
+
+impl ModelFlags {
+    /// For a command that needs no weights: a preset or a cut model needs no word about them.
+    #[must_use]
+    pub fn of_shape(&self) -> Self {
+        let dummy =
+            (self.preset.is_some() || self.layers.is_some()).then(|| LoadFormat::Dummy.name().to_owned());
+        Self { load_format: self.load_format.clone().or(dummy), ..self.clone() }
+    }
 }
 
 /// How it is computed.
@@ -78,6 +98,9 @@ pub struct ComputeFlags {
     /// Where the model runs [default: auto, a GPU when one is found]
     #[arg(long, value_parser = ["auto", "cpu", "cuda"])]
     pub device: Option<String>,
+    /// Look at every layer's output, so that a request that fails on a value that is no number is told the layer; slow
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub check_numerics: Option<bool>,
     /// Keys a sliding layer sees [default: the checkpoint's sliding_window]
     #[arg(long, value_name = "N")]
     pub window_keys: Option<u32>,
@@ -175,6 +198,9 @@ impl ConfigFlags for ModelFlags {
     fn flags(&self) -> Vec<Flag> {
         [
             given("--model", "model.path", self.model.as_ref()),
+            given("--preset", "model.preset", self.preset.as_ref()),
+            given("--load-format", "model.load_format", self.load_format.as_ref()),
+            given("--layers", "model.layers", self.layers.as_ref()),
             given("--model-name", "model.name", self.model_name.as_ref()),
         ]
         .into_iter()
@@ -188,6 +214,7 @@ impl ConfigFlags for ComputeFlags {
         [
             given("--dtype", "model.dtype", self.dtype.as_ref()),
             given("--device", "model.device", self.device.as_ref()),
+            given("--check-numerics", "model.check_numerics", self.check_numerics.as_ref()),
             given("--window-keys", "model.window_keys", self.window_keys.as_ref()),
         ]
         .into_iter()
@@ -241,6 +268,9 @@ impl From<&Settings> for ModelFlags {
         let model = &settings.model;
         Self {
             model: model.path.as_ref().map(|path| path.display().to_string()),
+            preset: model.preset.map(|preset| preset.name().to_owned()),
+            load_format: Some(model.load_format.name().to_owned()),
+            layers: model.layers,
             model_name: model.name.clone(),
         }
     }
@@ -257,6 +287,7 @@ impl From<&Settings> for ComputeFlags {
         Self {
             dtype: Some(model.dtype.to_string()),
             device: Some(device.into()),
+            check_numerics: Some(model.check_numerics),
             window_keys: model.window_keys,
         }
     }

@@ -25,10 +25,23 @@ pub(crate) const FILES: &[(&str, &[u8])] = &[
 
 /// The checkpoint these settings name.
 pub(crate) fn checkpoint(settings: &Settings) -> model::Files {
-    match &settings.model.path {
-        Some(path) => model::Files::Directory(path.clone()),
-        None => model::Files::Embedded(FILES),
+    match (&settings.model.path, settings.model.preset) {
+        (Some(path), _) => model::Files::Directory(path.clone()),
+        (None, Some(preset)) => preset.files(),
+        (None, None) => model::Files::Embedded(FILES),
     }
+}
+
+/// What the model computes, with the changes these settings ask for.
+pub(crate) fn model_config(settings: &Settings) -> Result<model::ModelConfig, model::Error> {
+    let mut config = model::ModelConfig::from_files(&checkpoint(settings))?;
+    if let Some(keys) = settings.model.window_keys {
+        config.window_keys = keys;
+    }
+    if let Some(layers) = settings.model.layers {
+        config.cut(layers as usize)?;
+    }
+    Ok(config)
 }
 
 /// The name it is served under.
@@ -36,9 +49,10 @@ pub(crate) fn served_name(settings: &Settings) -> String {
     if let Some(name) = &settings.model.name {
         return name.clone();
     }
-    match &settings.model.path {
-        None => NAME.to_owned(),
-        Some(path) => directory_name(path),
+    match (&settings.model.path, settings.model.preset) {
+        (Some(path), _) => directory_name(path),
+        (None, Some(preset)) => preset.name().to_owned(),
+        (None, None) => NAME.to_owned(),
     }
 }
 
@@ -53,6 +67,9 @@ fn directory_name(path: &Path) -> String {
 pub(crate) fn text_files(settings: &Settings) -> Result<router::ModelFiles, router::Error> {
     if let Some(path) = &settings.model.path {
         return router::ModelFiles::read_dir(path);
+    }
+    if settings.model.preset.is_some() {
+        return Ok(router::ModelFiles::default());
     }
     let file = |name: &str| FILES.iter().find(|(of, _)| *of == name).map(|(_, bytes)| bytes.to_vec());
     let template = file("chat_template.jinja").map(|bytes| String::from_utf8_lossy(&bytes).into_owned());

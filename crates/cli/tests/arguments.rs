@@ -47,17 +47,28 @@ fn file() -> impl Strategy<Value = FileFlag> {
 }
 
 fn model() -> impl Strategy<Value = ModelFlags> {
-    (of("[ -~]{1,12}"), of("[ -~]{1,12}")).prop_map(|(model, model_name)| ModelFlags { model, model_name })
+    let preset = of(prop_oneof![Just("north-mini-code"), Just("command-a-plus")].prop_map(str::to_owned));
+    let format = of(prop_oneof![Just("checkpoint"), Just("dummy")].prop_map(str::to_owned));
+    (of("[ -~]{1,12}"), of("[ -~]{1,12}"), preset, format, any::<Option<u32>>()).prop_map(
+        |(model, model_name, preset, load_format, layers)| {
+            // The two are refused together.
+            let preset = preset.filter(|_| model.is_none());
+            ModelFlags { model, preset, load_format, layers, model_name }
+        },
+    )
 }
 
 fn compute() -> impl Strategy<Value = ComputeFlags> {
     let dtype = prop_oneof![Just("f32"), Just("bf16")].prop_map(str::to_owned);
     let device = prop_oneof![Just("auto"), Just("cpu"), Just("cuda")].prop_map(str::to_owned);
-    (of(dtype), of(device), any::<Option<u32>>()).prop_map(|(dtype, device, window_keys)| ComputeFlags {
-        dtype,
-        device,
-        window_keys,
-    })
+    (of(dtype), of(device), any::<(Option<bool>, Option<u32>)>()).prop_map(
+        |(dtype, device, (check_numerics, window_keys))| ComputeFlags {
+            dtype,
+            device,
+            check_numerics,
+            window_keys,
+        },
+    )
 }
 
 fn group_flags() -> impl Strategy<Value = GroupFlags> {
@@ -169,6 +180,8 @@ fn every_flag_names_a_key_that_exists() {
     let mut settings = Settings::default();
     settings.model.path = Some("m".into());
     settings.model.name = Some("m".into());
+    settings.model.preset = Some(model::Preset::NorthMiniCode);
+    settings.model.layers = Some(1);
     settings.model.window_keys = Some(1);
     settings.group.threads = Some(1);
     let mut flags = ModelFlags::from(&settings).flags();
@@ -210,6 +223,7 @@ fn the_commands_of_the_readme_are_understood() {
         "config check --config cluster.toml",
         "plan --preset north-mini-code --tensor-parallel 2 --memory 139GiB --context 131072 --json",
         "plan --model /m --config cluster.toml --experts expert",
+        "up --device cuda --dtype bf16 --preset north-mini-code --load-format dummy --layers 4",
         "worker --rank 1 --tensor-parallel 2 --rendezvous 127.0.0.1:7000",
     ];
     for line in lines {

@@ -2,6 +2,7 @@
 //!
 //! `cargo bench -p engine --bench step`. Each figure is the median and the slowest of many repetitions, in µs.
 
+use std::collections::VecDeque;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
@@ -15,8 +16,10 @@ const PROMPT: u32 = 64;
 fn main() -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     for running in [256, 1024, 4096] {
-        let (times, bytes) = steady_decode(running);
-        writeln!(out, "apply + plan, {running} running: {}, plan {bytes} bytes", figures(times))?;
+        for (depth, when) in [(1, "between steps"), (2, "one step ahead")] {
+            let (times, bytes) = steady_decode(running, depth);
+            writeln!(out, "apply + plan {when}, {running} running: {}, plan {bytes} bytes", figures(times))?;
+        }
     }
     writeln!(out, "prefix look-up, 131,072 tokens in blocks of 16: {}", figures(look_up(16)))?;
     writeln!(out, "prefix look-up, 131,072 tokens in blocks of 64: {}", figures(look_up(64)))
@@ -44,11 +47,13 @@ fn config(running: u32, block_tokens: u32, blocks: [u32; 2]) -> Config {
     }
 }
 
-/// Times of `apply` and `plan` together in steps in which every sequence draws a token, and the median plan's bytes.
-fn steady_decode(running: u32) -> (Vec<Duration>, usize) {
+/// Times of `apply` and `plan` together in steps in which every sequence draws a token, with `depth` steps in flight
+/// while they run, and the median plan's bytes.
+fn steady_decode(running: u32, depth: usize) -> (Vec<Duration>, usize) {
     let blocks = running * (PROMPT + 1200).div_ceil(16) * 2;
     let mut engine = Engine::new(config(running, 16, [blocks, blocks])).expect("a configuration");
-    let (mut effects, mut step, mut encoded) = (Vec::new(), Step::default(), Vec::new());
+    let (mut effects, mut encoded) = (Vec::new(), Vec::new());
+    let mut steps: VecDeque<Step> = (0..depth).map(|_| Step::default()).collect();
     for seq in 0..running {
         let spec = GenerationSpec { max_tokens: Some(1150), ..GenerationSpec::default() };
         let generation = spec.validate(0, 262_144).expect("a valid request");
@@ -59,17 +64,22 @@ fn steady_decode(running: u32) -> (Vec<Duration>, usize) {
     }
     let (mut times, mut sizes) = (Vec::new(), Vec::new());
     let mut now = 0;
-    engine.plan_into(Micros(now), &mut step, &mut effects);
+    for step in &mut steps {
+        engine.plan_into(Micros(now), step, &mut effects);
+    }
     while times.len() < STEPS {
         effects.clear();
         now += 1;
+        let step = &steps[0];
         let full = step.work.len() == running as usize;
         let rows =
             step.work.iter().map(|_| RowOutput::Sampled { token: TokenId(50_000), logprob: None }).collect();
         let output = StepOutput { step: step.plan.step(), rows };
         let begin = Instant::now();
+        steps.rotate_left(1);
+        let step = steps.back_mut().expect("at least one");
         engine.apply(Event::StepDone(output), Micros(now), &mut effects);
-        engine.plan_into(Micros(now), &mut step, &mut effects);
+        engine.plan_into(Micros(now), step, &mut effects);
         let took = begin.elapsed();
         if full {
             times.push(took);

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 
 use types::{BlockId, SlotId};
 
+use crate::engine::flight_index;
 use crate::kv::Held;
+use crate::sequence::{Running, Sequence};
 use crate::{Engine, KvGroup, SlotTables};
 
 impl Engine {
@@ -18,7 +20,7 @@ impl Engine {
         self.check_sequences();
     }
 
-    /// Checks that a rank's tables, with all plans applied, are the engine's own.
+    /// Checks that a rank's tables, with all plans applied, are the engine's own: those of steps in flight too.
     ///
     /// # Panics
     /// When they are not: a bug in this crate.
@@ -88,11 +90,8 @@ impl Engine {
         for one in &self.running {
             let id = one.sequence.id;
             assert!(one.computed > 0, "{id} runs without having had a row");
-            assert!(one.computed <= one.sequence.len(), "{id} computed more than it has");
-            assert!(
-                one.remaining() > 0 || self.in_flight.is_some(),
-                "{id} waits for a token nobody computes"
-            );
+            assert!(one.computed <= one.sequence.inputs(), "{id} computed more than it has");
+            self.check_flights(one);
             assert!(
                 one.computed <= one.sequence.cached_tokens_max(),
                 "{id} caches more than it was admitted for"
@@ -108,24 +107,45 @@ impl Engine {
                 assert!(table.first() <= needed, "{id}: {group} lost a block that is still needed");
             }
             if let Some(cursor) = &one.cursor {
-                let full = one.computed / geometry.block_size.tokens();
-                let published = cursor.blocks() == full || self.in_flight.is_some();
-                assert!(cursor.blocks() <= full && published, "{id}: blocks in the prefix tree");
-            }
-            if self.in_flight.is_none() {
-                assert!(one.logit_rows.is_empty(), "{id} expects rows of a step that does not run");
+                let full = one.answered / geometry.block_size.tokens();
+                assert_eq!(cursor.blocks(), full, "{id}: blocks in the prefix tree");
             }
         }
         for sequence in self.waiting.values() {
             let Some(leader) = sequence.held_by else { continue };
-            let mut all = self.waiting.values().chain(self.running.iter().map(|one| &one.sequence));
+            let mut all = self.sequences();
             let leads = all.any(|one| one.id == leader && one.leads && one.held_by.is_none());
             assert!(leads, "{} waits for {leader}, which computes no prompt", sequence.id);
         }
         let waiting: u64 = self.waiting.values().map(|sequence| u64::from(sequence.len())).sum();
         assert_eq!(waiting, self.waiting_tokens, "waiting tokens");
-        let ids = self.waiting.values().map(|s| s.id).chain(self.running.iter().map(|one| one.sequence.id));
-        let unique: BTreeSet<_> = ids.collect();
-        assert_eq!(unique.len(), self.waiting.len() + self.running.len(), "a sequence is in two places");
+        let unique: BTreeSet<_> = self.sequences().map(|one| one.id).collect();
+        assert_eq!(unique.len(), self.sequences().count(), "a sequence is in two places");
+    }
+
+    fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        let leaving = self.leaving.iter().map(|one| &one.sequence);
+        self.waiting.values().chain(leaving).chain(self.running.iter().map(|one| &one.sequence))
+    }
+
+    /// What a sequence expects of the steps in flight is what they compute.
+    fn check_flights(&self, one: &Running) {
+        let id = one.sequence.id;
+        let mut end = one.answered;
+        let mut pending = 0;
+        for (at, flight) in one.flights.iter().enumerate() {
+            let flown = self.in_flight.iter().any(|step| flight_index(step.step) == at);
+            assert!(flown || flight.is_none(), "{id} expects rows of a step that is not in flight");
+        }
+        for step in &self.in_flight {
+            let Some(flight) = &one.flights[flight_index(step.step)] else { continue };
+            assert!(flight.end > end, "{id}: step {} adds nothing", step.step);
+            assert!(flight.logit_rows.end <= step.logit_rows, "{id}: logit rows of step {}", step.step);
+            end = flight.end;
+            pending += u32::from(flight.draws);
+        }
+        assert_eq!(end, one.computed, "{id}: tokens computed by answered steps and those in flight");
+        assert_eq!(one.sequence.expected(), one.sequence.len() + pending, "{id}: tokens being drawn");
+        assert!(one.remaining() + pending > 0, "{id} waits for a token nobody computes");
     }
 }

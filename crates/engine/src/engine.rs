@@ -1,6 +1,6 @@
 //! The engine's state, and what events do to it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::mem;
 use std::sync::Arc;
 
@@ -10,13 +10,33 @@ use types::{Generation, Micros, SeqId, SlotId, TokenId};
 use crate::kv::Kv;
 use crate::rank::Rank;
 use crate::sabotage::Sabotage;
-use crate::sequence::{Running, Sequence, stops};
-use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, StepOutput};
+use crate::schedule::Blocked;
+use crate::sequence::{Leaving, Running, Sequence, stops};
+use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, RowOutput, StepOutput};
+
+/// Steps that may be planned and not answered: one that runs, and one that is ready when it ends. A token that is not
+/// known yet is therefore always one that the step just before draws.
+pub const STEPS_IN_FLIGHT_MAX: usize = 2;
 
 /// The scheduler of one group: a pure state machine. The caller owns time, threads and the device.
 ///
-/// The loop around it: [`Engine::apply`] what has happened, pass the effects on, [`Engine::plan_into`], run the
-/// step, apply [`Event::StepDone`], and again.
+/// The loop around it: [`Engine::apply`] what has happened, pass the effects on, [`Engine::plan_into`], hand the step to
+/// whoever runs it, apply [`Event::StepDone`], and again. Up to [`STEPS_IN_FLIGHT_MAX`] steps may be planned and not
+/// answered: the next one is made while one runs.
+///
+/// # Steps in flight
+/// Every rank executes steps one after the other in the order of their numbers, so what is decided while a step is in
+/// flight concerns only later ones:
+///
+/// - **Blocks** are free the moment a sequence leaves, although steps in flight may still write to them. Whoever gets one
+///   does so in a later plan, whose rows run after those writes, and reads only positions that were written
+///   since: by its own rows, or, for a block of the prefix tree, before the block was put there. Blocks go into the tree
+///   when the step that filled them has been answered; nothing in flight writes to them any more, because the rows
+///   of a sequence only ever write behind what it has computed.
+/// - **A sequence that ends** while it has a row in a later step leaves at once. That row's result is dropped, and
+///   its slot is named in the first plan made after that.
+/// - **A sequence that is preempted** has no row in the step being made, so at most one step in flight draws a token of it.
+///   It waits when it has that token ([`Leaving`]), and so loses none.
 #[derive(Debug)]
 pub struct Engine {
     pub(crate) config: Config,
@@ -24,13 +44,17 @@ pub struct Engine {
     /// Those that wait, preempted ones included.
     pub(crate) waiting: BTreeMap<Rank, Sequence>,
     pub(crate) waiting_tokens: u64,
-    /// Ordered by rank when a step is planned; what that step starts comes last. So while it runs the order is that of
-    /// its rows.
+    /// Ordered by rank when a step is planned; what that step starts comes last.
     pub(crate) running: Vec<Running>,
+    /// Preempted while a step in flight draws their next token: all of them have rows in the oldest one.
+    pub(crate) leaving: Vec<Leaving>,
+    /// Why the first of those that wait could not start.
+    pub(crate) blocked: Option<Blocked>,
     pub(crate) slots_free: Vec<SlotId>,
     /// Slots to name in the next plan.
     pub(crate) slots_released: Vec<SlotId>,
-    pub(crate) in_flight: Option<InFlight>,
+    /// The oldest first.
+    pub(crate) in_flight: VecDeque<InFlight>,
     pub(crate) steps: u64,
     /// The list of banned tokens of a row that may draw any, shared.
     pub(crate) unbanned: Arc<[TokenId]>,
@@ -41,7 +65,7 @@ pub struct Engine {
     last_id: Option<SeqId>,
 }
 
-/// The step that runs now.
+/// A step that was planned and has not been answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct InFlight {
     pub(crate) step: u64,
@@ -63,6 +87,8 @@ pub struct Load {
     pub blocks_cached: [u32; 2],
     /// Blocks there are, by [`KvGroup::index`].
     pub blocks: [u32; 2],
+    /// Prompts looked up in the prefix tree since the start.
+    pub prefix_look_ups: u64,
 }
 
 impl Engine {
@@ -77,10 +103,12 @@ impl Engine {
             waiting: BTreeMap::new(),
             waiting_tokens: 0,
             running: Vec::with_capacity(config.running_max as usize),
+            leaving: Vec::new(),
+            blocked: None,
             // Reversed, so that the lowest slot is taken first.
             slots_free: (0..config.running_max).rev().map(SlotId).collect(),
             slots_released: Vec::new(),
-            in_flight: None,
+            in_flight: VecDeque::with_capacity(STEPS_IN_FLIGHT_MAX),
             steps: 0,
             unbanned: Arc::from([]),
             led: Vec::new(),
@@ -100,7 +128,7 @@ impl Engine {
     ///
     /// # Panics
     /// When the caller breaks the protocol: an id that does not grow, or a step output that does not answer the
-    /// step planned last.
+    /// oldest step in flight.
     pub fn apply(&mut self, event: Event, now: Micros, effects: &mut Vec<Effect>) {
         match event {
             Event::Submit { seq, request } => self.submit(seq, request, now, effects),
@@ -116,24 +144,25 @@ impl Engine {
         let blocks = KvGroup::ALL.map(|group| self.kv.pool(group).total());
         Load {
             running: count(self.running.len()),
-            waiting: count(self.waiting.len()),
+            waiting: count(self.waiting.len() + self.leaving.len()),
             waiting_tokens: self.waiting_tokens,
             blocks_used: KvGroup::ALL.map(|group| blocks[group.index()] - self.kv.available(group)),
             blocks_cached: KvGroup::ALL.map(|group| self.kv.prefixes().shared(group).idle()),
             blocks,
+            prefix_look_ups: self.kv.prefixes().look_ups(),
         }
     }
 
-    /// Whether there is nothing to plan.
+    /// Whether no sequence runs or waits. A step may be in flight all the same, for sequences that have ended.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.running.is_empty() && self.waiting.is_empty() && self.leaving.is_empty()
     }
 
-    /// Whether a step has been planned and not answered.
+    /// Steps that were planned and have not been answered.
     #[must_use]
-    pub const fn is_step_running(&self) -> bool {
-        self.in_flight.is_some()
+    pub fn steps_in_flight(&self) -> usize {
+        self.in_flight.len()
     }
 
     /// Whether a request like this could ever run; what depends on the moment (queue, deadline) is not asked.
@@ -247,36 +276,59 @@ impl Engine {
     }
 
     fn step_done(&mut self, output: StepOutput, effects: &mut Vec<Effect>) {
-        let answered = InFlight { step: output.step, logit_rows: output.rows.len() };
-        assert_eq!(self.in_flight.take(), Some(answered), "the output must answer the step planned last");
-        let mut rows = output.rows.into_iter();
-        let mut taken = 0;
+        let StepOutput { step, mut rows } = output;
+        let answered = InFlight { step, logit_rows: rows.len() };
+        assert_eq!(
+            self.in_flight.pop_front(),
+            Some(answered),
+            "the output must answer the oldest step in flight"
+        );
+        let at = flight_index(step);
         let mut running = mem::take(&mut self.running);
         running.retain_mut(|one| {
-            let own = mem::take(&mut one.logit_rows);
-            // Rows in between belong to sequences that ended while the step ran: dropped without trace.
-            let gap = own.start.saturating_sub(taken);
-            rows.by_ref().take(gap).for_each(drop);
-            taken += gap + own.len();
-            let mut outputs = rows.by_ref().take(own.len());
+            // Results of sequences that ended while the step was in flight are nobody's: dropped without trace.
+            let Some(flight) = one.flights[at].take() else { return true };
+            one.answered = flight.end;
             let known = one.sequence.len();
-            let finish = one.take(&mut outputs, &self.config, effects);
-            outputs.for_each(drop);
+            let finish = one.sequence.take(&flight, &mut rows, &self.config, effects);
             if finish != Some(Finish::NotANumber) {
-                let early = u32::from(self.sabotage == Some(Sabotage::PublishEarly));
-                one.publish(&mut self.kv, early);
+                let tokens = self.publishable(one);
+                one.publish(&mut self.kv, tokens);
             }
             let drew = one.sequence.len() > known;
             if drew || finish.is_some() {
                 self.led.extend(mem::take(&mut one.sequence.leads).then_some((one.sequence.id, drew)));
             }
             let Some(finish) = finish else { return true };
-            effects.push(Effect::Finished { seq: one.sequence.id, finish, usage: one.sequence.usage() });
+            self.finish(&one.sequence, finish, effects);
+            if self.haunts(one) {
+                return true;
+            }
             self.vacate(one);
             false
         });
         self.running = running;
+        self.settle_leaving(&mut rows, effects);
         self.free_families();
+    }
+
+    /// Gives those that were preempted while the step was in flight their results, and a place in the queue.
+    fn settle_leaving(&mut self, rows: &mut [RowOutput], effects: &mut Vec<Effect>) {
+        for mut one in mem::take(&mut self.leaving) {
+            let finish = one.sequence.take(&one.flight, rows, &self.config, effects);
+            if one.flight.draws || finish.is_some() {
+                // Its blocks are gone, so whoever waits for its prompt does not find it.
+                self.led.extend(mem::take(&mut one.sequence.leads).then_some((one.sequence.id, false)));
+            }
+            match finish {
+                Some(finish) => self.finish(&one.sequence, finish, effects),
+                None => self.send_back(one.sequence, effects),
+            }
+        }
+    }
+
+    fn finish(&self, sequence: &Sequence, finish: Finish, effects: &mut Vec<Effect>) {
+        effects.push(Effect::Finished { seq: sequence.id, finish, usage: sequence.usage() });
     }
 
     /// Lets the sequences go that waited for others to compute their prompt. If that did not happen, the next of them
@@ -303,29 +355,29 @@ impl Engine {
         effects: &mut Vec<Effect>,
         ends: impl Fn(&Sequence) -> Option<Finish>,
     ) {
-        self.waiting.retain(|_, sequence| {
-            let Some(finish) = ends(sequence) else { return true };
-            self.waiting_tokens -= u64::from(sequence.len());
-            self.led.extend(sequence.leads.then_some((sequence.id, false)));
+        let mut led = mem::take(&mut self.led);
+        let mut end = |sequence: &Sequence| {
+            let Some(finish) = ends(sequence) else { return false };
+            led.extend(sequence.leads.then_some((sequence.id, false)));
             effects.push(Effect::Finished { seq: sequence.id, finish, usage: sequence.usage() });
-            false
+            true
+        };
+        self.waiting.retain(|_, sequence| {
+            let ended = end(sequence);
+            self.waiting_tokens -= if ended { sequence.len().into() } else { 0 };
+            !ended
         });
+        self.leaving.retain(|one| !end(&one.sequence));
         let mut running = mem::take(&mut self.running);
-        running.retain_mut(|one| {
-            let Some(finish) = ends(&one.sequence) else { return true };
-            self.led.extend(one.sequence.leads.then_some((one.sequence.id, false)));
-            effects.push(Effect::Finished { seq: one.sequence.id, finish, usage: one.sequence.usage() });
-            self.vacate(one);
-            false
-        });
+        running.extract_if(.., |one| end(&one.sequence)).for_each(|mut one| self.vacate(&mut one));
         self.running = running;
+        self.led = led;
         self.free_families();
     }
 
-    /// Frees everything a running sequence holds. A step that still runs may write to its blocks; nothing reads
-    /// them, and no later step begins before that one has ended.
+    /// Frees everything a running sequence holds; see [`Engine`] for steps in flight that still write to it.
     pub(crate) fn vacate(&mut self, one: &mut Running) {
-        if self.has_bug(Sabotage::LeakBlocks) && self.in_flight.is_some() {
+        if self.has_bug(Sabotage::LeakBlocks) && !self.in_flight.is_empty() {
             one.tables = crate::kv::Tables::default();
         }
         if self.has_bug(Sabotage::FreeSlotTwice) {
@@ -338,4 +390,9 @@ impl Engine {
         self.slots_free.push(one.slot);
         self.slots_released.push(one.slot);
     }
+}
+
+/// Where [`Running::flights`] keeps a sequence's part of `step`.
+pub(crate) const fn flight_index(step: u64) -> usize {
+    (step % STEPS_IN_FLIGHT_MAX as u64) as usize
 }

@@ -92,6 +92,14 @@ pub enum Error {
         /// The step this rank is at.
         expected: u64,
     },
+    /// Drawn tokens that are not those the plan's inputs refer to.
+    #[error("step plan refers to tokens of step {expected}; those known here are of step {got}")]
+    DrawnStep {
+        /// The step whose tokens are known.
+        got: u64,
+        /// The step whose tokens are wanted.
+        expected: u64,
+    },
     /// A step plan that disagrees with the state of a slot here.
     #[error("step {step}, {slot}: {what} is {got} in the plan and {expected} on this rank")]
     PlanSlot {

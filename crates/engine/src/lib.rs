@@ -5,12 +5,13 @@
 //! give the same plans.
 //!
 //! Read in this order: [`Event`] and [`Effect`] (what goes in and out), `engine.rs` (the state and `apply`),
-//! `schedule.rs` (how a step is made), [`kv`] (blocks), [`StepPlan`] (what every rank executes) and [`SlotTables`]
-//! (its mirror image on every rank).
+//! `schedule.rs` (how a step is made), [`kv`] (blocks), [`StepPlan`] (what every rank executes), [`Drawn`] (the tokens
+//! it may refer to) and [`SlotTables`] (its mirror image on every rank).
 #![forbid(unsafe_code)]
 
 mod check;
 mod config;
+mod drawn;
 mod engine;
 mod error;
 mod event;
@@ -24,16 +25,17 @@ mod slots;
 mod wire;
 
 pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
-pub use engine::{Engine, Load};
+pub use drawn::Drawn;
+pub use engine::{Engine, Load, STEPS_IN_FLIGHT_MAX};
 pub use error::Error;
 pub use event::{
     Effect, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions, RowOutput, StepOutput,
     TokenLogprob, Usage,
 };
-pub use plan::{PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
+pub use plan::{Input, PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
 pub use rank::{AGEING_MAX, AGEING_PER_LEVEL};
 #[doc(hidden)]
 pub use sabotage::Sabotage;
 pub use slots::SlotTables;
 pub use types::{BlockTable, KvGroup};
-pub use wire::PLAN_VERSION;
+pub use wire::{Frame, PLAN_VERSION};

@@ -20,11 +20,11 @@ pub struct Step {
 impl Step {
     /// Forgets everything but the memory.
     pub(crate) fn clear(&mut self) {
-        let StepPlan { step, released, sequences, tokens, blocks } = &mut self.plan;
+        let StepPlan { step, released, sequences, inputs, blocks } = &mut self.plan;
         *step = 0;
         released.clear();
         sequences.clear();
-        tokens.clear();
+        inputs.clear();
         blocks.clear();
         self.work.clear();
     }
@@ -70,6 +70,18 @@ pub enum RowPurpose {
     },
 }
 
+/// The input of one row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// A token that was known when the step was planned.
+    Known(TokenId),
+    /// The token that the step before draws from this logit row of its own; it had not run when this one was planned.
+    Drawn {
+        /// Index among the logit rows of the step before.
+        row: u32,
+    },
+}
+
 /// One step as every rank executes it: what changed since the last one. [`crate::SlotTables`] keeps the rest.
 ///
 /// Slots in [`StepPlan::released`] are emptied first, and may be used again by the same plan.
@@ -79,7 +91,7 @@ pub struct StepPlan {
     pub(crate) released: Vec<SlotId>,
     pub(crate) sequences: Vec<SequenceEntry>,
     /// Inputs of all sequences, in order.
-    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) inputs: Vec<Input>,
     /// Newly assigned blocks of all sequences, in order; of each, the full group's first.
     pub(crate) blocks: Vec<BlockId>,
 }
@@ -104,8 +116,8 @@ pub struct PlannedSequence<'a> {
     pub start: Position,
     /// Its rows among all rows of the step.
     pub rows: Range<usize>,
-    /// Input token of each row; at least one.
-    pub tokens: &'a [TokenId],
+    /// Input of each row; at least one. Only the last one may be [`Input::Drawn`].
+    pub inputs: &'a [Input],
     /// How many of its rows want logits: the last ones.
     pub logit_rows: u32,
     /// Leading sliding blocks that left the window and were given back, before the new ones are added.
@@ -127,10 +139,10 @@ impl StepPlan {
         &self.released
     }
 
-    /// Input token of every row, in order.
+    /// Input of every row, in order.
     #[must_use]
-    pub fn tokens(&self) -> &[TokenId] {
-        &self.tokens
+    pub fn inputs(&self) -> &[Input] {
+        &self.inputs
     }
 
     /// How many sequences take part.
@@ -153,13 +165,25 @@ impl StepPlan {
             PlannedSequence {
                 slot: entry.slot,
                 start: entry.start,
-                tokens: &self.tokens[rows.clone()],
+                inputs: &self.inputs[rows.clone()],
                 rows,
                 logit_rows: entry.logit_rows,
                 dropped: entry.dropped,
                 new_blocks,
             }
         })
+    }
+
+    /// How many rows want logits.
+    #[must_use]
+    pub fn logit_row_count(&self) -> u32 {
+        self.sequences.iter().map(|entry| entry.logit_rows).sum()
+    }
+
+    /// Whether an input is a token that the step before draws.
+    #[must_use]
+    pub fn follows_on(&self) -> bool {
+        self.inputs.iter().any(|input| matches!(input, Input::Drawn { .. }))
     }
 
     /// Rows whose logits are wanted, ascending.

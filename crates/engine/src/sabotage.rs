@@ -3,8 +3,8 @@
 
 use crate::kv::Root;
 use crate::rank::Rank;
-use crate::sequence::Sequence;
-use crate::{Config, Engine, Error, RowPurpose, RowWork};
+use crate::sequence::{Running, Sequence};
+use crate::{Config, Engine, Error, Input, RowPurpose, Step};
 
 /// A bug.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,11 +37,19 @@ pub enum Sabotage {
     ExceedBudget,
     /// Sequences that wait for another one of their request are never let go.
     ForgetFamily,
+    /// An input that is not known names another row than the one that draws it.
+    NameWrongRow,
+    /// The generator's position leaves out tokens that are not known yet.
+    ForgetPending,
+    /// What is computed for a sequence after its end is delivered all the same.
+    DeliverDiscarded,
+    /// Blocks that a step in flight fills are put into the prefix tree.
+    PublishUnanswered,
 }
 
 impl Sabotage {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 18] = [
         Self::LeakBlocks,
         Self::FreeSlotTwice,
         Self::WindowOffByOne,
@@ -56,6 +64,10 @@ impl Sabotage {
         Self::ForgetMinTokens,
         Self::ExceedBudget,
         Self::ForgetFamily,
+        Self::NameWrongRow,
+        Self::ForgetPending,
+        Self::DeliverDiscarded,
+        Self::PublishUnanswered,
     ];
 }
 
@@ -86,17 +98,38 @@ impl Engine {
         }
     }
 
-    /// Spoils the rows of a sequence that began with `resumed` tokens.
-    pub(crate) fn spoil_rows(bug: Sabotage, rows: &mut [RowWork], resumed: u32) {
-        for row in rows {
+    /// Spoils the rows `step` has just got for `sequence`, whose work is that from `first` on.
+    pub(crate) fn spoil_rows(bug: Sabotage, step: &mut Step, first: usize, sequence: &Sequence) {
+        if bug == Sabotage::NameWrongRow
+            && let Some(Input::Drawn { row }) = step.plan.inputs.last_mut()
+        {
+            *row = row.saturating_sub(1);
+        }
+        for row in &mut step.work[first..] {
             let RowPurpose::Sample { stream, position, banned, .. } = &mut row.purpose else { continue };
             match bug {
                 Sabotage::IgnoreStream => *stream = 0,
-                Sabotage::RestartGenerator => *position -= resumed,
+                Sabotage::RestartGenerator => *position -= sequence.resumed(),
+                Sabotage::ForgetPending => *position -= sequence.expected() - sequence.len(),
                 Sabotage::ForgetMinTokens => *banned = [].into(),
                 _ => {}
             }
         }
+    }
+
+    /// How many tokens of `one` can be shared: those of steps that have been answered. A step may yet turn out to have
+    /// computed what are not numbers.
+    pub(crate) fn publishable(&self, one: &Running) -> u32 {
+        match self.sabotage {
+            Some(Sabotage::PublishEarly) => one.answered + self.config.block_size.tokens(),
+            Some(Sabotage::PublishUnanswered) => one.computed,
+            _ => one.answered,
+        }
+    }
+
+    /// Whether a sequence that has ended stays for what a later step computes for it.
+    pub(crate) fn haunts(&self, one: &Running) -> bool {
+        self.has_bug(Sabotage::DeliverDiscarded) && one.flights.iter().any(Option::is_some)
     }
 }
 

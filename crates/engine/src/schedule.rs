@@ -9,12 +9,12 @@
 
 use types::{Micros, Position};
 
-use crate::engine::InFlight;
-use crate::kv::{Cursor, Kv, Tables};
+use crate::engine::{InFlight, STEPS_IN_FLIGHT_MAX, flight_index};
+use crate::kv::{Cursor, Kv};
 use crate::plan::SequenceEntry;
 use crate::rank::Rank;
 use crate::sabotage::Sabotage;
-use crate::sequence::{Found, Running};
+use crate::sequence::{Found, Leaving, Running, Sequence};
 use crate::{Effect, Engine, Finish, KvGroup, RowWork, Step};
 
 /// A step while it is being made.
@@ -29,13 +29,15 @@ struct Draft<'a> {
 }
 
 impl Engine {
-    /// Plans the next step into `step`, whose old content is dropped; false, and an empty step, exactly when the
-    /// engine is idle. What must be passed on (deadlines that passed, preemptions) is appended to `effects`.
+    /// Plans the next step into `step`, whose old content is dropped. False, and an empty step, when there is nothing to
+    /// run: the engine is idle, or what there is must wait for the answer to a step in flight. What must be passed on
+    /// (deadlines that passed, preemptions) is appended to `effects`.
     ///
     /// # Panics
-    /// When the step planned last has not been answered.
+    /// With [`STEPS_IN_FLIGHT_MAX`] steps in flight.
     pub fn plan_into(&mut self, now: Micros, step: &mut Step, effects: &mut Vec<Effect>) -> bool {
-        assert_eq!(self.in_flight, None, "a step must be answered before the next one is planned");
+        let in_flight = self.in_flight.len();
+        assert!(in_flight < STEPS_IN_FLIGHT_MAX, "a step must be answered before the next one is planned");
         self.end_where(effects, |sequence| sequence.is_late(now).then_some(Finish::DeadlineExceeded));
         step.clear();
         if self.is_idle() {
@@ -51,11 +53,14 @@ impl Engine {
         };
         self.schedule_running(&mut draft, effects);
         self.admit_waiting(&mut draft, effects);
-        assert!(!step.plan.sequences.is_empty(), "an engine with work always finds a row to run");
+        if step.plan.sequences.is_empty() {
+            assert!(in_flight > 0, "an engine with work always finds a row to run");
+            return false;
+        }
         self.steps += 1;
         step.plan.step = self.steps;
         step.plan.released.append(&mut self.slots_released);
-        self.in_flight = Some(InFlight { step: self.steps, logit_rows: step.work.len() });
+        self.in_flight.push_back(InFlight { step: self.steps, logit_rows: step.work.len() });
         true
     }
 
@@ -97,18 +102,26 @@ impl Engine {
         self.running.get(index).map(|one| self.kv.room(&one.tables, one.computed))
     }
 
-    /// Sends the last running sequence back to its place in the queue. It keeps its tokens, so it goes on where it was
-    /// once they have been computed again. It has not been given rows in this step: the sequence that lacks a block
-    /// is never after it. (It does not come back in the same step either: one of its blocks is taken by then.)
+    /// Takes everything from the last running sequence. It keeps its tokens, so it goes on where it was once they have
+    /// been computed again. It has not been given rows in this step: the sequence that lacks a block is never after
+    /// it. (It does not come back in the same step either: one of its blocks is taken by then.)
     fn preempt_last(&mut self, effects: &mut Vec<Effect>) {
         assert!(self.running.len() > 1, "a sequence that runs alone fits: it was checked when it came");
         let mut one = self.running.pop().expect("there are at least two");
         self.vacate(&mut one);
-        effects.push(Effect::Preempted { seq: one.sequence.id });
-        if self.has_bug(Sabotage::LoseTokenAtPreemption) {
-            one.sequence.forget_last();
+        match one.flights.into_iter().flatten().next() {
+            Some(flight) => self.leaving.push(Leaving { sequence: one.sequence, flight }),
+            None => self.send_back(one.sequence, effects),
         }
-        self.wait(one.sequence);
+    }
+
+    /// Sends a preempted sequence to its place in the queue.
+    pub(crate) fn send_back(&mut self, mut sequence: Sequence, effects: &mut Vec<Effect>) {
+        effects.push(Effect::Preempted { seq: sequence.id });
+        if self.has_bug(Sabotage::LoseTokenAtPreemption) {
+            sequence.forget_last();
+        }
+        self.wait(sequence);
     }
 
     /// Starts waiting sequences while rows, slots and blocks last.
@@ -118,15 +131,19 @@ impl Engine {
             // Sequences that will find their prompt computed by another one of their request are passed over.
             let head = self.waiting.values().find(|sequence| sequence.held_by.is_none());
             let Some(rank) = head.map(|sequence| sequence.rank) else { return };
+            let promised = promised.get_or_insert_with(|| self.promised());
+            if self.is_still_blocked(rank, *promised) {
+                return;
+            }
             let mut found = self.find(rank);
             let head = &self.waiting[&rank];
             let wanted = head.longest(found.start, draft.tokens, draft.logits);
-            let promised = promised.get_or_insert_with(|| self.promised());
-            if wanted == 0 || !self.fits(head.len(), &found.tables, *promised) {
-                self.kv.release(&mut found.tables);
-                found.cursor.into_iter().for_each(|cursor| self.kv.close(cursor));
-                return;
+            let held = KvGroup::ALL.map(|group| found.tables[group.index()].len());
+            let fits = self.fits(head.len(), held, [0, 0], *promised);
+            if wanted == 0 || !fits {
+                return self.put_back(rank, found, fits);
             }
+            self.blocked = None;
             let mut sequence = self.waiting.remove(&rank).expect("it was just looked at");
             self.waiting_tokens -= u64::from(sequence.len());
             sequence.start(found.start);
@@ -164,21 +181,42 @@ impl Engine {
         found
     }
 
+    /// Whether the waiting sequence at `rank` was found not to fit, and cannot fit now either: looking its prompt up
+    /// again would be in vain.
+    fn is_still_blocked(&self, rank: Rank, promised: [u32; 2]) -> bool {
+        let Some(blocked) = self.blocked.as_ref().filter(|blocked| blocked.rank == rank) else {
+            return false;
+        };
+        let tokens = self.waiting[&rank].len();
+        self.steps < blocked.step + BLOCKED_STEPS_MAX
+            && !self.fits(tokens, blocked.held, blocked.idle, promised)
+    }
+
+    /// Gives back what was found of the sequence at `rank`, which does not start; `fits` says whether it would.
+    fn put_back(&mut self, rank: Rank, mut found: Found, fits: bool) {
+        let held = KvGroup::ALL.map(|group| found.tables[group.index()].len());
+        let before = KvGroup::ALL.map(|group| self.kv.available(group));
+        self.kv.release(&mut found.tables);
+        found.cursor.into_iter().for_each(|cursor| self.kv.close(cursor));
+        let idle = KvGroup::ALL.map(|group| self.kv.available(group) - before[group.index()]);
+        self.blocked = (!fits).then_some(Blocked { rank, step: self.steps, held, idle });
+    }
+
     /// Blocks running sequences still need for tokens they already have, by [`KvGroup::index`].
     fn promised(&self) -> [u32; 2] {
         KvGroup::ALL.map(|group| self.running.iter().map(|one| promise(&self.kv, one, group)).sum())
     }
 
-    /// Whether a sequence of `tokens` that holds `tables` can start without taking blocks that others are about to
-    /// need: what they were promised, and one more for each of them and for itself, or it would soon be preempted.
-    /// Alone it always fits.
-    fn fits(&self, tokens: u32, tables: &Tables, promised: [u32; 2]) -> bool {
+    /// Whether a sequence of `tokens`, `held` blocks of which are there, can start without taking blocks that others are
+    /// about to need: what they were promised, and one more for each of them and for itself, or it would soon be
+    /// preempted. `idle` of the blocks it holds still count as available. Alone it always fits.
+    fn fits(&self, tokens: u32, held: [u32; 2], idle: [u32; 2], promised: [u32; 2]) -> bool {
         let running = u32::try_from(self.running.len()).expect("bounded by running_max");
         running == 0
             || self.kv.groups().all(|group| {
-                let held = tables[group.index()].len();
-                let own = self.kv.geometry().peak(group, tokens).saturating_sub(held);
-                own + promised[group.index()] + running < self.kv.available(group)
+                let at = group.index();
+                let own = self.kv.geometry().peak(group, tokens).saturating_sub(held[at]);
+                own + promised[at] + running + idle[at] < self.kv.available(group)
             })
     }
 
@@ -186,11 +224,12 @@ impl Engine {
     fn place(&mut self, index: usize, rows: u32, dropped: u32, draft: &mut Draft<'_>) {
         let one = &mut self.running[index];
         let step = &mut *draft.step;
+        let number = self.steps + 1;
         let range = one.computed..one.computed + rows;
         let logit_rows = one.sequence.logit_rows(&range);
         self.kv.extend(&mut one.tables, range.end);
         let new_blocks = one.announce(&mut step.plan.blocks);
-        step.plan.tokens.extend_from_slice(one.sequence.tokens(range.clone()));
+        one.inputs(range.clone(), flight_index(number - 1), &mut step.plan.inputs);
         step.plan.sequences.push(SequenceEntry {
             slot: one.slot,
             start: Position(range.start),
@@ -207,19 +246,36 @@ impl Engine {
             }),
         );
         if let Some(bug) = self.sabotage {
-            Self::spoil_rows(bug, &mut step.work[first..], one.sequence.resumed());
+            Self::spoil_rows(bug, step, first, &one.sequence);
         }
-        one.logit_rows = first..step.work.len();
+        let flight = one.sequence.fly(first..step.work.len(), range.end);
+        one.flights[flight_index(number)] = Some(flight);
         one.computed = range.end;
         draft.tokens -= rows;
         draft.logits -= logit_rows;
     }
 }
 
+/// Steps for which a look-up in vain is believed. Meanwhile blocks of the prompt may come and go without being noticed.
+const BLOCKED_STEPS_MAX: u64 = 32;
+
+/// What was found of the first waiting sequence when it did not fit, so that a long prompt is not looked up at every
+/// step in which it cannot start.
+#[derive(Debug)]
+pub(crate) struct Blocked {
+    rank: Rank,
+    step: u64,
+    /// Blocks found, by [`KvGroup::index`].
+    held: [u32; 2],
+    /// Those of them that nobody else uses.
+    idle: [u32; 2],
+}
+
 /// Blocks `one` still needs in `group` for tokens it already has.
 fn promise(kv: &Kv, one: &Running, group: KvGroup) -> u32 {
-    match one.remaining() {
-        0 => 0,
-        _ => kv.geometry().peak(group, one.sequence.len()).saturating_sub(one.tables[group.index()].len()),
+    let known = one.sequence.len();
+    if known <= one.computed {
+        return 0;
     }
+    kv.geometry().peak(group, known).saturating_sub(one.tables[group.index()].len())
 }

@@ -11,7 +11,8 @@ use types::{
 use crate::kv::{Cursor, Kv, Root, Tables};
 use crate::rank::Rank;
 use crate::{
-    Config, Effect, Finish, KvGroup, PrefixReuse, Request, RowOutput, RowPurpose, TokenLogprob, Usage,
+    Config, Effect, Finish, Input, KvGroup, PrefixReuse, Request, RowOutput, RowPurpose, STEPS_IN_FLIGHT_MAX,
+    TokenLogprob, Usage,
 };
 
 /// Tokens and progress of one sequence; nothing in here depends on when or beside what it runs.
@@ -25,6 +26,8 @@ pub(crate) struct Sequence {
     stream: u32,
     /// Prompt, then what was generated: after a preemption all of it is computed again.
     tokens: Vec<TokenId>,
+    /// Tokens that steps in flight draw.
+    pending: u32,
     prompt_tokens: u32,
     generation: Generation,
     deadline: Option<Micros>,
@@ -88,6 +91,7 @@ impl Sequence {
                 resumed,
                 stream: options.first_stream + index,
                 tokens: tokens.clone(),
+                pending: 0,
                 prompt_tokens,
                 generation: generation.clone(),
                 deadline,
@@ -105,6 +109,16 @@ impl Sequence {
     /// Tokens known, prompt and generated.
     pub(crate) fn len(&self) -> u32 {
         u32::try_from(self.tokens.len()).expect("a sequence fits the context")
+    }
+
+    /// Tokens it has once the steps in flight have run, if none of them ends it.
+    pub(crate) fn expected(&self) -> u32 {
+        self.len() + self.pending
+    }
+
+    /// Tokens that are inputs of rows, once the steps in flight have run: all but the last it may ever have.
+    pub(crate) fn inputs(&self) -> u32 {
+        self.expected().min(self.cached_tokens_max())
     }
 
     /// Most tokens whose keys and values are ever cached: the last token generated is never an input.
@@ -179,24 +193,24 @@ impl Sequence {
     pub(crate) fn logit_rows(&self, rows: &Range<u32>) -> u32 {
         match self.first_owed_row(rows.start) {
             Some(first) => rows.end.saturating_sub(first),
-            None => u32::from(rows.end == self.len()),
+            None => u32::from(rows.end == self.expected()),
         }
     }
 
     /// The longest run of rows from `start` on that stays within `tokens` rows and `logits` logit rows.
     pub(crate) fn longest(&self, start: u32, tokens: u32, logits: u32) -> u32 {
-        let rows = tokens.min(self.len() - start);
+        let rows = tokens.min(self.inputs() - start);
         match self.first_owed_row(start) {
             Some(first) => rows.min((first - start).saturating_add(logits)),
-            None if logits == 0 && start + rows == self.len() => rows.saturating_sub(1),
+            None if logits == 0 && start + rows == self.expected() => rows.saturating_sub(1),
             None => rows,
         }
     }
 
     /// What the logits of row `row` are for. `unbanned` is the empty list of banned tokens, shared.
     pub(crate) fn purpose(&self, row: u32, unbanned: &Arc<[TokenId]>) -> RowPurpose {
-        if row + 1 == self.len() {
-            let position = self.generated();
+        if row + 1 == self.expected() {
+            let position = self.expected() - self.prompt_tokens;
             let early = position < self.generation.min_tokens();
             return RowPurpose::Sample {
                 params: *self.generation.sampling(),
@@ -218,7 +232,7 @@ impl Sequence {
     }
 
     /// Takes the log-probability of the next prompt token the caller is owed.
-    pub(crate) fn take_prompt_logprob(&mut self, entry: TokenLogprob) {
+    fn take_prompt_logprob(&mut self, entry: TokenLogprob) {
         let id = self.id;
         let owed =
             self.owed.as_mut().unwrap_or_else(|| panic!("{id}: no prompt log-probability was asked for"));
@@ -227,8 +241,41 @@ impl Sequence {
         owed.gathered.push(entry);
     }
 
+    /// Takes note of the rows it has got in a step.
+    pub(crate) fn fly(&mut self, logit_rows: Range<usize>, end: u32) -> Flight {
+        let draws = end == self.expected();
+        self.pending += u32::from(draws);
+        Flight { logit_rows, end, draws }
+    }
+
+    /// Takes the results of the logit rows of `flight`: the last one drew a token if `flight` says so, the others are
+    /// prompt log-probabilities. Says whether the sequence ends.
+    pub(crate) fn take(
+        &mut self,
+        flight: &Flight,
+        outputs: &mut [RowOutput],
+        config: &Config,
+        effects: &mut Vec<Effect>,
+    ) -> Option<Finish> {
+        self.pending -= u32::from(flight.draws);
+        let outputs = &mut outputs[flight.logit_rows.clone()];
+        let last = outputs.len().checked_sub(1);
+        for (index, output) in outputs.iter_mut().enumerate() {
+            let output = std::mem::replace(output, RowOutput::NotANumber);
+            match (output, flight.draws && Some(index) == last) {
+                (RowOutput::NotANumber, _) => return Some(Finish::NotANumber),
+                (RowOutput::PromptLogprob(entry), false) => self.take_prompt_logprob(entry),
+                (RowOutput::Sampled { token, logprob }, true) => {
+                    return self.take_token(token, logprob, config, effects);
+                }
+                (output, _) => panic!("{}: {output:?} answers another kind of row", self.id),
+            }
+        }
+        None
+    }
+
     /// Takes its next token: emits it, and says whether it ends the sequence.
-    pub(crate) fn take_token(
+    fn take_token(
         &mut self,
         token: TokenId,
         logprob: Option<TokenLogprob>,
@@ -250,9 +297,6 @@ impl Sequence {
         let early = self.generated() < self.generation.min_tokens();
         assert!(!(stops && early), "{}: stop token {token} was drawn although it was banned", self.id);
         self.tokens.push(token);
-        if let Some(history) = &self.history {
-            history.push(token);
-        }
         if stops {
             let requested = self.generation.stop_token_ids().contains(&token);
             let is_eos = !self.generation.ignore_eos() && config.eos_token_ids.contains(&token);
@@ -279,27 +323,48 @@ pub(crate) struct Found {
     pub(crate) start: u32,
 }
 
+/// A sequence's part of a step that has not been answered.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    /// Its logit rows among those of the step.
+    pub(crate) logit_rows: Range<usize>,
+    /// Tokens cached once the step has run.
+    pub(crate) end: u32,
+    /// Whether the last of its logit rows draws a token.
+    pub(crate) draws: bool,
+}
+
+/// A sequence that lost its blocks while a step in flight draws its next token. It waits when it has that token.
+#[derive(Debug)]
+pub(crate) struct Leaving {
+    pub(crate) sequence: Sequence,
+    pub(crate) flight: Flight,
+}
+
 /// A sequence in the running batch.
 #[derive(Debug)]
 pub(crate) struct Running {
     pub(crate) sequence: Sequence,
     pub(crate) slot: SlotId,
-    /// Tokens whose keys and values are cached, those of the step that runs now included.
+    /// Tokens whose keys and values are cached, those of steps in flight included.
     pub(crate) computed: u32,
+    /// Tokens whose keys and values are cached for certain: those of steps in flight are not.
+    pub(crate) answered: u32,
     pub(crate) tables: Tables,
     /// Blocks in its tables that the ranks know of, by [`KvGroup::index`].
     pub(crate) announced: [u32; 2],
     /// Its place in the prefix tree; `None` when it shares nothing.
     pub(crate) cursor: Option<Cursor>,
-    /// Its logit rows among those of the step that runs now.
-    pub(crate) logit_rows: Range<usize>,
+    /// Its part of the steps in flight; that of step `n` is at `n % 2`.
+    pub(crate) flights: [Option<Flight>; STEPS_IN_FLIGHT_MAX],
 }
 
 impl Running {
     /// A sequence that has just got `slot`, and what was found of it.
     pub(crate) fn new(sequence: Sequence, slot: SlotId, found: Found) -> Self {
         let Found { tables, cursor, start } = found;
-        Self { sequence, slot, computed: start, tables, announced: [0; 2], cursor, logit_rows: 0..0 }
+        let flights = [const { None }; STEPS_IN_FLIGHT_MAX];
+        Self { sequence, slot, computed: start, answered: start, tables, announced: [0; 2], cursor, flights }
     }
 
     /// Appends the blocks the ranks do not know of yet to `blocks`, group by group; how many of each.
@@ -313,11 +378,11 @@ impl Running {
         })
     }
 
-    /// Puts the blocks that have become full into the prefix tree.
-    pub(crate) fn publish(&mut self, kv: &mut Kv, early: u32) {
+    /// Puts the blocks within the first `tokens` tokens into the prefix tree.
+    pub(crate) fn publish(&mut self, kv: &mut Kv, tokens: u32) {
         let Some(mut cursor) = self.cursor.take() else { return };
         let size = kv.geometry().block_size.tokens();
-        while cursor.blocks() < self.computed / size + early {
+        while cursor.blocks() < tokens / size {
             let start = cursor.blocks() * size;
             if start + size > self.sequence.len() {
                 break;
@@ -330,37 +395,27 @@ impl Running {
         self.cursor = Some(cursor);
     }
 
-    /// Known tokens that have not been computed: more than one while the prompt (or a preempted sequence) is being
-    /// computed, exactly one when it decodes, none while its next token is being computed.
+    /// Inputs that have no row yet: more than one while the prompt (or a preempted sequence) is being computed, exactly
+    /// one when it decodes, none when steps in flight draw all that it may have.
     pub(crate) fn remaining(&self) -> u32 {
-        self.sequence.len() - self.computed
-    }
-
-    /// Takes the results of its logit rows: the last one drew a token if every known token was computed, the others
-    /// are prompt log-probabilities. Says whether the sequence ends.
-    pub(crate) fn take(
-        &mut self,
-        outputs: impl ExactSizeIterator<Item = RowOutput>,
-        config: &Config,
-        effects: &mut Vec<Effect>,
-    ) -> Option<Finish> {
-        let draws = self.remaining() == 0;
-        let last = outputs.len().checked_sub(1);
-        for (index, output) in outputs.enumerate() {
-            match (output, draws && Some(index) == last) {
-                (RowOutput::NotANumber, _) => return Some(Finish::NotANumber),
-                (RowOutput::PromptLogprob(entry), false) => self.sequence.take_prompt_logprob(entry),
-                (RowOutput::Sampled { token, logprob }, true) => {
-                    return self.sequence.take_token(token, logprob, config, effects);
-                }
-                (output, _) => panic!("{}: {output:?} answers another kind of row", self.sequence.id),
-            }
-        }
-        None
+        self.sequence.inputs() - self.computed
     }
 
     /// Whether one row is left to compute, which draws the next token.
     pub(crate) fn is_decoding(&self) -> bool {
         self.remaining() == 1
+    }
+
+    /// Appends the inputs of `rows`. One that is not known yet is drawn by the step in flight at `before`.
+    pub(crate) fn inputs(&self, rows: Range<u32>, before: usize, inputs: &mut Vec<Input>) {
+        let known = rows.start..rows.end.min(self.sequence.len());
+        inputs.extend(self.sequence.tokens(known.clone()).iter().copied().map(Input::Known));
+        if known.end < rows.end {
+            let flight = self.flights[before].as_ref().filter(|flight| flight.draws);
+            let flight = flight.expect("a token that is not known is drawn by the step before");
+            assert_eq!(known.end + 1, rows.end, "{}: one unknown input at most", self.sequence.id);
+            let row = u32::try_from(flight.logit_rows.end - 1).expect("bounded by logit_rows_max");
+            inputs.push(Input::Drawn { row });
+        }
     }
 }

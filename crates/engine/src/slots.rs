@@ -1,10 +1,10 @@
 //! The mirror image of the plans: every rank's block tables, kept from step to step so that a plan only carries
 //! what changed.
 
-use types::{BlockTable, SlotId};
+use types::{BlockTable, SlotId, TokenId};
 
 use crate::kv::Geometry;
-use crate::{Config, Error, KvGroup, PlannedSequence, StepPlan};
+use crate::{Config, Drawn, Error, Input, KvGroup, PlannedSequence, StepPlan};
 
 /// What one slot holds; empty when no sequence uses it.
 #[derive(Debug, Clone, Default)]
@@ -24,6 +24,8 @@ pub struct SlotTables {
     geometry: Geometry,
     slots: Vec<Slot>,
     step: u64,
+    /// Logit rows of that step.
+    logit_rows: u32,
 }
 
 impl SlotTables {
@@ -37,6 +39,7 @@ impl SlotTables {
             geometry: Geometry { block_size: config.block_size, window_keys: config.window_keys },
             slots: vec![Slot::default(); config.running_max as usize],
             step: 0,
+            logit_rows: 0,
             config: config.clone(),
         })
     }
@@ -70,6 +73,40 @@ impl SlotTables {
         &self.slots[slot.0 as usize].tables
     }
 
+    /// Exchanges the tables of `slot` for `other`, so that a step can have them without a copy; the caller does it again
+    /// when the step has run.
+    ///
+    /// # Panics
+    /// As [`SlotTables::tables`].
+    pub fn swap(&mut self, slot: SlotId, other: &mut [BlockTable; 2]) {
+        std::mem::swap(&mut self.slots[slot.0 as usize].tables, other);
+    }
+
+    /// Fills `tokens` with the input token of every row of `plan`, in order, where `drawn` is what the step before drew.
+    /// A row whose result was not a token has no successor whose result anybody wants: its input is token 0.
+    ///
+    /// # Errors
+    /// When `plan` names rows of the step before, and `drawn` is another step's or has tokens the model does not have.
+    pub fn resolve(&self, plan: &StepPlan, drawn: &Drawn, tokens: &mut Vec<TokenId>) -> Result<(), Error> {
+        tokens.clear();
+        for input in plan.inputs() {
+            tokens.push(match *input {
+                Input::Known(token) => token,
+                Input::Drawn { row } => {
+                    drawn.answers(plan.step() - 1)?;
+                    let token = drawn.tokens().get(row as usize).copied().flatten().unwrap_or(TokenId(0));
+                    let max = u64::from(self.config.vocab_size) - 1;
+                    if u64::from(token.0) > max {
+                        let got = token.0.into();
+                        return Err(Error::PlanField { field: "a drawn token", got, min: 0, max });
+                    }
+                    token
+                }
+            });
+        }
+        Ok(())
+    }
+
     fn slot(&mut self, slot: SlotId) -> Result<&mut Slot, Error> {
         let slots = self.slots.len() as u64;
         self.slots.get_mut(slot.0 as usize).ok_or(Error::PlanField {
@@ -80,14 +117,23 @@ impl SlotTables {
         })
     }
 
-    fn check_budgets(&self, plan: &StepPlan) -> Result<(), Error> {
+    fn check_budgets(&mut self, plan: &StepPlan) -> Result<(), Error> {
         let limit = |field, got: u64, max: u64| {
             if got > max { Err(Error::PlanField { field, got, min: 0, max }) } else { Ok(()) }
         };
-        limit("rows", plan.tokens().len() as u64, self.config.step_tokens_max.into())?;
-        limit("logit rows", plan.logit_rows().count() as u64, self.config.logit_rows_max.into())?;
-        for token in plan.tokens() {
-            limit("a token", token.0.into(), u64::from(self.config.vocab_size) - 1)?;
+        limit("rows", plan.inputs().len() as u64, self.config.step_tokens_max.into())?;
+        let logit_rows = plan.logit_row_count();
+        limit("logit rows", logit_rows.into(), self.config.logit_rows_max.into())?;
+        let before = std::mem::replace(&mut self.logit_rows, logit_rows);
+        for input in plan.inputs() {
+            match *input {
+                Input::Known(token) => {
+                    limit("a token", token.0.into(), u64::from(self.config.vocab_size) - 1)?;
+                }
+                Input::Drawn { row } => {
+                    limit("a row of the step before, counted from 1", u64::from(row) + 1, before.into())?;
+                }
+            }
         }
         Ok(())
     }
@@ -109,7 +155,7 @@ impl SlotTables {
         if !(fresh && start.is_multiple_of(geometry.block_size.tokens())) {
             same("the start position", start, slot.computed)?;
         }
-        let end = start + u32::try_from(sequence.tokens.len()).expect("bounded by step_tokens_max");
+        let end = start + u32::try_from(sequence.inputs.len()).expect("bounded by step_tokens_max");
         same("the end position", end, end.min(context))?;
         for group in KvGroup::ALL {
             let table = &mut slot.tables[group.index()];

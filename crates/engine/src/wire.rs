@@ -1,12 +1,16 @@
-//! Step plans as bytes.
+//! Step plans, and the tokens they refer to, as bytes.
 //!
 //! ```text
 //! magic "CP", version u8,
 //! step, released count, released slots,
 //! sequence count, then of each sequence:
 //!   slot, start, rows, logit rows, dropped, new full blocks, new sliding blocks,
-//!   input tokens, block ids,
+//!   inputs (token × 2, or logit row of the step before × 2 + 1), block ids,
 //! CRC-32 of all of the above, u32 little-endian
+//!
+//! magic "CT", version u8,
+//! step, row count, then of each logit row the token + 1, or 0 when none was drawn,
+//! CRC-32 likewise
 //! ```
 //! Numbers are LEB128 (7 bits a byte, low bits first): a sequence in steady decode takes about ten bytes.
 
@@ -14,21 +18,20 @@ use types::limits::CONTEXT_TOKENS_MAX;
 use types::{BlockId, Position, SlotId, TokenId};
 
 use crate::plan::SequenceEntry;
-use crate::{Error, StepPlan};
+use crate::{Drawn, Error, Input, StepPlan};
 
 /// Version of the encoding. Ranks of one group run the same build, so there is no need to read older ones.
-pub const PLAN_VERSION: u8 = 1;
+pub const PLAN_VERSION: u8 = 2;
 
-const MAGIC: [u8; 2] = *b"CP";
-const HEADER_BYTES: usize = MAGIC.len() + 1;
+const PLAN: [u8; 2] = *b"CP";
+const DRAWN: [u8; 2] = *b"CT";
+const HEADER_BYTES: usize = PLAN.len() + 1;
 const CHECKSUM_BYTES: usize = size_of::<u32>();
 
 impl StepPlan {
     /// Appends the plan to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let begin = out.len();
-        out.extend_from_slice(&MAGIC);
-        out.push(PLAN_VERSION);
+        let begin = start(out, PLAN);
         put(out, self.step);
         put(out, self.released.len() as u64);
         for slot in &self.released {
@@ -41,15 +44,14 @@ impl StepPlan {
             for number in [slot.0, start.0, rows, logit_rows, dropped, full, sliding] {
                 put(out, number.into());
             }
-            for token in sequence.tokens {
-                put(out, token.0.into());
+            for input in sequence.inputs {
+                put(out, number(*input));
             }
             for block in sequence.new_blocks.into_iter().flatten() {
                 put(out, block.0.into());
             }
         }
-        let checksum = crc32fast::hash(&out[begin..]);
-        out.extend_from_slice(&checksum.to_le_bytes());
+        seal(out, begin);
     }
 
     /// Reads a plan that fills `bytes`.
@@ -58,33 +60,97 @@ impl StepPlan {
     /// When the bytes are not a plan of this version, whole and unharmed. Memory in proportion to their length is
     /// used at most, whatever they say.
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
-        let Some((body, stated)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
-            return Err(Error::PlanTruncated { field: "the checksum", len: bytes.len() });
-        };
-        let stated = u32::from_le_bytes(*stated);
-        let computed = crc32fast::hash(body);
-        if computed != stated {
-            return Err(Error::PlanChecksum { computed, stated });
+        open(bytes, PLAN, |reader| reader.plan())
+    }
+}
+
+impl Drawn {
+    /// Appends the tokens to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let begin = start(out, DRAWN);
+        put(out, self.step);
+        put(out, self.tokens.len() as u64);
+        for token in &self.tokens {
+            put(out, token.map_or(0, |token| u64::from(token.0) + 1));
         }
-        let Some(([m0, m1, version], rest)) = body.split_first_chunk::<HEADER_BYTES>() else {
-            return Err(Error::PlanTruncated { field: "the header", len: bytes.len() });
-        };
-        let magic = u16::from_be_bytes([*m0, *m1]);
-        within(
-            "the magic number",
-            magic.into(),
-            u16::from_be_bytes(MAGIC).into(),
-            u16::from_be_bytes(MAGIC).into(),
-        )?;
-        if *version != PLAN_VERSION {
-            return Err(Error::PlanVersion { got: *version, expected: PLAN_VERSION });
+        seal(out, begin);
+    }
+
+    /// Reads tokens that fill `bytes`.
+    ///
+    /// # Errors
+    /// As [`StepPlan::decode`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        open(bytes, DRAWN, |reader| reader.drawn())
+    }
+}
+
+/// What a leader sends its followers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Frame {
+    /// The next step.
+    Plan(StepPlan),
+    /// What a step drew. It comes when the step has run, so that may be after the next step's plan.
+    Drawn(Drawn),
+}
+
+impl Frame {
+    /// Reads whichever of the two fills `bytes`.
+    ///
+    /// # Errors
+    /// As [`StepPlan::decode`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        match bytes.starts_with(&DRAWN) {
+            true => Drawn::decode(bytes).map(Self::Drawn),
+            false => StepPlan::decode(bytes).map(Self::Plan),
         }
-        let mut reader = Reader { rest, len: bytes.len() };
-        let plan = reader.plan()?;
-        match reader.rest.len() {
-            0 => Ok(plan),
-            extra => Err(Error::PlanTrailing { extra }),
-        }
+    }
+}
+
+/// Begins a frame; where it begins.
+fn start(out: &mut Vec<u8>, magic: [u8; 2]) -> usize {
+    let begin = out.len();
+    out.extend_from_slice(&magic);
+    out.push(PLAN_VERSION);
+    begin
+}
+
+/// Ends the frame that began at `begin`.
+fn seal(out: &mut Vec<u8>, begin: usize) {
+    let checksum = crc32fast::hash(&out[begin..]);
+    out.extend_from_slice(&checksum.to_le_bytes());
+}
+
+/// Checks what encloses a frame and lets `read` read the rest.
+fn open<T>(bytes: &[u8], magic: [u8; 2], read: fn(&mut Reader<'_>) -> Result<T, Error>) -> Result<T, Error> {
+    let Some((body, stated)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
+        return Err(Error::PlanTruncated { field: "the checksum", len: bytes.len() });
+    };
+    let stated = u32::from_le_bytes(*stated);
+    let computed = crc32fast::hash(body);
+    if computed != stated {
+        return Err(Error::PlanChecksum { computed, stated });
+    }
+    let Some(([m0, m1, version], rest)) = body.split_first_chunk::<HEADER_BYTES>() else {
+        return Err(Error::PlanTruncated { field: "the header", len: bytes.len() });
+    };
+    let expected = u16::from_be_bytes(magic).into();
+    within("the magic number", u16::from_be_bytes([*m0, *m1]).into(), expected, expected)?;
+    if *version != PLAN_VERSION {
+        return Err(Error::PlanVersion { got: *version, expected: PLAN_VERSION });
+    }
+    let mut reader = Reader { rest, len: bytes.len() };
+    let content = read(&mut reader)?;
+    match reader.rest.len() {
+        0 => Ok(content),
+        extra => Err(Error::PlanTrailing { extra }),
+    }
+}
+
+fn number(input: Input) -> u64 {
+    match input {
+        Input::Known(token) => u64::from(token.0) << 1,
+        Input::Drawn { row } => u64::from(row) << 1 | 1,
     }
 }
 
@@ -120,6 +186,15 @@ impl Reader<'_> {
         Ok(plan)
     }
 
+    fn drawn(&mut self) -> Result<Drawn, Error> {
+        let mut drawn = Drawn { step: self.number("the step number", u64::MAX)?, tokens: Vec::new() };
+        for _ in 0..self.count("rows")? {
+            let number = self.number("a token", u64::from(u32::MAX) + 1)?;
+            drawn.tokens.push(number.checked_sub(1).map(|token| TokenId(token as u32)));
+        }
+        Ok(drawn)
+    }
+
     fn sequence(&mut self, plan: &mut StepPlan) -> Result<(), Error> {
         let slot = SlotId(self.small("a slot")?);
         let start = self.small("a start position")?;
@@ -131,7 +206,12 @@ impl Reader<'_> {
         let dropped = self.small("a number of dropped blocks")?;
         let new_blocks = [self.count("new full blocks")?, self.count("new sliding blocks")?];
         for _ in 0..rows {
-            plan.tokens.push(TokenId(self.small("a token")?));
+            let number = self.number("a token or row", u64::from(u32::MAX) << 1 | 1)?;
+            let half = (number >> 1) as u32;
+            plan.inputs.push(match number & 1 {
+                0 => Input::Known(TokenId(half)),
+                _ => Input::Drawn { row: half },
+            });
         }
         for _ in 0..u64::from(new_blocks[0]) + u64::from(new_blocks[1]) {
             plan.blocks.push(BlockId(self.small("a block")?));

@@ -3,7 +3,7 @@
 mod support;
 
 use engine::{Config, Request, RowPurpose, StepPlan};
-use support::{Driver, config, prompt, request, rows, spec, valid};
+use support::{Driver, config, known, prompt, request, rows, spec, valid};
 use types::{GenerationSpec, Position, SlotId, TokenId};
 
 fn slots(plan: &StepPlan) -> Vec<u32> {
@@ -29,7 +29,7 @@ fn a_prompt_and_then_each_token_are_inputs_at_consecutive_positions() {
     while let Some(step) = driver.plan() {
         for sequence in step.plan.sequences() {
             assert_eq!(sequence.start, Position(u32::try_from(inputs.len()).unwrap()));
-            inputs.extend_from_slice(sequence.tokens);
+            inputs.extend(known(sequence.inputs));
         }
         driver.answer(&step, |_| {
             next += 1;

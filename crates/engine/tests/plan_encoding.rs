@@ -103,7 +103,7 @@ fn counts_beyond_the_bytes_there_are_are_refused() {
         ("end position", [head(), vec![0, 1, 0], huge.to_vec(), vec![1, 0, 0, 0, 0]].concat()),
         ("logit rows", [head(), vec![0, 1, 0, 0, 1, 2, 0, 0, 0, 5]].concat()),
         ("new full blocks", [head(), vec![0, 1, 0, 0, 1, 1, 0], huge.to_vec(), vec![0]].concat()),
-        ("a token", [head(), vec![0, 1, 0, 0, 2, 1, 0, 0, 0, 5]].concat()),
+        ("a token or row", [head(), vec![0, 1, 0, 0, 2, 1, 0, 0, 0, 5]].concat()),
         ("step number", [vec![b'C', b'P', PLAN_VERSION], vec![0xff; 11]].concat()),
     ];
     for (field, body) in cases {
@@ -143,6 +143,13 @@ fn steady_decode_of_256_sequences_stays_small() {
     });
     let worst = worst.max().unwrap().max(bytes);
     assert!(worst <= 8 << 10, "{worst} bytes");
+    let [first, ahead] = [driver.plan().unwrap(), driver.plan().unwrap()];
+    assert!(ahead.plan.follows_on());
+    let ahead = encoded(&ahead.plan).len();
+    assert!(
+        ahead <= encoded(&first.plan).len().max(worst),
+        "a row takes no more than a token: {ahead} bytes"
+    );
 }
 
 proptest! {

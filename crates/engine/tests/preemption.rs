@@ -3,7 +3,7 @@
 mod support;
 
 use engine::{Config, Effect, PrefixReuse, Request, RequestOptions, RowPurpose};
-use support::{Driver, config, prompt, request};
+use support::{Driver, config, known, prompt, request};
 use types::{GenerationSpec, SeqId, TokenId};
 
 /// A request that finds nothing in the prefix tree when it starts again.
@@ -69,7 +69,7 @@ fn a_preempted_sequence_is_computed_again_with_what_it_generated() {
     let sequence = again.plan.sequences().find(|s| s.start.0 == 0).unwrap();
     let mut expected = prompt(2, 8);
     expected.extend(&generated);
-    assert_eq!(sequence.tokens, expected, "one chunk with everything that is known");
+    assert_eq!(known(sequence.inputs), expected, "one chunk with everything that is known");
     assert_eq!(sequence.logit_rows, 1, "only the next token is drawn");
     let position = u32::try_from(generated.len()).unwrap();
     let goes_on = again.work.iter().any(|work| {

@@ -175,3 +175,19 @@ fn a_preempted_sequence_takes_over_what_is_left_of_itself() {
     assert!(starts.len() == 2 && starts[0] == 0 && starts[1] > 0, "{starts:?}");
     assert_eq!(driver.usage(2).unwrap().cached_tokens, 0, "its own work is not another's");
 }
+
+#[test]
+fn a_prompt_that_cannot_start_yet_is_not_looked_up_at_every_step() {
+    let mut driver = Driver::new(Config { blocks: [20, 20], ..config() });
+    driver.submit(1, request(1, 30, 30));
+    driver.step();
+    driver.submit(2, request(2, 60, 2));
+    let before = driver.engine.load().prefix_look_ups;
+    for _ in 0..20 {
+        driver.step();
+    }
+    assert_eq!(driver.cached(2), [], "it waits");
+    assert_eq!(driver.engine.load().prefix_look_ups - before, 1);
+    driver.run();
+    assert_eq!(driver.tokens(2).len(), 2);
+}

@@ -3,7 +3,7 @@
 
 mod support;
 
-use engine::{Event, RowOutput, StepOutput, TokenLogprob};
+use engine::{Event, RowOutput, STEPS_IN_FLIGHT_MAX, StepOutput, TokenLogprob};
 use support::{Driver, VOCAB, config, request};
 use types::TokenId;
 
@@ -25,13 +25,13 @@ fn an_output_of_the_right_step_and_size_is_taken() {
 }
 
 #[test]
-#[should_panic(expected = "must answer the step planned last")]
+#[should_panic(expected = "must answer the oldest step in flight")]
 fn an_output_of_another_step_is_a_bug() {
     answered(2, vec![sampled(5)]);
 }
 
 #[test]
-#[should_panic(expected = "must answer the step planned last")]
+#[should_panic(expected = "must answer the oldest step in flight")]
 fn an_output_with_another_number_of_rows_is_a_bug() {
     answered(1, vec![sampled(5), sampled(5)]);
 }
@@ -51,11 +51,12 @@ fn a_prompt_logprob_for_a_sampling_row_is_a_bug() {
 
 #[test]
 #[should_panic(expected = "must be answered before the next one")]
-fn planning_while_a_step_runs_is_a_bug() {
+fn planning_further_ahead_than_one_step_is_a_bug() {
     let mut driver = Driver::new(config());
     driver.submit(1, request(1, 3, 3));
-    driver.plan();
-    driver.plan();
+    for _ in 0..=STEPS_IN_FLIGHT_MAX {
+        driver.plan();
+    }
 }
 
 #[test]

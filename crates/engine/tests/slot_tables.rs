@@ -31,7 +31,7 @@ fn the_tables_cover_every_position_a_step_reads_and_writes() {
         mirror.apply(&step.plan).unwrap();
         for sequence in step.plan.sequences() {
             let [full, sliding] = mirror.tables(sequence.slot);
-            let end = sequence.start.0 + sequence.tokens.len() as u32;
+            let end = sequence.start.0 + sequence.inputs.len() as u32;
             assert_eq!((full.first, full.blocks.len() as u32), (0, end.div_ceil(4)));
             let first_seen = (sequence.start.0 + 1).saturating_sub(8);
             assert!(sliding.first * 4 <= first_seen, "the window's first key is there");

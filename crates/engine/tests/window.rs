@@ -20,7 +20,7 @@ fn a_long_sequence_keeps_every_full_block_and_a_window_of_sliding_ones() {
     let mut most = 0;
     for _ in 0..39 {
         let step = driver.step();
-        let computed = step.plan.sequences().next().map(|s| s.start.0 + s.tokens.len() as u32).unwrap();
+        let computed = step.plan.sequences().next().map(|s| s.start.0 + s.inputs.len() as u32).unwrap();
         let [full, sliding] = driver.used();
         assert_eq!(full, computed.div_ceil(4), "full layers keep every block");
         if computed > 16 {

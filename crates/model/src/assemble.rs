@@ -24,14 +24,14 @@ pub(crate) struct Assembly {
     pub(crate) slot: Slot,
     /// What it is kept in on the device.
     dtype: DType,
-    shape: Vec<usize>,
+    pub(crate) shape: Vec<usize>,
     /// From the first row down; rows after the last piece are zero (vocabulary padding).
-    pieces: Vec<Piece>,
+    pub(crate) pieces: Vec<Piece>,
 }
 
-struct Piece {
-    tensor: String,
-    block: Block,
+pub(crate) struct Piece {
+    pub(crate) tensor: String,
+    pub(crate) block: Block,
     /// Bytes of one element on disk.
     stored: usize,
 }
@@ -92,7 +92,8 @@ impl Assembly {
 
 /// Builds the assemblies of one rank.
 pub(crate) struct Assembler<'a> {
-    pub(crate) checkpoint: &'a Checkpoint,
+    /// Element type of a tensor of the checkpoint.
+    pub(crate) stored: &'a dyn Fn(&str) -> Option<Dtype>,
     pub(crate) catalogue: &'a Catalogue,
     pub(crate) config: &'a ModelConfig,
     pub(crate) plan: &'a ShardPlan,
@@ -110,7 +111,7 @@ impl Assembler<'_> {
             Slot::FinalNorm => vec![self.rows(names.final_norm(), 0..1)],
             Slot::Layer(layer, part) => self.part(layer, part),
         };
-        let stored_bf16 = |piece: &Piece| self.checkpoint.dtype(&piece.tensor) == Some(Dtype::BF16);
+        let stored_bf16 = |piece: &Piece| (self.stored)(&piece.tensor) == Some(Dtype::BF16);
         // A rank with nothing but padding reads no piece of its own; the tensor is named all the same.
         let stored = if pieces.iter().all(stored_bf16) { DType::BF16 } else { DType::F32 };
         Assembly { slot, dtype: (self.kept)(stored), shape: slot.shape(self.config, self.plan), pieces }
@@ -187,7 +188,7 @@ impl Assembler<'_> {
     }
 
     fn piece(&self, tensor: String, matrix: usize, rows: Range<usize>, cols: Range<usize>) -> Piece {
-        let dtype = self.checkpoint.dtype(&tensor).and_then(stored_bytes);
+        let dtype = (self.stored)(&tensor).and_then(stored_bytes);
         let stored = dtype.expect("the catalogue holds only tensors that can be read");
         Piece { tensor, block: Block { matrix, rows, cols }, stored }
     }

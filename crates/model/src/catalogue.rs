@@ -62,6 +62,13 @@ impl Catalogue {
         Ok(found)
     }
 
+    /// The names published checkpoints of `config` use, with no checkpoint at hand.
+    pub(crate) fn published(config: &ModelConfig) -> Self {
+        let form = ExpertForm { gate_up_fused: false, down_fused: false };
+        let names = Names { prefix: PREFIXES[0], experts: vec![form; config.layers.len()] };
+        Self { names, biases: Vec::new(), skipped_tensors: 0, skipped_bytes: Bytes(0) }
+    }
+
     /// Names of the tensors that are read.
     pub(crate) const fn names(&self) -> &Names {
         &self.names
@@ -189,7 +196,7 @@ impl Names {
     }
 
     /// Every tensor the configuration asks for, with its shape.
-    fn expected(&self, config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+    pub(crate) fn expected(&self, config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
         let hidden = config.hidden_size;
         let table = vec![config.vocab_size, hidden];
         let mut all = BTreeMap::from([(self.embed(), table.clone()), (self.final_norm(), vec![hidden])]);

@@ -4,6 +4,8 @@
 //! of one rank produce is added up before a single all-reduce. (transformers `models/cohere2_moe`,
 //! `Cohere2MoeDecoderLayer`.)
 
+mod measure;
+
 use std::ops::Range;
 
 use collectives::Collective;

@@ -69,6 +69,22 @@ impl ModelConfig {
         Self::from_json(&config, &file, generation.as_deref())
     }
 
+    /// The model of the first `layers` layers alone, head and final norm included: for measuring and testing shapes.
+    ///
+    /// # Errors
+    /// [`Error::Layers`] when it has no such number of layers.
+    pub fn cut(&mut self, layers: usize) -> Result<(), Error> {
+        if layers == 0 || layers > self.layers.len() {
+            return Err(Error::Layers { wanted: layers, found: self.layers.len() });
+        }
+        self.layers.truncate(layers);
+        let has = |mlp| self.layers.iter().any(|layer| layer.mlp == mlp);
+        let (dense, sparse) = (has(Mlp::Dense), has(Mlp::Sparse));
+        self.dense_intermediate_size = self.dense_intermediate_size.filter(|_| dense);
+        self.moe = self.moe.filter(|_| sparse);
+        Ok(())
+    }
+
     /// Layers whose keys and values live in `group`.
     #[must_use]
     pub fn layers_in(&self, group: KvGroup) -> usize {

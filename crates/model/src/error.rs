@@ -93,6 +93,14 @@ pub enum Error {
         /// The element's value.
         value: f32,
     },
+    /// More layers, or fewer, than a model has.
+    #[error("{wanted} layers were asked for, and this model has {found}; ask for 1 to {found}")]
+    Layers {
+        /// What was asked for.
+        wanted: usize,
+        /// What there is.
+        found: usize,
+    },
     /// A model that does not divide by this number of ranks.
     #[error("{rank} cannot hold its part of the model: {}; {}", listed(problems), sizes(works))]
     Split {

@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 use types::{DType, TpSize};
 
 use crate::checkpoint::Checkpoint;
-use crate::config::{CONFIG_FILE, GENERATION_FILE};
+use crate::config::{CONFIG_FILE, GENERATION_FILE, ModelConfig};
 use crate::error::Error;
 
 /// Hashes the configuration files, the checkpoint's tensors (names, shapes, types; not their elements), the plan's
@@ -40,6 +40,18 @@ pub fn config_hash(
     field(&mut hash, dtype.name().as_bytes());
     field(&mut hash, extra);
     Ok(hash.finalize().into())
+}
+
+/// As [`config_hash`] for a model of dummy weights, which has no checkpoint: its configuration stands for it.
+#[must_use]
+pub fn dummy_hash(config: &ModelConfig, size: TpSize, dtype: DType, extra: &[u8]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    field(&mut hash, b"dummy weights");
+    field(&mut hash, format!("{config:?}").as_bytes());
+    hash.update(size.get().to_le_bytes());
+    field(&mut hash, dtype.name().as_bytes());
+    field(&mut hash, extra);
+    hash.finalize().into()
 }
 
 /// With its length in front, so that no two lists of fields run together to the same bytes; the 1 tells an empty

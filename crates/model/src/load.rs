@@ -3,16 +3,17 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread;
+use std::{thread, vec};
 
-use ops::{Backend, HostTensor};
+use ops::{Backend, Dummy, HostTensor};
 use rayon::prelude::*;
-use types::Bytes;
+use types::{Bytes, DType};
 
 use crate::assemble::{Assembler, Assembly};
 use crate::catalogue::Catalogue;
 use crate::checkpoint::{Block, Checkpoint};
 use crate::config::{Mlp, ModelConfig};
+use crate::dummy;
 use crate::error::Error;
 use crate::layout::{Part, Slot, slots};
 use crate::shard::ShardPlan;
@@ -61,7 +62,8 @@ pub fn load<B: Backend>(
 ) -> Result<(Weights<B>, LoadSummary), Error> {
     let catalogue = Catalogue::resolve(checkpoint, config)?;
     let kept = |stored| backend.weight_dtype(stored);
-    let assembler = Assembler { checkpoint, catalogue: &catalogue, config, plan, kept: &kept };
+    let stored = |tensor: &str| checkpoint.dtype(tensor);
+    let assembler = Assembler { stored: &stored, catalogue: &catalogue, config, plan, kept: &kept };
     let assemblies: Vec<Assembly> = slots(config).into_iter().map(|slot| assembler.assembly(slot)).collect();
     let biases = own_biases(&catalogue, plan);
     let bias_bytes = biases.iter().filter_map(|bias| checkpoint.entry(bias)).map(|entry| entry.bytes);
@@ -75,7 +77,7 @@ pub fn load<B: Backend>(
         let (sender, receiver) = sync_channel(0);
         let (assemblies, meter) = (&assemblies, &meter);
         scope.spawn(move || read_ahead(assemblies, checkpoint, meter, &sender));
-        Placer { receiver, backend, resident: Bytes(0) }.weights(config)
+        Placer { supply: Supply::Read(receiver), backend, resident: Bytes(0) }.weights(config)
     })?;
     let summary = LoadSummary {
         bytes_read: Bytes(meter.bytes.into_inner()),
@@ -84,6 +86,29 @@ pub fn load<B: Backend>(
         skipped_tensors: catalogue.skipped_tensors,
         skipped_bytes: catalogue.skipped_bytes,
     };
+    Ok((weights, summary))
+}
+
+/// Makes the weights of the plan's rank on `backend` from seeded numbers, with no checkpoint: the same model whatever
+/// the plan and the device. Nothing is read, so progress counts what is made.
+///
+/// # Errors
+/// When the backend does not take a weight.
+pub fn load_dummy<B: Backend>(
+    config: &ModelConfig,
+    plan: &ShardPlan,
+    backend: &mut B,
+    progress: &dyn Progress,
+) -> Result<(Weights<B>, LoadSummary), Error> {
+    let made = dummy::weights(config, plan);
+    let (each, tensors) = (backend.weight_dtype(DType::BF16).bytes(), made.len());
+    let elements: usize = made.iter().map(|(_, dummy)| dummy.elements()).sum();
+    progress.start(Bytes((elements * each) as u64));
+    let supply = Supply::Made { rest: made.into_iter(), each, progress };
+    let (weights, resident) = Placer { supply, backend, resident: Bytes(0) }.weights(config)?;
+    let nothing = Bytes(0);
+    let summary =
+        LoadSummary { bytes_read: nothing, resident, tensors, skipped_tensors: 0, skipped_bytes: nothing };
     Ok((weights, summary))
 }
 
@@ -137,9 +162,23 @@ fn read_ahead(
     }
 }
 
-/// Takes weights from the reader, in the order of the layout, to the device.
+/// Where weights come from, in the order of the layout.
+enum Supply<'a> {
+    /// The reader's thread.
+    Read(Receiver<Read>),
+    /// Seeded numbers; `each` is the bytes of an element once it is kept.
+    Made { rest: vec::IntoIter<(Slot, Dummy)>, each: usize, progress: &'a dyn Progress },
+}
+
+/// The next weight.
+enum Next {
+    Host(HostTensor),
+    Dummy(Dummy),
+}
+
+/// Takes weights to the device.
 struct Placer<'a, B: Backend> {
-    receiver: Receiver<Read>,
+    supply: Supply<'a>,
     backend: &'a mut B,
     resident: Bytes,
 }
@@ -181,19 +220,37 @@ impl<B: Backend> Placer<'_, B> {
     }
 
     fn weight(&mut self, slot: Slot) -> Result<B::Weight, Error> {
-        let host = self.next(slot)?;
-        self.backend.weight(host).map_err(|source| Error::Place { weight: slot.to_string(), source })
+        let placed = match self.next(slot)? {
+            Next::Host(host) => self.backend.weight(host),
+            Next::Dummy(dummy) => self.backend.dummy_weight(&dummy),
+        };
+        placed.map_err(|source| Error::Place { weight: slot.to_string(), source })
     }
 
     fn experts(&mut self, slot: Slot) -> Result<B::Experts, Error> {
-        let host = self.next(slot)?;
-        self.backend.experts(host).map_err(|source| Error::Place { weight: slot.to_string(), source })
+        let placed = match self.next(slot)? {
+            Next::Host(host) => self.backend.experts(host),
+            Next::Dummy(dummy) => self.backend.dummy_experts(&dummy),
+        };
+        placed.map_err(|source| Error::Place { weight: slot.to_string(), source })
     }
 
-    fn next(&mut self, wanted: Slot) -> Result<HostTensor, Error> {
-        let (slot, host) = self.receiver.recv().expect("the reader sends every weight or an error")?;
-        assert_eq!(slot, wanted, "weights are read in the order they are placed");
-        self.resident += host.bytes();
-        Ok(host)
+    fn next(&mut self, wanted: Slot) -> Result<Next, Error> {
+        let (slot, next, bytes) = match &mut self.supply {
+            Supply::Read(receiver) => {
+                let (slot, host) = receiver.recv().expect("the reader sends every weight or an error")?;
+                let bytes = host.bytes();
+                (slot, Next::Host(host), bytes)
+            }
+            Supply::Made { rest, each, progress } => {
+                let (slot, dummy) = rest.next().expect("every weight of the layout is made");
+                let bytes = Bytes((dummy.elements() * *each) as u64);
+                progress.advance(bytes);
+                (slot, Next::Dummy(dummy), bytes)
+            }
+        };
+        assert_eq!(slot, wanted, "weights come in the order they are placed");
+        self.resident += bytes;
+        Ok(next)
     }
 }

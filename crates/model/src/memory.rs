@@ -40,6 +40,22 @@ impl WeightBytes {
         sums
     }
 
+    /// Each kind by its name, in the order they are shown.
+    #[must_use]
+    pub const fn kinds(&self) -> [(&'static str, Bytes); 8] {
+        let Self { embedding, head, norms, attention, dense, routers, experts, shared } = *self;
+        [
+            ("embedding", embedding),
+            ("head", head),
+            ("attention", attention),
+            ("norms", norms),
+            ("dense", dense),
+            ("routers", routers),
+            ("experts", experts),
+            ("shared", shared),
+        ]
+    }
+
     /// All of them.
     #[must_use]
     pub fn total(&self) -> Bytes {

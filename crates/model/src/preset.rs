@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::checkpoint::Files;
 use crate::config::ModelConfig;
 use crate::error::Error;
 
@@ -31,13 +32,21 @@ impl Preset {
     /// What the model computes, read from its `config.json` as that of any checkpoint.
     ///
     /// # Errors
-    /// As [`ModelConfig::from_json`]; a test reads every preset.
+    /// As [`ModelConfig::from_files`]; a test reads every preset.
     pub fn config(self) -> Result<ModelConfig, Error> {
-        let json: &[u8] = match self {
-            Self::NorthMiniCode => include_bytes!("../presets/north-mini-code.json"),
-            Self::CommandAPlus => include_bytes!("../presets/command-a-plus.json"),
-        };
-        ModelConfig::from_json(json, &format!("{}.json", self.name()), None)
+        ModelConfig::from_files(&self.files())
+    }
+
+    /// All that is built in of it: a `config.json`; no weights, no tokenizer.
+    #[must_use]
+    pub const fn files(self) -> Files {
+        const NORTH: &[(&str, &[u8])] = &[("config.json", include_bytes!("../presets/north-mini-code.json"))];
+        const COMMAND: &[(&str, &[u8])] =
+            &[("config.json", include_bytes!("../presets/command-a-plus.json"))];
+        Files::Embedded(match self {
+            Self::NorthMiniCode => NORTH,
+            Self::CommandAPlus => COMMAND,
+        })
     }
 }
 

@@ -26,6 +26,17 @@ pub struct LayerWeights<B: Backend> {
     pub mlp: MlpWeights<B>,
 }
 
+impl<B: Backend> LayerWeights<B> {
+    /// [experts, H], of a sparse layer.
+    #[must_use]
+    pub const fn router(&self) -> Option<&B::Weight> {
+        match &self.mlp {
+            MlpWeights::Dense(_) => None,
+            MlpWeights::Sparse { router, .. } => Some(router),
+        }
+    }
+}
+
 /// Weights of a layer's MLP.
 pub enum MlpWeights<B: Backend> {
     /// One MLP for every token.

@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use ops::{
-    Backend, Batch, BatchSequence, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing,
-    Window,
+    Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm,
+    Packed, Rope, Routing, Window,
 };
+use rayon::prelude::*;
 use types::{DType, TokenId};
 
 use crate::attention::{Step, attention};
@@ -94,8 +96,21 @@ impl Backend for CpuBackend {
         Ok(weight)
     }
 
+    fn dummy_weight(&mut self, dummy: &Dummy) -> Result<Weight, Error> {
+        Weight::new(made(dummy), self.dtype)
+    }
+
+    fn dummy_experts(&mut self, dummy: &Dummy) -> Result<Weight, Error> {
+        self.experts(made(dummy))
+    }
+
     fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<KvLayer, Error> {
         KvLayer::new(spec, self.dtype)
+    }
+
+    fn dummy_kv(&mut self, kv: &mut KvLayer, seed: u64) -> Result<(), Error> {
+        kv.fill(seed);
+        Ok(())
     }
 
     fn begin_step(&mut self, batch: &Batch) -> Result<(), Error> {
@@ -286,6 +301,13 @@ impl Backend for CpuBackend {
     fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {
         Ok(x.as_slice().to_vec())
     }
+}
+
+/// All of `dummy`, on every core: its bands are independent.
+fn made(dummy: &Dummy) -> HostTensor {
+    let mut data = vec![bf16::ZERO; dummy.elements()];
+    dummy.bands(&mut data).into_par_iter().for_each(DummyBand::fill);
+    HostTensor::BF16 { shape: dummy.shape.clone(), data }
 }
 
 /// silu(gate) · up for rows of `gate_up` [T, 2I]: each factor rounded as the reference stores it.

@@ -2,10 +2,13 @@
 //! block are contiguous.
 
 use half::bf16;
-use ops::{Error, KvLayerSpec};
+use ops::{Error, KvLayerSpec, dummy_unit};
 use types::{Bytes, DType};
 
 use crate::element::Element;
+
+/// √3: numbers uniform in ± this have variance 1.
+const UNIT_VARIANCE: f32 = 1.732_050_8;
 
 /// A layer's cache on this rank.
 #[derive(Debug)]
@@ -28,6 +31,13 @@ pub(crate) struct Planes<E> {
 }
 
 impl<E: Element> Planes<E> {
+    fn fill(&mut self, seed: u64) {
+        let elements = self.keys.iter_mut().chain(&mut self.values);
+        for (index, element) in (0..).zip(elements) {
+            *element = E::narrow(UNIT_VARIANCE * dummy_unit(seed, index));
+        }
+    }
+
     fn new(elements: usize) -> Result<Self, Error> {
         let plane = || -> Result<Vec<E>, Error> {
             let mut plane = Vec::new();
@@ -52,6 +62,14 @@ impl KvLayer {
             DType::BF16 => Store::BF16(Planes::new(elements)?),
         };
         Ok(Self { spec: *spec, store })
+    }
+
+    /// Seeded numbers everywhere.
+    pub(crate) fn fill(&mut self, seed: u64) {
+        match &mut self.store {
+            Store::F32(planes) => planes.fill(seed),
+            Store::BF16(planes) => planes.fill(seed),
+        }
     }
 
     pub(crate) fn spec(&self) -> &KvLayerSpec {

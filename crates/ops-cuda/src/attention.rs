@@ -46,6 +46,10 @@ impl KvLayer {
         Ok(Self { spec: *spec, planes })
     }
 
+    pub(crate) const fn planes(&self) -> &DeviceBuffer {
+        &self.planes
+    }
+
     fn keys(&self) -> Address {
         self.planes.address()
     }
@@ -83,9 +87,14 @@ pub(crate) type HeadShape = (usize, usize);
 
 /// The largest number of query heads that share a key/value head and divide evenly into blocks.
 pub(crate) fn head_shape(spec: &KvLayerSpec) -> HeadShape {
-    let shared = spec.query_heads / spec.kv_heads;
+    heads_together(spec.head_dim, spec.query_heads, spec.kv_heads)
+}
+
+/// As [`head_shape`] of these counts.
+pub(crate) fn heads_together(head_dim: usize, query_heads: usize, kv_heads: usize) -> HeadShape {
+    let shared = query_heads / kv_heads.max(1);
     let group = (1..=GROUP_MAX).rev().find(|&group| shared.is_multiple_of(group)).unwrap_or(1);
-    (spec.head_dim, group)
+    (head_dim, group)
 }
 
 impl AttentionKernels {

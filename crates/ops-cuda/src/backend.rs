@@ -8,18 +8,19 @@ use std::time::Instant;
 
 use half::bf16;
 use ops::{
-    Backend, Batch, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+    Backend, Batch, Dummy, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
 };
 use types::{Bytes, DType, TokenId};
 
 use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencies, head_shape};
 use crate::cache::KernelCache;
 use crate::device::{Device, Grid, gemm_shared};
+use crate::dummy::DummyKernel;
 use crate::kernels::{
     Address, EmbedParams, FillParams, GatherParams, GemmParams, NormParams, RoundParams, SkinnyParams,
     SumParams, SwigluParams,
 };
-use crate::memory::{DeviceBuffer, Pinned};
+use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::step::Step;
 use crate::tensor::{Routed, Tensor, Weight, size};
 
@@ -97,6 +98,7 @@ pub struct CudaBackend {
     turns: HashMap<RopeKey, DeviceBuffer>,
     landing: Pinned,
     step: Step,
+    pub(crate) dummy: Option<DummyKernel>,
     device: Rc<Device>,
 }
 
@@ -114,6 +116,7 @@ impl CudaBackend {
             turns: HashMap::new(),
             landing: Pinned::new(1 << 16)?,
             step: Step::new()?,
+            dummy: None,
             device,
         })
     }
@@ -124,6 +127,15 @@ impl CudaBackend {
     /// On a driver failure.
     pub fn card(&self) -> Result<String, crate::Error> {
         self.device.name()
+    }
+
+    /// Memory of the card that nothing has taken yet.
+    ///
+    /// # Errors
+    /// On a driver failure.
+    pub fn memory_free(&self) -> Result<Bytes, crate::Error> {
+        self.device.bind()?;
+        memory::free()
     }
 
     /// A weight of seeded numbers, uniform in ±`scale`, made on the card: for timing shapes without a checkpoint.
@@ -319,6 +331,16 @@ impl Backend for CudaBackend {
         Ok(weight)
     }
 
+    fn dummy_weight(&mut self, dummy: &Dummy) -> Result<Weight, Error> {
+        self.make_dummy(dummy)
+    }
+
+    fn dummy_experts(&mut self, dummy: &Dummy) -> Result<Weight, Error> {
+        let weight = self.make_dummy(dummy)?;
+        weight.dims3("experts")?;
+        Ok(weight)
+    }
+
     fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<KvLayer, Error> {
         self.device.bind()?;
         let layer = KvLayer::new(self, spec)?;
@@ -328,6 +350,10 @@ impl Backend for CudaBackend {
             self.attention.insert(shape, kernels);
         }
         Ok(layer)
+    }
+
+    fn dummy_kv(&mut self, kv: &mut KvLayer, seed: u64) -> Result<(), Error> {
+        self.make_dummy_kv(kv, seed)
     }
 
     fn begin_step(&mut self, batch: &Batch) -> Result<(), Error> {

@@ -11,12 +11,11 @@ use types::{Bytes, DType};
 
 use crate::arena::FreeList;
 use crate::cache::KernelCache;
+use crate::check::in_parallel;
 use crate::kernels::{Address, Params, Source};
 use crate::memory::DeviceBuffer;
-use crate::{Error, probe};
-
-/// The oldest compute capability whose instructions the kernels use.
-const OLDEST: (i32, i32) = (8, 0);
+use crate::nvrtc::Compiled;
+use crate::{Error, arch, probe};
 
 /// A card in use. Not `Send`: one thread owns it.
 #[derive(Debug)]
@@ -42,11 +41,8 @@ impl Device {
         probe()?;
         let context = CudaContext::new(ordinal).map_err(Error::driver("cuDevicePrimaryCtxRetain"))?;
         let capability = context.compute_capability().map_err(Error::driver("cuDeviceGetAttribute"))?;
-        if capability < OLDEST {
-            let card = context.name().map_err(Error::driver("cuDeviceGetName"))?;
-            return Err(Error::UnsupportedCard { card, major: capability.0, minor: capability.1 });
-        }
-        let arch = arch(capability);
+        arch::card(&context.name().map_err(Error::driver("cuDeviceGetName"))?, capability)?;
+        let arch = arch::target(capability);
         let stream = context.new_stream().map_err(Error::driver("cuStreamCreate"))?;
         let count = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         let multiprocessors = count.map_err(Error::driver("cuDeviceGetAttribute"))?;
@@ -135,12 +131,6 @@ impl Device {
     }
 }
 
-/// The target for a card: the architecture-specific one where kernels may use it.
-fn arch((major, minor): (i32, i32)) -> String {
-    let specific = if major >= 9 { "a" } else { "" };
-    format!("sm_{major}{minor}{specific}")
-}
-
 /// Size of a launch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Grid {
@@ -182,7 +172,10 @@ pub(crate) struct Module(CUmodule);
 
 impl Module {
     fn load(source: &Source, arch: &str, cache: &KernelCache) -> Result<Self, Error> {
-        let compiled = cache.get(source, arch)?;
+        Self::of(&cache.get(source, arch)?)
+    }
+
+    fn of(compiled: &Compiled) -> Result<Self, Error> {
         // SAFETY: the image is a whole cubin, and the driver copies it.
         let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast::<c_void>()) };
         module.map(Self).map_err(Error::driver("cuModuleLoadData"))
@@ -234,13 +227,12 @@ pub(crate) struct Kernels {
 
 impl Kernels {
     fn load(dtype: DType, arch: &str, cache: &KernelCache) -> Result<Self, Error> {
-        let rows = Module::load(&Source::rows(dtype), arch, cache)?;
-        let skinny = Module::load(&Source::skinny(dtype), arch, cache)?;
-        let experts = Module::load(&Source::experts(dtype), arch, cache)?;
-        let tiles = match dtype {
-            DType::BF16 => Some(Module::load(&Source::gemm(), arch, cache)?),
-            DType::F32 => None,
-        };
+        // Compiling takes seconds for each file when nothing is kept yet.
+        let compiled = in_parallel(&Source::common(dtype), |source| cache.get(source, arch))?;
+        let mut modules = compiled.iter().map(Module::of);
+        let mut next = || modules.next().unwrap_or_else(|| unreachable!("every model has these files"));
+        let (rows, skinny, experts) = (next()?, next()?, next()?);
+        let tiles = modules.next().transpose()?;
         let gemm = match &tiles {
             Some(tiles) => {
                 let functions = [tiles.function("gemm64")?, tiles.function("gemm128")?];

@@ -37,6 +37,24 @@ pub enum Error {
         /// Its compute capability, second part.
         minor: i32,
     },
+    /// A target that is none of a supported card.
+    #[error("`{arch}` is not a target of these kernels; use sm_80, sm_86, sm_89, sm_90a, sm_100a or sm_120a")]
+    Arch {
+        /// What was asked for.
+        arch: String,
+    },
+    /// A driver that does not load what the compiler makes.
+    #[error(
+        "the driver supports CUDA {}.{}, and the NVRTC found is of {}.{}; install a newer NVIDIA driver, or an NVRTC of \
+         CUDA {}",
+        supports.0, supports.1, nvrtc.0, nvrtc.1, supports.0
+    )]
+    DriverTooOld {
+        /// Newest CUDA version the driver supports.
+        supports: (i32, i32),
+        /// The compiler's version.
+        nvrtc: (i32, i32),
+    },
     /// The compiler refused a kernel.
     #[error("kernel file {file} does not compile for {arch} (flags {flags}): {log}")]
     Compile {

@@ -14,6 +14,16 @@ pub struct Source {
 const COMMON: &str = include_str!("../kernels/common.cuh");
 
 impl Source {
+    /// The files every model of `dtype` needs, in the order rows, skinny, experts and (in bf16) gemm.
+    #[must_use]
+    pub fn common(dtype: DType) -> Vec<Self> {
+        let mut sources = vec![Self::rows(dtype), Self::skinny(dtype), Self::experts(dtype)];
+        if dtype == DType::BF16 {
+            sources.push(Self::gemm());
+        }
+        sources
+    }
+
     /// Embedding, sums, gates, norms.
     #[must_use]
     pub fn rows(dtype: DType) -> Self {
@@ -44,6 +54,12 @@ impl Source {
         let mut source = Self::new("attention.cu", include_str!("../kernels/attention.cu"), dtype);
         source.defines.extend([format!("D={head_dim}"), format!("GROUP={group}")]);
         source
+    }
+
+    /// Weights of seeded numbers.
+    #[must_use]
+    pub fn dummy(dtype: DType) -> Self {
+        Self::new("dummy.cu", include_str!("../kernels/dummy.cu"), dtype)
     }
 
     fn new(file: &'static str, body: &'static str, dtype: DType) -> Self {
@@ -96,6 +112,10 @@ params! {
     GatherParams { out: Address, x: Address, which: Address, width: u32, is_f32: u32 }
     NormParams { out: Address, x: Address, weight: Address, width: u32, x_f32: u32, eps: f32, layer: u32 }
     FillParams { out: Address, count: u64, seed: u64, scale: f32 }
+    DummyParams {
+        out: Address, tensor: u64, first: u64, stride: u64, rows: u64,
+        cols: u32, centre: f32, scale: f32,
+    }
     SkinnyParams { y: Address, x: Address, w: Address, rows: u32, outs: u32, inner: u32, y_f32: u32 }
     GemmParams {
         c: Address, a: Address, w: Address, sorted: Address, tile_expert: Address, tiles: Address,

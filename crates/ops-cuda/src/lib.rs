@@ -9,15 +9,19 @@
 //! same step, and not bit for bit across batches.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod arch;
 mod arena;
 mod attention;
 mod backend;
 mod cache;
+mod check;
 mod comm;
 mod device;
+mod dummy;
 mod error;
 mod experts;
 mod kernels;
+mod libraries;
 mod memory;
 mod nvrtc;
 mod probe;
@@ -27,9 +31,11 @@ mod tensor;
 pub use attention::KvLayer;
 pub use backend::{Activations, CudaBackend, Options};
 pub use cache::KernelCache;
+pub use check::{KernelReport, KernelShape, ProgramReport, check, sources};
 pub use comm::SoloDevice;
 pub use error::Error;
 pub use kernels::Source;
+pub use libraries::FOLDERS_VARIABLE;
 pub use nvrtc::{Compiled, compile};
 pub use probe::{Card, Found, probe};
 pub use tensor::{Routed, Tensor, Weight};

@@ -13,6 +13,12 @@ use crate::kernels::Address;
 /// Page-locked and mapped for all contexts: `CU_MEMHOSTALLOC_PORTABLE`.
 const PORTABLE: u32 = 1;
 
+/// Memory of the current context's device that nothing has taken.
+pub(crate) fn free() -> Result<Bytes, Error> {
+    let (free, _) = result::mem_get_info().map_err(Error::driver("cuMemGetInfo"))?;
+    Ok(Bytes(free as u64))
+}
+
 /// One allocation on the device. The context must be current on the thread that makes and drops it.
 #[derive(Debug)]
 pub(crate) struct DeviceBuffer {

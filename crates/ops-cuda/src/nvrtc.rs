@@ -7,6 +7,7 @@ use cudarc::nvrtc::{result, sys};
 
 use crate::Error;
 use crate::kernels::Source;
+use crate::libraries::Needed;
 
 /// What a kernel file became.
 #[derive(Debug, Clone)]
@@ -33,14 +34,7 @@ pub(crate) fn version() -> Result<(i32, i32), Error> {
 /// # Errors
 /// [`Error::LibraryMissing`] without libnvrtc; [`Error::Compile`] with the compiler's log.
 pub fn compile(source: &Source, arch: &str) -> Result<Compiled, Error> {
-    // SAFETY: opens a shared library by name and looks at the result.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(Error::LibraryMissing {
-            library: "libnvrtc.so",
-            purpose: "compiling kernels",
-            package: "cuda-nvrtc of the CUDA 13 runtime",
-        });
-    }
+    Needed::Nvrtc.require()?;
     let failed = |log: String| Error::Compile {
         file: source.file(),
         arch: arch.to_owned(),

@@ -5,7 +5,9 @@ use std::fmt;
 use cudarc::driver::result as driver;
 use types::Bytes;
 
-use crate::Error;
+use crate::libraries::Needed;
+use crate::nvrtc::version;
+use crate::{Error, arch};
 
 /// One card.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,24 +40,14 @@ impl fmt::Display for Found {
 /// # Errors
 /// The first piece that is missing, and where to get it.
 pub fn probe() -> Result<Found, Error> {
-    // SAFETY: the calls open a shared library by name and look at the result; no CUDA function is called.
-    let present =
-        unsafe { [cudarc::driver::sys::is_culib_present(), cudarc::nvrtc::sys::is_culib_present()] };
-    let libraries = [
-        ("libcuda.so.1", "the driver", "the NVIDIA driver"),
-        ("libnvrtc.so", "compiling kernels", "cuda-nvrtc of the CUDA 13 runtime"),
-    ];
-    for (present, (library, purpose, package)) in present.into_iter().zip(libraries) {
-        if !present {
-            return Err(Error::LibraryMissing { library, purpose, package });
-        }
-    }
+    [Needed::Driver, Needed::Nvrtc].into_iter().try_for_each(Needed::require)?;
     cards()
 }
 
 fn cards() -> Result<Found, Error> {
     let failed = Error::driver;
     driver::init().map_err(failed("cuInit"))?;
+    arch::driver(driver_version()?, version()?)?;
     let count = driver::device::get_count().map_err(failed("cuDeviceGetCount"))?;
     let card = |ordinal| {
         let device = driver::device::get(ordinal).map_err(failed("cuDeviceGet"))?;
@@ -69,4 +61,13 @@ fn cards() -> Result<Found, Error> {
         return Err(Error::NoDevice);
     }
     Ok(Found { cards })
+}
+
+/// The newest CUDA version the driver supports: 1000 · major + 10 · minor.
+fn driver_version() -> Result<i32, Error> {
+    let mut version = 0;
+    // SAFETY: the pointer is valid for the call, and the library was found.
+    let status = unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version) };
+    status.result().map_err(Error::driver("cuDriverGetVersion"))?;
+    Ok(version)
 }

@@ -1,73 +1,118 @@
 //! Every kernel compiles for the cards that are meant, at the shapes of the published models and of the tests, without
-//! a card: NVRTC alone is needed. Registers that go to memory fail.
+//! a card: NVRTC alone is needed. A kernel that spills registers fails.
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
     reason = "a test says what it ran on, and stops when it cannot be set up"
 )]
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 
-use ops_cuda::{Compiled, Error, KernelCache, Source, compile};
-use types::DType;
+use model::{Files, ModelConfig, Preset, ShardPlan};
+use ops_cuda::{Compiled, Error, KernelCache, KernelShape, Source, check, compile, sources};
+use types::{DType, ExpertSharding, TpSize};
 
 const ARCHES: [&str; 3] = ["sm_80", "sm_90a", "sm_100a"];
-/// (head dimension, query heads together): North, Command A+, the golden checkpoints, the demo model.
-const HEADS: [(usize, usize); 5] = [(128, 8), (128, 4), (16, 2), (16, 4), (32, 4)];
 
-fn sources() -> Vec<Source> {
-    let mut sources = vec![Source::gemm()];
-    for dtype in [DType::F32, DType::BF16] {
-        sources.extend([Source::rows(dtype), Source::skinny(dtype), Source::experts(dtype)]);
-        sources.extend(HEADS.map(|(head_dim, group)| Source::attention(dtype, head_dim, group)));
-    }
-    sources
+/// The published models, the golden checkpoints, the demo model.
+fn models() -> Vec<ModelConfig> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let golden = fs::read_dir(root.join("tests/golden")).unwrap().map(|entry| entry.unwrap().path());
+    let directories = golden.chain([root.join("crates/cli/assets/demo")]);
+    let with_config = directories.filter(|directory| directory.join("config.json").exists());
+    let mut models: Vec<ModelConfig> =
+        with_config.map(|directory| ModelConfig::from_files(&Files::Directory(directory)).unwrap()).collect();
+    assert!(models.len() >= 5, "{} checkpoints", models.len());
+    models.extend(Preset::ALL.map(|preset| preset.config().unwrap()));
+    models
 }
 
-/// `None`, and a word about it, without a compiler.
-fn compiled(source: &Source, arch: &str) -> Option<Compiled> {
-    match compile(source, arch) {
-        Ok(compiled) => Some(compiled),
+/// What all their ranks compile, alone and in groups up to a host's eight.
+fn all_sources() -> Vec<Source> {
+    let mut all: Vec<Source> = Vec::new();
+    let mut seen = BTreeSet::new();
+    for config in models() {
+        for size in ShardPlan::sizes(&config, ExpertSharding::Tensor).into_iter().filter(|size| *size <= 8) {
+            let rank = TpSize::new(size).unwrap().ranks().next().unwrap();
+            let plan = ShardPlan::new(&config, rank).unwrap();
+            let (query_heads, kv_heads) = (plan.query_heads.len(), plan.kv_heads.len());
+            for dtype in [DType::F32, DType::BF16] {
+                let shape = KernelShape { dtype, head_dim: config.head_dim, query_heads, kv_heads };
+                let new = sources(&shape).into_iter();
+                all.extend(new.filter(|s| seen.insert((s.file(), s.defines().to_vec()))));
+            }
+        }
+    }
+    all
+}
+
+/// Whether there is no compiler, said on stdout.
+fn skipped() -> bool {
+    match compile(&Source::rows(DType::F32), "sm_90a") {
         Err(error @ Error::LibraryMissing { .. }) => {
             println!("skipped: {error}");
-            None
+            true
         }
-        Err(other) => panic!("{other}"),
+        _ => false,
     }
-}
-
-/// ptxas' lines about spilled bytes that are not zero.
-fn spills(log: &str) -> Vec<&str> {
-    let spilled =
-        |line: &&str| line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores");
-    log.lines().filter(spilled).collect()
 }
 
 #[test]
 fn every_kernel_compiles_for_every_card_without_spilling() {
+    if skipped() {
+        return;
+    }
+    let sources = all_sources();
     let mut spilled = Vec::new();
     for arch in ARCHES {
-        for source in sources() {
-            let Some(Compiled { cubin, log }) = compiled(&source, arch) else {
-                return;
-            };
-            let place = format!("{} {:?} for {arch}", source.file(), source.defines());
-            assert!(cubin.starts_with(b"\x7fELF"), "{place}: not a cubin");
-            assert!(log.contains("registers"), "{place}: no report of registers");
-            spilled.extend(spills(&log).into_iter().map(|line| format!("{place}: {line}")));
+        for program in check(&sources, arch).unwrap() {
+            let place = format!("{arch} {} {}", program.file, program.defines.join(" "));
+            assert!(!program.kernels.is_empty(), "{place}: no kernels");
+            for kernel in program.kernels {
+                assert!(kernel.registers > 0, "{place} {}: no report of registers", kernel.name);
+                println!(
+                    "{place:<44} {:<20} {:>3} registers {:>6} B shared {:>3} B stack {:>3} B spilled",
+                    kernel.name,
+                    kernel.registers,
+                    kernel.shared_bytes,
+                    kernel.stack_bytes,
+                    kernel.spill_bytes
+                );
+                if kernel.spills() {
+                    spilled.push(format!("{place} {kernel:?}"));
+                }
+            }
         }
     }
     assert!(spilled.is_empty(), "{spilled:#?}");
 }
 
 #[test]
+fn a_kernel_that_does_not_compile_is_named_with_the_compilers_words() {
+    if skipped() {
+        return;
+    }
+    // No array has the length 0.
+    let broken = Source::attention(DType::BF16, 0, 1);
+    let said = compile(&broken, "sm_90a").unwrap_err().to_string();
+    assert!(said.contains("attention.cu") && said.contains("D=0") && said.contains("error"), "{said}");
+}
+
+#[test]
+fn a_target_that_no_card_has_is_refused_before_anything_is_compiled() {
+    assert!(matches!(check(&[], "sm_35"), Err(Error::Arch { .. })));
+}
+
+#[test]
 fn a_damaged_cache_entry_is_compiled_again() {
+    if skipped() {
+        return;
+    }
     let directory = tempfile::tempdir().unwrap();
     let cache = KernelCache(Some(directory.path().to_owned()));
     let source = Source::rows(DType::F32);
-    if compiled(&source, "sm_90a").is_none() {
-        return;
-    }
     let first = cache.get(&source, "sm_90a").unwrap();
     let again = cache.get(&source, "sm_90a").unwrap();
     assert!(!first.log.is_empty() && again.log.is_empty(), "the second is read, not compiled");
@@ -78,7 +123,7 @@ fn a_damaged_cache_entry_is_compiled_again() {
     let middle = content.len() / 2;
     content[middle] ^= 1;
     fs::write(&files[0], content).unwrap();
-    let rebuilt = cache.get(&source, "sm_90a").unwrap();
-    assert!(!rebuilt.log.is_empty(), "a damaged entry is not used");
-    assert_eq!(cache.get(&source, "sm_90a").unwrap().cubin, rebuilt.cubin);
+    let Compiled { log, cubin } = cache.get(&source, "sm_90a").unwrap();
+    assert!(!log.is_empty(), "a damaged entry is not used");
+    assert_eq!(cache.get(&source, "sm_90a").unwrap().cubin, cubin);
 }

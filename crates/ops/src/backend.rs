@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use types::{BlockSize, DType, TokenId};
 
-use crate::{Batch, Error, HostTensor, KvGroup};
+use crate::{Batch, Dummy, Error, HostTensor, KvGroup};
 
 /// Which normalisation; both multiply by a weight and have no bias.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -144,11 +144,38 @@ pub trait Backend {
     /// As [`Backend::weight`].
     fn experts(&mut self, host: HostTensor) -> Result<Self::Experts, Error>;
 
+    /// Makes a weight [out, in] or [H] of seeded numbers where it lives, kept as one that is stored as bf16: the same
+    /// values on every backend.
+    ///
+    /// # Errors
+    /// As [`Backend::weight`].
+    fn dummy_weight(&mut self, dummy: &Dummy) -> Result<Self::Weight, Error> {
+        self.weight(dummy.host(self.weight_dtype(DType::BF16)))
+    }
+
+    /// Makes expert weights [E, out, in] of seeded numbers, as [`Backend::dummy_weight`].
+    ///
+    /// # Errors
+    /// As [`Backend::weight`].
+    fn dummy_experts(&mut self, dummy: &Dummy) -> Result<Self::Experts, Error> {
+        self.experts(dummy.host(self.weight_dtype(DType::BF16)))
+    }
+
     /// Reserves one layer's KV cache.
     ///
     /// # Errors
     /// When memory runs out.
     fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<Self::KvLayer, Error>;
+
+    /// Fills one layer's KV cache with seeded numbers of variance 1, for measuring at a context without its prompt. What
+    /// they are is the backend's choice.
+    ///
+    /// # Errors
+    /// [`Error::Device`] from a backend that is not measured.
+    fn dummy_kv(&mut self, kv: &mut Self::KvLayer, seed: u64) -> Result<(), Error> {
+        let _ = (kv, seed);
+        Err(Error::Device { op: "dummy_kv", reason: "this backend makes no keys and values".into() })
+    }
 
     /// Starts a step: whatever the ops need of the batch is staged on the device.
     ///

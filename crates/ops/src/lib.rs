@@ -7,12 +7,14 @@ mod backend;
 mod batch;
 mod candidates;
 pub mod conformance;
+mod dummy;
 mod error;
 mod host;
 pub mod sample;
 
 pub use backend::{Backend, ExpertOwners, KvLayerSpec, Norm, Packed, Rope, Routing, Scoring, Window};
 pub use batch::{Batch, BatchSequence};
+pub use dummy::{Dummy, DummyBand, DummyPiece, chosen, dummy_unit};
 pub use error::Error;
 pub use host::HostTensor;
 pub use types::{BlockTable, KvGroup};

@@ -64,7 +64,7 @@ pub fn priority(lower_first: i32) -> Result<Priority, Failure> {
     Priority::new(-given.level()).map_err(|error| Failure::Internal { why: error.to_string() })
 }
 
-/// Everything but `bad_words`, which are text: whoever has the tokenizer adds them.
+/// Everything but those `bad_words` that are text: whoever has the tokenizer adds them.
 impl From<&v1::GenerateRequest> for GenerationSpec {
     fn from(request: &v1::GenerateRequest) -> Self {
         let sampling = request.sampling.clone().unwrap_or_default();
@@ -88,7 +88,7 @@ impl From<&v1::GenerateRequest> for GenerationSpec {
             repetition_penalty: sampling.repetition_penalty,
             logit_bias: sampling.logit_bias.into_iter().collect(),
             allowed_token_ids: sampling.allowed_token_ids,
-            bad_words: Vec::new(),
+            bad_words: sampling.bad_word_token_ids.into_iter().map(|word| word.ids).collect(),
             constraint: request.constraint.clone().and_then(constraint),
         }
     }

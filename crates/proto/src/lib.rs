@@ -1,7 +1,8 @@
 //! The wire: generated messages and services, the only place where they become our own types, and the one table from
 //! errors to gRPC statuses.
 //!
-//! - [`v1`] is what callers of a router speak, [`worker`] what a router says to the leader of a group;
+//! - [`v1`] is what callers of a router speak, [`vllm`] what clients of vLLM do, [`worker`] what a router says to the
+//!   leader of a group;
 //! - [`Prompt`], [`Phase`] and the `From`/`TryFrom` implementations turn messages into checked types and back;
 //! - [`Failure`] is every way a request can fail, with its status code and details.
 #![forbid(unsafe_code)]
@@ -48,5 +49,21 @@ pub mod worker {
     tonic::include_proto!("cohort.worker.v1");
 }
 
-/// The encoded `google.protobuf.FileDescriptorSet` of both files, for server reflection.
+/// Generated from `proto/vllm`: the API of vLLM's gRPC server, for clients written for it.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    unused_qualifications,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    clippy::needless_pass_by_value,
+    clippy::struct_excessive_bools,
+    clippy::too_many_lines,
+    reason = "generated code; its documentation is the .proto files"
+)]
+pub mod vllm {
+    tonic::include_proto!("vllm");
+}
+
+/// The encoded `google.protobuf.FileDescriptorSet` of all files, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -43,6 +43,8 @@ pub struct Message {
     pub tool_calls: Vec<v1::ToolCall>,
     /// The call a tool's message answers, if it says; `None` for everybody else.
     pub tool_call_id: Option<String>,
+    /// The results of that call when they come one by one, each a JSON object; then `content` is empty.
+    pub results: Vec<String>,
 }
 
 impl Chat {
@@ -58,18 +60,26 @@ impl Message {
     /// A message of nothing but content.
     #[must_use]
     pub const fn new(role: Role, content: String) -> Self {
-        Self { role, content, reasoning: String::new(), tool_calls: Vec::new(), tool_call_id: None }
+        Self {
+            role,
+            content,
+            reasoning: String::new(),
+            tool_calls: Vec::new(),
+            tool_call_id: None,
+            results: Vec::new(),
+        }
     }
 
     fn bytes(&self) -> usize {
         let calls = self.tool_calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments.len());
         let id = self.tool_call_id.as_ref().map_or(0, String::len);
-        self.content.len() + self.reasoning.len() + id + calls.sum::<usize>()
+        let results: usize = self.results.iter().map(String::len).sum();
+        self.content.len() + self.reasoning.len() + id + calls.sum::<usize>() + results
     }
 
     /// Checks message number `index` of a conversation and names what is wrong with it.
     fn from_wire(wire: v1::ChatMessage, index: usize, wrong: &mut Vec<Violation>) -> Option<Self> {
-        let v1::ChatMessage { role, content, reasoning, tool_calls, tool_call_id } = wire;
+        let v1::ChatMessage { role, content, reasoning, tool_calls, tool_call_id, results } = wire;
         let mut refuse = |field: &str, reason: String| {
             wrong.push(Violation::new(format!("chat.messages[{index}].{field}"), reason));
         };
@@ -96,11 +106,17 @@ impl Message {
                 format!("belongs to tool messages, and this one's role is {}", role.name()),
             );
         }
+        if role != Role::Tool && !results.is_empty() {
+            refuse("results", format!("belong to tool messages, and this one's role is {}", role.name()));
+        }
+        if !results.is_empty() && !content.is_empty() {
+            refuse("results", "are given beside content; give one of them".to_owned());
+        }
         for (call, _) in tool_calls.iter().enumerate().filter(|(_, call)| call.name.is_empty()) {
             refuse(&format!("tool_calls[{call}].name"), "is empty; name the tool that was called".to_owned());
         }
         let tool_call_id = Some(tool_call_id).filter(|id| !id.is_empty());
-        Some(Self { role, content, reasoning, tool_calls, tool_call_id })
+        Some(Self { role, content, reasoning, tool_calls, tool_call_id, results })
     }
 }
 

@@ -12,7 +12,9 @@ use crate::call::Call;
 use crate::forward::{Chunks, Placed};
 use crate::metrics::Counted;
 use crate::pipeline::Permit;
-use crate::text::{CallPiece, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer};
+use crate::text::{
+    CallPiece, Citation, Cited, CitedSource, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer,
+};
 
 /// One request's answers as they come. Dropping it cancels the request at its group and gives the permit back.
 pub(crate) struct Answer {
@@ -66,6 +68,7 @@ impl Answer {
             for piece in message.tool_calls {
                 add_piece(&mut whole.tool_calls, piece);
             }
+            whole.citations.extend(message.citations);
             whole.token_ids.extend(message.token_ids);
             whole.logprobs.extend(message.logprobs);
             whole.finish = message.finish;
@@ -130,6 +133,16 @@ fn add_piece(calls: &mut Vec<v1::ToolCall>, piece: v1::ToolCallDelta) {
     // Pieces of one call come together, the first of them with its name.
     if let Some(call) = calls.last_mut() {
         call.arguments.push_str(&piece.arguments);
+    }
+}
+
+impl From<Citation> for v1::Citation {
+    fn from(citation: Citation) -> Self {
+        let Citation { part, start, end, text, sources } = citation;
+        let source =
+            |source: CitedSource| v1::CitedSource { tool_call: source.call, results: source.results };
+        let sources = sources.into_iter().map(source).collect();
+        Self { reasoning: part == Cited::Reasoning, start, end, text, sources }
     }
 }
 
@@ -206,6 +219,7 @@ impl Reader {
         }
         out.reasoning.push_str(&parsed.reasoning);
         out.calls.append(&mut parsed.calls);
+        out.citations.append(&mut parsed.citations);
         out.faults.append(&mut parsed.faults);
         self.stop.push(&parsed.text, &mut out.text)
     }
@@ -268,6 +282,7 @@ impl Assembler {
             finish,
             reasoning: parsed.reasoning,
             tool_calls: parsed.calls.into_iter().map(|piece| self.piece(piece)).collect(),
+            citations: parsed.citations.into_iter().map(Into::into).collect(),
         }))
     }
 

@@ -1,12 +1,15 @@
 //! What a call brings beside its message: an id and a deadline.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::{Failure, Violation};
 use tokio::time::Instant;
 use tonic::Status;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
+
+use crate::running::{Entry, Running};
 
 /// The header that carries a request's id both ways.
 pub(crate) const REQUEST_ID: &str = "x-request-id";
@@ -20,6 +23,8 @@ pub(crate) const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
 pub(crate) struct Call {
     pub(crate) request_id: String,
     pub(crate) deadline: Option<Instant>,
+    /// Its line among the running requests, for as long as a part of it runs.
+    entry: Option<Arc<Entry>>,
 }
 
 impl Call {
@@ -39,7 +44,7 @@ impl Call {
         };
         let deadline = proto::timeout(headers)?
             .and_then(|timeout| Instant::now().checked_add(timeout.saturating_sub(DEADLINE_MARGIN)));
-        Ok(Self { request_id, deadline })
+        Ok(Self { request_id, deadline, entry: None })
     }
 
     /// The status of a failure, with the request's id in its headers.
@@ -56,19 +61,38 @@ impl Call {
         }
     }
 
-    /// Runs `work` until the deadline.
+    /// The same call, listed among those that run under its id. A part of a call that is listed stays with the whole.
+    pub(crate) fn listed(mut self, running: &Arc<Running>) -> Self {
+        self.entry.get_or_insert_with(|| Arc::new(running.enter(&self.request_id)));
+        self
+    }
+
+    /// Runs `work` until the deadline, or until somebody ends the call by its id.
     ///
     /// # Errors
-    /// [`Failure::DeadlineExceeded`], or what `work` fails with.
+    /// [`Failure::DeadlineExceeded`], [`Failure::Cancelled`], or what `work` fails with.
     pub(crate) async fn within<T>(
         &self,
         work: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T, Failure> {
-        match self.deadline {
-            None => work.await,
-            Some(deadline) => {
-                tokio::time::timeout_at(deadline, work).await.unwrap_or(Err(Failure::DeadlineExceeded))
+        let aborted = async {
+            match &self.entry {
+                Some(entry) => entry.aborted().await,
+                None => std::future::pending().await,
             }
+        };
+        let in_time = async {
+            match self.deadline {
+                None => work.await,
+                Some(deadline) => {
+                    tokio::time::timeout_at(deadline, work).await.unwrap_or(Err(Failure::DeadlineExceeded))
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            () = aborted => Err(Failure::Cancelled),
+            result = in_time => result,
         }
     }
 }

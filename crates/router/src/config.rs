@@ -20,6 +20,8 @@ pub struct Config {
     pub model_name: Option<String>,
     /// Bounds on what is taken in.
     pub limits: Limits,
+    /// How long HTTP callers are waited for.
+    pub http_patience: HttpPatience,
     /// After the order to stop: how long requests are still taken while health says NOT_SERVING, so that load
     /// balancers turn away before anybody is refused.
     pub withdraw_grace: Duration,
@@ -39,6 +41,23 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self { requests_max: 1024, prompt_bytes_max: 4 << 20 }
+    }
+}
+
+/// How long HTTP callers are waited for before their connection is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HttpPatience {
+    /// For the whole head of a request, and so also between two requests.
+    pub head: Duration,
+    /// For the whole body of a request.
+    pub body: Duration,
+    /// For a caller that reads nothing of what is sent to it. Its request is cancelled then.
+    pub write: Duration,
+}
+
+impl Default for HttpPatience {
+    fn default() -> Self {
+        Self { head: Duration::from_secs(30), body: Duration::from_secs(30), write: Duration::from_secs(30) }
     }
 }
 

@@ -1,16 +1,19 @@
-//! The HTTP listener: OpenAI's API over the same pipeline as gRPC, probes, version and the list of models.
+//! The HTTP listener: OpenAI's API and Cohere's chat over the same pipeline as gRPC, probes, version and the list of
+//! models.
 
 mod chat;
+mod cohere;
 mod completions;
 mod error;
 mod fields;
 mod generation;
+mod listen;
 mod stream;
 mod tokens;
 mod view;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::{Bytes, to_bytes};
 use axum::extract::{Path, Request, State};
@@ -33,10 +36,9 @@ use crate::workers::Progress;
 use error::ApiError;
 use fields::Fields;
 use generation::Common;
+pub(crate) use listen::serve as listen;
 use view::{Api, View};
 
-/// A caller that sends its body slower than this holds a connection for nothing.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Enough of the configuration's hash to tell two of them apart.
 const FINGERPRINT_DIGITS: usize = 12;
 
@@ -46,8 +48,9 @@ struct Context {
     started: u64,
 }
 
-/// The routes: OpenAI's API under `/v1`, `/tokenize` and `/detokenize`; `/livez` (this process runs), `/startupz` (it
-/// listens), `/readyz`, `/health` and `/ping` (a group serves), `/load` (requests taken now), `/metrics`, `/version`.
+/// The routes: OpenAI's API under `/v1`, Cohere's `/v2/chat`, `/tokenize` and `/detokenize`; `/livez` (this process
+/// runs), `/startupz` (it listens), `/readyz`, `/health` and `/ping` (a group serves), `/load` (requests taken now),
+/// `/metrics`, `/version`.
 pub(crate) fn routes(shared: Arc<Shared>) -> Router {
     let counted = Arc::clone(&shared.metrics);
     Router::new()
@@ -64,6 +67,8 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(plain_completions))
         .route("/v1/embeddings", post(embeddings))
+        .route("/v2/chat", post(cohere::chat))
+        .route("/cohere/v2/chat", post(cohere::chat))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .fallback(no_such_path)
@@ -92,7 +97,7 @@ async fn embeddings() -> ApiError {
 }
 
 async fn chat_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
-    let (headers, mut fields) = read(request).await?;
+    let (headers, mut fields) = read(&context.shared, request).await?;
     let common = chat::take(&mut fields, context.shared.text.as_ref());
     fields.finish()?;
     let requests = vec![common.request.clone()];
@@ -100,7 +105,7 @@ async fn chat_completions(State(context): State<Context>, request: Request) -> R
 }
 
 async fn plain_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
-    let (headers, mut fields) = read(request).await?;
+    let (headers, mut fields) = read(&context.shared, request).await?;
     let (common, prompts) = completions::take(&mut fields);
     fields.finish()?;
     let each = |prompt| v1::GenerateRequest { prompt: Some(prompt), ..common.request.clone() };
@@ -117,7 +122,7 @@ async fn generate(
     asked: (Common, Vec<v1::GenerateRequest>),
 ) -> Result<Response, ApiError> {
     let (common, requests) = asked;
-    let call = call(headers, &common.request.request_id)?;
+    let call = call(headers, &common.request.request_id)?.listed(&shared.running);
     let several = requests.len() > 1;
     let mut answers = Vec::new();
     for (index, request) in requests.into_iter().enumerate() {
@@ -160,7 +165,7 @@ fn view(shared: &Shared, api: Api, call: &Call, common: &Common) -> Result<View,
         eos_token_ids: facts.eos_token_ids,
         tokenizer: shared.text.as_ref().map(|text| Arc::clone(text.tokenizer())),
         shown: common.shown,
-        logprobs: common.request.response.is_some_and(|response| response.logprobs.is_some()),
+        logprobs: common.logprobs,
     })
 }
 
@@ -169,7 +174,8 @@ fn call(headers: &HeaderMap, request_id: &str) -> Result<Call, Failure> {
 }
 
 /// The headers and fields of a request.
-async fn read(request: Request) -> Result<(HeaderMap, Fields), ApiError> {
+async fn read(shared: &Shared, request: Request) -> Result<(HeaderMap, Fields), ApiError> {
+    let patience = shared.http_patience.body;
     let (parts, body) = request.into_parts();
     if let Some(kind) = parts.headers.get(header::CONTENT_TYPE) {
         let kind = kind.to_str().unwrap_or_default();
@@ -188,13 +194,13 @@ async fn read(request: Request) -> Result<(HeaderMap, Fields), ApiError> {
     if length.is_some_and(|length: u64| length > MESSAGE_BYTES_MAX as u64) {
         return Err(too_large());
     }
-    let body = tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MESSAGE_BYTES_MAX)).await;
+    let body = tokio::time::timeout(patience, to_bytes(body, MESSAGE_BYTES_MAX)).await;
     let body: Bytes = match body {
         Ok(Ok(body)) => body,
         // A body of unknown length was read up to the limit, or its connection broke and nobody reads this.
         Ok(Err(_)) => return Err(too_large()),
         Err(_) => {
-            let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
+            let message = format!("the body did not arrive within {} s", patience.as_secs_f64());
             return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };

@@ -13,11 +13,13 @@ mod http;
 mod metrics;
 pub mod pick;
 mod pipeline;
+mod running;
 mod serve;
 mod service;
 pub mod text;
+mod vllm;
 mod workers;
 
-pub use config::{Config, Limits, ModelFiles};
+pub use config::{Config, HttpPatience, Limits, ModelFiles};
 pub use error::Error;
 pub use serve::{Bound, serve};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use proto::{Failure, GenerationFields, Prompt, Violation, bad_words, stop_strings, v1, worker};
+use proto::{Failure, GenerationFields, Prompt, Role, Violation, bad_words, stop_strings, v1, worker};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -11,9 +11,10 @@ use types::{Generation, GenerationSpec, Priority, TokenId};
 
 use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
-use crate::config::Limits;
+use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
 use crate::metrics::{Counted, Metrics};
+use crate::running::Running;
 use crate::text::Text;
 use crate::workers::{Facts, Groups};
 
@@ -29,8 +30,10 @@ pub(crate) struct Shared {
     pub(crate) text: Option<Text>,
     pub(crate) model_name: Option<String>,
     pub(crate) limits: Limits,
+    pub(crate) http_patience: HttpPatience,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) running: Arc<Running>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
     /// Ends what is still open when the drain grace is over.
@@ -73,6 +76,8 @@ struct Form {
     stop: Vec<String>,
     keep_special: bool,
     parse: Parse,
+    /// Whether the conversation has something to cite.
+    cites: bool,
 }
 
 /// Whether an answer is taken apart.
@@ -94,6 +99,7 @@ impl Shared {
         call: Call,
         request: v1::GenerateRequest,
     ) -> Result<Answer, Failure> {
+        let call = call.listed(&self.running);
         let mut counted = Counted::new(Arc::clone(&self.metrics));
         match self.place_tokenized(&call, request, &mut counted).await {
             Ok((tokenized, placed)) => Ok(self.answer((call, counted), tokenized, placed)),
@@ -248,7 +254,13 @@ impl Shared {
         if parse != Parse::No {
             self.text("response.parse")?;
         }
-        let form = Form { stop, keep_special: response.keep_special_tokens, parse };
+        let cites = match &prompt {
+            Prompt::Chat(chat) => {
+                !chat.documents.is_empty() || chat.messages.iter().any(|message| message.role == Role::Tool)
+            }
+            Prompt::Text(_) | Prompt::TokenIds(_) => false,
+        };
+        let form = Form { stop, keep_special: response.keep_special_tokens, parse, cites };
         Ok(Admitted { permit, facts, prompt, spec, bad_words: words, options, form })
     }
 
@@ -256,7 +268,7 @@ impl Shared {
         let Admitted { permit, facts, prompt, mut spec, bad_words, options, form } = admitted;
         // Held by the tokenizing thread too, should the caller leave meanwhile.
         let (_, prompt) = self.tokenize(prompt, &permit).await?;
-        spec.bad_words = self.tokenize_bad_words(bad_words, &permit).await?;
+        spec.bad_words.extend(self.tokenize_bad_words(bad_words, &permit).await?);
         let too_long = || Failure::PromptTooLong {
             prompt_tokens: prompt.len() as u64,
             context_tokens_max: facts.context_tokens_max,
@@ -316,7 +328,7 @@ impl Shared {
 
     fn answer(&self, (call, counted): (Call, Counted), tokenized: Tokenized, placed: Placed) -> Answer {
         let Tokenized { permit, prompt, generation, form, .. } = tokenized;
-        let Form { stop, keep_special, parse } = form;
+        let Form { stop, keep_special, parse, cites } = form;
         let reading = || {
             let text = self.text.as_ref()?;
             let parser = match parse {
@@ -324,6 +336,7 @@ impl Shared {
                 Parse::WithoutTools => Some(text.parser(&prompt, false)),
                 Parse::WithTools => Some(text.parser(&prompt, true)),
             };
+            let parser = parser.map(|parser| if cites { parser.with_citations() } else { parser });
             let tokenizer = Arc::clone(text.tokenizer());
             Some(Reading { tokenizer, keep_special, parser, stop: stop.clone() })
         };

@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use proto::v1::cohort_server::CohortServer;
+use proto::vllm::control_server::ControlServer;
+use proto::vllm::inference_server::InferenceServer;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -23,7 +24,7 @@ use crate::pipeline::Shared;
 use crate::service::Service;
 use crate::text::Text;
 use crate::workers::{Groups, Progress};
-use crate::{Config, Error, ModelFiles, http};
+use crate::{Config, Error, ModelFiles, http, vllm};
 
 /// A caller that vanished without a word is noticed after both together.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -31,8 +32,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// Time for the last bytes of finished answers to leave before connections are dropped.
 const FLUSH_GRACE: Duration = Duration::from_millis(200);
-/// What health is reported for: the server as a whole, and the service.
-const HEALTH_NAMES: [&str; 2] = ["", "cohort.v1.Cohort"];
+/// What health is reported for: the server as a whole, and each service.
+const HEALTH_NAMES: [&str; 4] = ["", "cohort.v1.Cohort", "vllm.Inference", "vllm.Control"];
 
 /// Where a router listens, with the ports the system chose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +119,9 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
         text,
         model_name: config.model_name.clone(),
         limits: config.limits,
+        http_patience: config.http_patience,
         permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
+        running: Arc::default(),
         withdrawn: CancellationToken::new(),
         closing: CancellationToken::new(),
     }))
@@ -145,17 +148,25 @@ async fn serve_grpc(
             .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .with_service_name("cohort.v1.Cohort")
+            .with_service_name("vllm.Inference")
+            .with_service_name("vllm.Control")
             .with_service_name("grpc.health.v1.Health")
     };
-    let cohort = CohortServer::new(Service::new(shared))
+    let cohort = CohortServer::new(Service::new(Arc::clone(&shared)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let inference = InferenceServer::new(vllm::Inference::new(Arc::clone(&shared)))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let control = ControlServer::new(vllm::Control::new(shared)).max_decoding_message_size(MESSAGE_BYTES_MAX);
     Server::builder()
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(STREAM_WINDOW_BYTES)
         .add_service(cohort)
+        .add_service(inference)
+        .add_service(control)
         .add_service(health)
         .add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?)
         .add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?)
@@ -173,15 +184,9 @@ async fn serve_http(
     refuse: CancellationToken,
 ) -> Result<(), Error> {
     let Some(listener) = listener else { return std::future::pending().await };
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection keeps its delay");
-        }
-    });
-    axum::serve(listener, http::routes(shared))
-        .with_graceful_shutdown(refuse.cancelled_owned())
-        .await
-        .map_err(|error| Error::Serve { what: "HTTP", reason: error.to_string() })
+    let routes = http::routes(Arc::clone(&shared));
+    http::listen(listener, routes, shared.http_patience, refuse).await;
+    Ok(())
 }
 
 async fn keep_reporting(reporter: HealthReporter, shared: Arc<Shared>) {

@@ -108,6 +108,7 @@ struct Seen {
     link: Link,
     facts: Option<Facts>,
     reported: u64,
+    kv_blocks: u32,
 }
 
 /// One worker group.
@@ -205,7 +206,7 @@ impl Groups {
             }));
         }
         let link = Link::Down { why: "not connected yet".to_owned() };
-        let seen = vec![Seen { link, facts: None, reported: 0 }; groups.len()];
+        let seen = vec![Seen { link, facts: None, reported: 0, kv_blocks: 0 }; groups.len()];
         let state = Mutex::new(State { seen, served: None });
         let placements = Family::default();
         for (group, reason) in
@@ -256,6 +257,11 @@ impl Groups {
     /// How often each group was chosen, for whoever shows it.
     pub(crate) fn counts_of_placements(&self) -> Family<Placement, Counter> {
         self.placements.clone()
+    }
+
+    /// KV blocks of all groups together, as they reported them last.
+    pub(crate) fn kv_blocks(&self) -> u64 {
+        self.state().seen.iter().map(|seen| u64::from(seen.kv_blocks)).sum()
     }
 
     /// How far the most advanced group is.
@@ -352,6 +358,7 @@ impl Groups {
             seen.link = Link::Up { phase, percent: state.percent.min(100) };
             seen.facts = facts;
             seen.reported = u64::from(load.running) + u64::from(load.waiting);
+            seen.kv_blocks = load.kv_blocks;
         });
     }
 

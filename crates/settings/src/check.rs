@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX};
 use types::{Dispatch, ExpertSharding};
+use worker::LoadFormat;
 
-use crate::tree::{Group, Router, Settings};
+use crate::tree::{Group, Model, Router, Settings};
 
 /// Groups of one cluster file: far above what one machine holds.
 pub(crate) const GROUPS_MAX: u64 = 256;
+/// Layers of one model: far above any published one.
+pub(crate) const LAYERS_MAX: u64 = 4096;
 /// Threads of one rank: above any machine in use.
 pub(crate) const THREADS_MAX: u64 = 4096;
 /// Requests a router admits, or a group lets wait or run, at once.
@@ -33,9 +36,7 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     let mut faults = Vec::new();
     group(&settings.group, &mut faults);
     router(&settings.router, &mut faults);
-    if let Some(keys) = settings.model.window_keys {
-        within("model.window_keys", keys.into(), 1..=CONTEXT_MAX, &mut faults);
-    }
+    model(&settings.model, &mut faults);
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
     metrics_ports(settings, &mut faults);
     faults
@@ -57,6 +58,32 @@ fn metrics_ports(settings: &Settings, faults: &mut Vec<Fault>) {
         if address.ip() == first.ip() && ports.contains(&u32::from(address.port())) {
             let reason = format!("one of the groups would take {address}, which is the router's");
             faults.push(("group.metrics_listen", reason));
+        }
+    }
+}
+
+fn model(model: &Model, faults: &mut Vec<Fault>) {
+    if let Some(keys) = model.window_keys {
+        within("model.window_keys", keys.into(), 1..=CONTEXT_MAX, faults);
+    }
+    if let Some(layers) = model.layers {
+        within("model.layers", layers.into(), 1..=LAYERS_MAX, faults);
+    }
+    if let (Some(preset), Some(path)) = (model.preset, &model.path) {
+        let reason = format!("{preset} and model.path, {}, are two models; choose one", path.display());
+        faults.push(("model.preset", reason));
+    }
+    if model.load_format == LoadFormat::Checkpoint {
+        let dummy = "set model.load_format to dummy";
+        if let Some(preset) = model.preset {
+            faults.push((
+                "model.preset",
+                format!("{preset} is the shape of a model, without its weights; {dummy}, or give model.path"),
+            ));
+        }
+        if model.layers.is_some() {
+            let reason = format!("a checkpoint is served with all its layers; {dummy} to cut a model");
+            faults.push(("model.layers", reason));
         }
     }
 }

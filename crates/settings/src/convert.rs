@@ -32,6 +32,7 @@ impl Settings {
                 requests_max: router.limits.requests_max,
                 prompt_bytes_max: router.limits.prompt_bytes_max,
             },
+            http_patience: router::HttpPatience::default(),
             withdraw_grace: router.withdraw_grace_s,
             drain_grace: router.drain_grace_s,
         }
@@ -57,6 +58,9 @@ impl Settings {
         let group = &self.group;
         worker::Config {
             model: files,
+            load_format: self.model.load_format,
+            layers: self.model.layers,
+            check_numerics: self.model.check_numerics,
             model_name: name,
             dtype: self.model.dtype,
             device: self.model.device,

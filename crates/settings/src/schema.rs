@@ -1,9 +1,12 @@
 //! The tree as a JSON Schema, and the parts of it that types alone do not say.
 
+use model::Preset;
 use schemars::generate::SchemaSettings;
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::Value;
 use types::{Dispatch, DispatchChoice, ExpertSharding};
+
+use worker::LoadFormat;
 
 use crate::tree::Settings;
 
@@ -57,6 +60,14 @@ fn one_of(names: &[&str]) -> Schema {
 
 pub(crate) fn dtype(_: &mut SchemaGenerator) -> Schema {
     one_of(&["f32", "bf16"])
+}
+
+pub(crate) fn preset(_: &mut SchemaGenerator) -> Schema {
+    one_of(&Preset::ALL.map(Preset::name))
+}
+
+pub(crate) fn load_format(_: &mut SchemaGenerator) -> Schema {
+    one_of(&[LoadFormat::Checkpoint, LoadFormat::Dummy].map(LoadFormat::name))
 }
 
 pub(crate) fn device(_: &mut SchemaGenerator) -> Schema {

@@ -155,6 +155,64 @@ pub(crate) mod parsed {
     }
 }
 
+/// Anything written as text that may be left out.
+pub(crate) mod parsed_option {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::Serializer;
+
+    use super::*;
+
+    pub(crate) fn deserialize<'de, D, T>(from: D) -> Result<Option<T>, D::Error>
+    where
+        D: Deserializer<'de>,
+        T: FromStr<Err: Display>,
+    {
+        parsed::deserialize(from).map(Some)
+    }
+
+    pub(crate) fn serialize<S: Serializer, T: Display>(value: &Option<T>, to: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => to.collect_str(value),
+            None => to.serialize_none(),
+        }
+    }
+}
+
+/// Yes or no.
+pub(crate) mod truth {
+    use serde::Serializer;
+
+    use super::*;
+
+    struct Truth;
+
+    impl Visitor<'_> for Truth {
+        type Value = bool;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("true or false")
+        }
+
+        fn visit_bool<E: Error>(self, value: bool) -> Result<bool, E> {
+            Ok(value)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<bool, E> {
+            text.trim().parse().map_err(|_| E::custom(format!("must be true or false, not {text:?}")))
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<bool, D::Error> {
+        from.deserialize_any(Truth)
+    }
+
+    pub(crate) fn serialize<S: Serializer>(value: &bool, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bool(*value)
+    }
+}
+
 /// A span in seconds, whole or not.
 pub(crate) mod seconds {
     use std::time::Duration;

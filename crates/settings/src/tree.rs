@@ -7,15 +7,16 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use model::Preset;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use types::limits::{BLOCK_TOKENS_MAX, RANKS_MAX};
 use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
-use worker::Device;
+use worker::{Device, LoadFormat};
 
 use crate::check::{
-    CONTEXT_MAX, GROUPS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S, TIMEOUT_MIN_S,
-    TOKENS_MAX,
+    CONTEXT_MAX, GROUPS_MAX, LAYERS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S,
+    TIMEOUT_MIN_S, TOKENS_MAX,
 };
 use crate::{schema, strict};
 
@@ -45,7 +46,19 @@ pub struct Model {
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
     pub path: Option<PathBuf>,
-    /// Name the model is served under. Default: the directory's name, or `cohort-demo` for the embedded model.
+    /// A published model whose shape is built in, with `load_format = "dummy"`. Default: none.
+    #[serde(with = "strict::parsed_option")]
+    #[schemars(schema_with = "schema::preset")]
+    pub preset: Option<Preset>,
+    /// `checkpoint`, or `dummy`: seeded random weights in the model's shape, for which a `config.json` is enough.
+    #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::load_format")]
+    pub load_format: LoadFormat,
+    /// Layers to keep of a model with dummy weights. Default: all.
+    #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    #[schemars(with = "u32", range(min = 1, max = LAYERS_MAX))]
+    pub layers: Option<u32>,
+    /// Name the model is served under. Default: the directory's or preset's name, or `cohort-demo` for the embedded model.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
     pub name: Option<String>,
@@ -57,6 +70,9 @@ pub struct Model {
     #[serde(with = "strict::device")]
     #[schemars(schema_with = "schema::device")]
     pub device: Device,
+    /// Look at every layer's output, so that a request that fails on a value that is no number is told the layer; slow.
+    #[serde(with = "strict::truth")]
+    pub check_numerics: bool,
     /// Keys a sliding layer sees. Default: the checkpoint's `sliding_window`.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
     #[schemars(with = "u32", range(min = 1, max = CONTEXT_MAX))]
@@ -236,7 +252,17 @@ impl FromStr for HttpListen {
 
 impl Default for Model {
     fn default() -> Self {
-        Self { path: None, name: None, dtype: DType::F32, device: Device::Auto, window_keys: None }
+        Self {
+            path: None,
+            preset: None,
+            load_format: LoadFormat::Checkpoint,
+            layers: None,
+            name: None,
+            dtype: DType::F32,
+            device: Device::Auto,
+            check_numerics: false,
+            window_keys: None,
+        }
     }
 }
 

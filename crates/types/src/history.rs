@@ -41,8 +41,9 @@ impl History {
     }
 }
 
-/// A history with one writer, the engine, and one reader, the sampler, which take turns: no step copies it. The lock
-/// is never waited for, because nothing is added while a row of the sequence is being sampled.
+/// A history that only grows by drawing from it: the sampler is its one reader and its one writer, in the order of
+/// steps, and whoever hands it to the sampler can do neither. The lock is never waited for, because the rows
+/// of a sequence are sampled one after the other.
 #[derive(Debug, Clone)]
 pub struct SharedHistory(Arc<Mutex<History>>);
 
@@ -53,19 +54,23 @@ impl SharedHistory {
         Self(Arc::new(Mutex::new(history)))
     }
 
-    /// Adds the token generated next.
-    pub fn push(&self, token: TokenId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(token);
+    /// Lets `choose` see the history and draw the next token, which is added to it.
+    pub fn draw(&self, choose: impl FnOnce(&History) -> TokenId) -> TokenId {
+        let mut history = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let token = choose(&history);
+        history.push(token);
+        token
     }
 
-    /// Shows the history to `read`.
-    pub fn read<T>(&self, read: impl FnOnce(&History) -> T) -> T {
-        read(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    /// What it holds now.
+    #[must_use]
+    pub fn snapshot(&self) -> History {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 impl PartialEq for SharedHistory {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0) || self.read(Clone::clone) == other.read(Clone::clone)
+        Arc::ptr_eq(&self.0, &other.0) || self.snapshot() == other.snapshot()
     }
 }

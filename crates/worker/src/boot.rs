@@ -14,10 +14,10 @@ use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, ShardPlan};
 use ops::Backend;
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{CudaBackend, SoloDevice};
-use types::{Bytes, DType, KvGroup};
+use types::{Bytes, DType};
 
-use crate::device::{self, Chosen, RankModel};
-use crate::{Config, Error, HostPort, Phase, Report, Reporter, capacity};
+use crate::device::{self, Chosen, OnDevice, RankModel, StepBounds};
+use crate::{Config, Error, HostPort, LoadFormat, Part, Phase, RankMemory, Report, Reporter, capacity};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
 const SPIN: std::time::Duration = std::time::Duration::from_micros(20);
@@ -27,12 +27,19 @@ const LOGIT_ROWS_MAX: u32 = 1 << 14;
 /// What is known before the ranks meet.
 pub(crate) struct Facts {
     pub(crate) device: Chosen,
-    pub(crate) checkpoint: Checkpoint,
+    pub(crate) weights: WeightSource,
     pub(crate) model: ModelConfig,
     pub(crate) plan: ShardPlan,
     pub(crate) engine: engine::Config,
     /// Equal on all ranks, or they will not join.
     pub(crate) config_hash: [u8; 32],
+}
+
+/// Where the weights come from.
+pub(crate) enum WeightSource {
+    Checkpoint(Checkpoint),
+    /// Seeded numbers.
+    Dummy,
 }
 
 /// A rank that can run steps.
@@ -45,16 +52,26 @@ pub(crate) struct Booted {
 /// Reads the checkpoint's configuration and decides everything that follows from it.
 pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
     let device = device::choose(config.device, config.rank.size())?;
-    let checkpoint = Checkpoint::open(config.model.clone())?;
+    let weights = match config.load_format {
+        LoadFormat::Checkpoint => WeightSource::Checkpoint(Checkpoint::open(config.model.clone())?),
+        LoadFormat::Dummy => WeightSource::Dummy,
+    };
     let mut model = ModelConfig::from_files(&config.model)?;
     if let Some(window_keys) = config.window_keys {
         model.window_keys = window_keys;
     }
+    if let Some(layers) = config.layers {
+        model.cut(layers as usize)?;
+    }
     let plan = ShardPlan::sharded(&model, config.rank, config.experts)?;
     let engine = engine_config(config, &model)?;
     let extra = format!("{} {engine:?}", config.model_name);
-    let config_hash = model::config_hash(&checkpoint, config.rank.size(), config.dtype, extra.as_bytes())?;
-    Ok(Facts { device, checkpoint, model, plan, engine, config_hash })
+    let (size, dtype, extra) = (config.rank.size(), config.dtype, extra.as_bytes());
+    let config_hash = match &weights {
+        WeightSource::Checkpoint(checkpoint) => model::config_hash(checkpoint, size, dtype, extra)?,
+        WeightSource::Dummy => model::dummy_hash(&model, size, dtype, extra),
+    };
+    Ok(Facts { device, weights, model, plan, engine, config_hash })
 }
 
 /// The engine's budgets for this model.
@@ -114,7 +131,7 @@ pub(crate) fn load(
     let rank = config.rank;
     let Joined { collective, plan: plans } = joined;
     let abort = collective.abort_handle();
-    let model = match facts.device {
+    let on = match facts.device {
         Chosen::Cpu => {
             let threads = device::threads(config.threads, rank.size());
             let backend =
@@ -122,17 +139,23 @@ pub(crate) fn load(
             let plural = if threads == 1 { "" } else { "s" };
             let name = format!("cpu, {threads} thread{plural}, {}", config.dtype);
             let line = Line { collective, wrap: |tcp| Ok(HostCollective(tcp)) };
-            RankModel::Cpu(Box::new(assemble(config, facts, (backend, name), line, reporter)?))
+            let available = device::memory_available().map(|bytes| (bytes, RankMemory::Shared));
+            let ready = Ready { backend, name, available };
+            OnDevice::Cpu(Box::new(assemble(config, facts, ready, line, reporter)?))
         }
         Chosen::Cuda => {
-            let options = device::cuda_options(config, &facts.model, &facts.plan, &facts.engine);
+            let bounds = StepBounds::of(&facts.engine);
+            let options = device::cuda_options(config.dtype, &facts.model, &facts.plan, &bounds);
             let backend = CudaBackend::new(&options).map_err(Error::Cuda)?;
             let name = format!("cuda, {}, {}", backend.card().map_err(Error::Cuda)?, config.dtype);
             let line = Line { collective, wrap: |tcp| SoloDevice::new(tcp).map_err(Error::Cuda) };
-            RankModel::Cuda(Box::new(assemble(config, facts, (backend, name), line, reporter)?))
+            let free = backend.memory_free().map_err(Error::Cuda)?;
+            let available = Some((free, RankMemory::OfEachRank));
+            let ready = Ready { backend, name, available };
+            OnDevice::Cuda(Box::new(assemble(config, facts, ready, line, reporter)?))
         }
     };
-    Ok(Booted { model, plans, abort })
+    Ok(Booted { model: RankModel::new(on, config.check_numerics), plans, abort })
 }
 
 /// The connection to the other ranks, and how a backend's tensors go through it.
@@ -141,11 +164,20 @@ struct Line<F> {
     wrap: F,
 }
 
-/// Weights, cache and line of a rank on `backend`, which reports carry the name of.
+/// A backend before it holds anything.
+struct Ready<B> {
+    backend: B,
+    /// What reports call it.
+    name: String,
+    /// Its free memory, when it is known.
+    available: Option<(Bytes, RankMemory)>,
+}
+
+/// Weights, cache and line of a rank.
 fn assemble<B, C, F>(
     config: &Config,
     facts: Facts,
-    (mut backend, name): (B, String),
+    ready: Ready<B>,
     line: Line<F>,
     reporter: &Arc<dyn Reporter>,
 ) -> Result<Model<B, C>, Error>
@@ -158,15 +190,29 @@ where
     let started = Instant::now();
     let progress =
         LoadProgress { reporter: Arc::clone(reporter), done: AtomicU64::new(0), total: AtomicU64::new(0) };
-    let Facts { checkpoint, model: model_config, plan, engine, device, .. } = facts;
-    let kv = kv_bytes(&model_config, &plan, &engine, config.dtype);
-    // A card refuses what does not fit by itself.
-    let available = device::memory_available().filter(|_| device == Chosen::Cpu);
-    if let Some(available) = available.filter(|&available| kv > available) {
-        let what = format!("the KV cache of {} tokens", config.limits.kv_tokens);
-        return Err(Error::Device { rank, source: ops::Error::Memory { what, needed: kv, available } });
+    let Facts { weights: source, model: model_config, plan, engine, .. } = facts;
+    let Ready { mut backend, name, available } = ready;
+    let stored = match &source {
+        WeightSource::Checkpoint(_) => model_config.stored_dtype.unwrap_or(DType::F32),
+        WeightSource::Dummy => DType::BF16,
+    };
+    if let Some((available, memory)) = available {
+        let part = Part {
+            model: &model_config,
+            plan: &plan,
+            experts: config.experts,
+            weights: backend.weight_dtype(stored),
+            dtype: config.dtype,
+            limits: &config.limits,
+        };
+        part.check(available, memory)?;
     }
-    let (weights, summary) = model::load(&checkpoint, &model_config, &plan, &mut backend, &progress)?;
+    let (weights, summary) = match &source {
+        WeightSource::Checkpoint(checkpoint) => {
+            model::load(checkpoint, &model_config, &plan, &mut backend, &progress)?
+        }
+        WeightSource::Dummy => model::load_dummy(&model_config, &plan, &mut backend, &progress)?,
+    };
     reporter.report(Report::Loaded {
         resident: summary.resident,
         read: summary.bytes_read,
@@ -182,13 +228,6 @@ where
     let comm = wrap(collective)?;
     let parts = Parts { config: model_config, plan, backend, comm, weights, dispatch: config.dispatch };
     Ok(Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?)
-}
-
-/// Memory the KV cache of both groups takes on this rank.
-fn kv_bytes(model: &ModelConfig, plan: &ShardPlan, engine: &engine::Config, dtype: DType) -> Bytes {
-    let per_block =
-        KvGroup::ALL.map(|group| model::kv_bytes_per_block(model, plan, dtype, group, engine.block_size));
-    capacity::kv_bytes(per_block, engine.blocks)
 }
 
 /// Passes the loader's progress on, a whole percent at a time.

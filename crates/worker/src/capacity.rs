@@ -180,7 +180,7 @@ pub(crate) fn pools(model: &ModelConfig, limits: &Limits) -> [u32; 2] {
 }
 
 /// The largest `kv_tokens` for which `fits` holds, in whole blocks.
-fn largest(limits: &Limits, fits: impl Fn(&Limits) -> bool) -> u32 {
+pub(crate) fn largest(limits: &Limits, fits: impl Fn(&Limits) -> bool) -> u32 {
     let block = limits.block_size.tokens();
     let tokens = |blocks: u32| blocks * block;
     let (mut low, mut high) = (0, BLOCKS_CEILING.min(u32::MAX / 2 / block));

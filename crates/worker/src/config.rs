@@ -1,6 +1,8 @@
 //! What one rank needs to know to start. Plain data: `settings` and the command line fill it in.
 
+use std::fmt;
 use std::net::SocketAddr;
+use std::str::FromStr;
 use std::time::Duration;
 
 use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank};
@@ -16,6 +18,44 @@ pub enum Device {
     Cpu,
     /// An NVIDIA GPU; refused with the missing piece named when there is none.
     Cuda,
+}
+
+/// What the weights are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// Those of the checkpoint.
+    Checkpoint,
+    /// Seeded random numbers in the model's shape, made where they live: nothing but a `config.json` is needed.
+    Dummy,
+}
+
+impl LoadFormat {
+    /// The name used in flags and configuration files.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Checkpoint => "checkpoint",
+            Self::Dummy => "dummy",
+        }
+    }
+}
+
+impl fmt::Display for LoadFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for LoadFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "checkpoint" => Ok(Self::Checkpoint),
+            "dummy" => Ok(Self::Dummy),
+            other => Err(format!("unknown load format `{other}`; use checkpoint or dummy")),
+        }
+    }
 }
 
 /// Bounds of one group's engine.
@@ -40,6 +80,10 @@ pub struct Limits {
 pub struct Config {
     /// The checkpoint.
     pub model: model::Files,
+    /// What the weights are.
+    pub load_format: LoadFormat,
+    /// Layers to keep, when not all of them; with dummy weights only.
+    pub layers: Option<u32>,
     /// Name the model is served under.
     pub model_name: String,
     /// Compute dtype.
@@ -64,6 +108,9 @@ pub struct Config {
     pub limits: Limits,
     /// Keys a sliding layer sees, when it is not the checkpoint's `sliding_window`.
     pub window_keys: Option<u32>,
+    /// Whether every layer's output is looked at for values that are no numbers, so that the failing request is told the
+    /// layer. Each layer then waits for a copy to the host.
+    pub check_numerics: bool,
     /// Longest wait for all ranks to come together.
     pub boot_timeout: Duration,
     /// Longest a collective may take before the missing rank is named and the group ends.

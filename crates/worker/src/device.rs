@@ -3,14 +3,15 @@
 use std::num::NonZero;
 use std::thread::available_parallelism;
 
-use collectives::Tcp;
+use collectives::{Collective, Tcp};
 use model::{Model, ModelConfig, ShardPlan};
-use ops::{Batch, KvGroup};
+use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
-use types::{Bytes, TpSize};
+use types::{Bytes, DType, TpSize};
 
-use crate::{Config, Device, Error};
+use crate::numerics::Numerics;
+use crate::{Device, Error};
 
 /// Rows whose logits the model makes at once at most.
 const LOGIT_ROWS: usize = 64;
@@ -64,19 +65,38 @@ pub(crate) fn threads(asked: Option<usize>, ranks: TpSize) -> usize {
     asked.unwrap_or(cores / ranks.as_usize()).max(1)
 }
 
-/// How a card is used for this rank: memory for the largest step the engine plans.
-pub(crate) fn cuda_options(
-    config: &Config,
-    model: &ModelConfig,
-    plan: &ShardPlan,
-    engine: &engine::Config,
-) -> Options {
+/// The largest step a rank runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepBounds {
+    /// Rows.
+    pub rows: usize,
+    /// Sequences.
+    pub sequences: usize,
+    /// Blocks of each KV pool, by [`KvGroup::index`].
+    pub blocks: [u32; 2],
+}
+
+impl StepBounds {
+    /// Of what an engine plans.
+    #[must_use]
+    pub fn of(engine: &engine::Config) -> Self {
+        Self {
+            rows: engine.step_tokens_max.max(engine.running_max) as usize,
+            sequences: engine.running_max as usize,
+            blocks: engine.blocks,
+        }
+    }
+}
+
+/// How a card is used for one rank: memory for the largest step.
+#[must_use]
+pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &StepBounds) -> Options {
     let shared = plan.shared.as_ref().map_or(0, ExactSizeIterator::len);
     let dense = plan.dense.as_ref().map_or(0, ExactSizeIterator::len);
     // Two words for each sequence and group before its blocks; sequences may share blocks, which a factor covers.
-    let blocks: usize = KvGroup::ALL.iter().map(|group| engine.blocks[group.index()] as usize).sum();
+    let blocks: usize = KvGroup::ALL.iter().map(|group| step.blocks[group.index()] as usize).sum();
     let activations = Activations {
-        rows: engine.step_tokens_max.max(engine.running_max) as usize,
+        rows: step.rows,
         logit_rows: LOGIT_ROWS,
         hidden: model.hidden_size,
         qkv: (plan.query_heads.len() + 2 * plan.kv_heads.len()) * model.head_dim,
@@ -85,13 +105,20 @@ pub(crate) fn cuda_options(
         top_k: model.moe.as_ref().map_or(0, |moe| moe.routing.top_k),
         expert_intermediate: plan.experts.as_ref().map_or(0, |shard| shard.width.len()),
         vocab: plan.vocab_rows,
-        table_words: 2 * blocks + 4 * engine.running_max as usize,
+        table_words: 2 * blocks + 4 * step.sequences,
     };
-    Options { ordinal: 0, dtype: config.dtype, activations: activations.bytes(), cache: KernelCache::user() }
+    Options { ordinal: 0, dtype, activations: activations.bytes(), cache: KernelCache::user() }
 }
 
 /// The model one rank runs.
-pub(crate) enum RankModel {
+pub(crate) struct RankModel {
+    on: OnDevice,
+    /// Looks at every layer, when asked to.
+    numerics: Option<Numerics>,
+}
+
+/// Where it runs.
+pub(crate) enum OnDevice {
     /// On the CPU, in a group of any size.
     Cpu(Box<Model<CpuBackend, HostCollective<Tcp>>>),
     /// On a card, alone.
@@ -99,22 +126,47 @@ pub(crate) enum RankModel {
 }
 
 impl RankModel {
+    pub(crate) fn new(on: OnDevice, check_numerics: bool) -> Self {
+        Self { on, numerics: check_numerics.then(Numerics::default) }
+    }
+
+    /// What is found when every layer is looked at.
+    pub(crate) fn numerics(&self) -> Option<Numerics> {
+        self.numerics.clone()
+    }
+
     /// As [`Model::step`].
     pub(crate) fn step(
         &mut self,
         batch: &Batch,
         sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
     ) -> Result<(), model::Error> {
-        match self {
-            Self::Cpu(model) => model.step(batch, sink),
-            Self::Cuda(model) => model.step(batch, sink),
+        let numerics = self.numerics.as_ref();
+        match &mut self.on {
+            OnDevice::Cpu(model) => step(model, batch, sink, numerics),
+            OnDevice::Cuda(model) => step(model, batch, sink, numerics),
         }
     }
 
     pub(crate) const fn config(&self) -> &ModelConfig {
-        match self {
-            Self::Cpu(model) => model.config(),
-            Self::Cuda(model) => model.config(),
+        match &self.on {
+            OnDevice::Cpu(model) => model.config(),
+            OnDevice::Cuda(model) => model.config(),
         }
     }
+}
+
+fn step<B: Backend, C: Collective<B::Tensor>>(
+    model: &mut Model<B, C>,
+    batch: &Batch,
+    sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
+    numerics: Option<&Numerics>,
+) -> Result<(), model::Error> {
+    let Some(numerics) = numerics else { return model.step(batch, sink) };
+    let mut found = false;
+    model.step_observed(batch, sink, |backend, at, x| {
+        // What follows the first is a consequence.
+        found = found || numerics.look(backend, at, x)?;
+        Ok(())
+    })
 }

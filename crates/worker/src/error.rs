@@ -39,6 +39,16 @@ pub enum Error {
     /// CUDA was asked for and is not usable.
     #[error("--device cuda: {0}")]
     Cuda(ops_cuda::Error),
+    /// A part of the model that its device has no memory for.
+    #[error("{rank} has too little memory:{table}\n{nearest}")]
+    TooLarge {
+        /// Whose part.
+        rank: TpRank,
+        /// What it would take, a line for each kind.
+        table: String,
+        /// The nearest plan that fits.
+        nearest: String,
+    },
     /// A budget of this configuration does not fit the model.
     #[error("{field} is {got}, and this model needs {needed}")]
     Budget {
@@ -87,6 +97,14 @@ pub enum Error {
     #[error("the warm-up token failed, so this model cannot serve: {why}")]
     WarmUp {
         /// What the engine reported.
+        why: String,
+    },
+    /// The executor ended while the engine went on; its own error says more.
+    #[error("{rank}: no more steps can be run: {why}")]
+    Stopped {
+        /// Who reports it.
+        rank: TpRank,
+        /// What the executor said.
         why: String,
     },
     /// The gRPC server ended by itself.

@@ -1,6 +1,6 @@
 //! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
 
-use engine::{RowOutput, RowPurpose, RowWork, SlotTables, StepPlan};
+use engine::{Drawn, RowOutput, RowPurpose, SlotTables, Step, StepPlan};
 use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};
@@ -14,22 +14,27 @@ pub(crate) struct Executor {
     model: RankModel,
     tables: SlotTables,
     batch: Batch,
+    /// What the last step drew; a follower is told by its leader.
+    pub(crate) drawn: Drawn,
 }
 
 impl Executor {
     pub(crate) fn new(rank: TpRank, model: RankModel, config: &engine::Config) -> Result<Self, Error> {
         let tables = SlotTables::new(config).map_err(|source| Error::Engine { rank, source })?;
-        Ok(Self { rank, model, tables, batch: Batch::default() })
+        Ok(Self { rank, model, tables, batch: Batch::default(), drawn: Drawn::default() })
     }
 
     /// A follower's part of a step: logits are the leader's business.
     pub(crate) fn follow(&mut self, plan: &StepPlan) -> Result<(), Error> {
         self.prepare(plan)?;
-        Ok(self.model.step(&self.batch, |_, _| Ok(()))?)
+        self.model.step(&self.batch, |_, _| Ok(()))?;
+        self.exchange_tables(plan);
+        Ok(())
     }
 
-    /// The leader's part of a step: one result for each entry of `work`.
-    pub(crate) fn lead(&mut self, plan: &StepPlan, work: &[RowWork]) -> Result<Vec<RowOutput>, Error> {
+    /// The leader's part of a step: one result for each piece of its work.
+    pub(crate) fn lead(&mut self, step: &Step) -> Result<Vec<RowOutput>, Error> {
+        let Step { plan, work } = step;
         self.prepare(plan)?;
         assert_eq!(work.len(), self.batch.logit_rows.len(), "each logit row has work");
         let vocab = self.model.config().vocab_size;
@@ -40,32 +45,37 @@ impl Executor {
             }
             Ok(())
         })?;
+        self.exchange_tables(plan);
+        self.drawn.take(plan.step(), &outputs);
         Ok(outputs)
     }
 
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), Error> {
         let rank = self.rank;
-        self.tables.apply(plan).map_err(|source| Error::Engine { rank, source })?;
+        let refuse = |source| Error::Engine { rank, source };
+        self.tables.apply(plan).map_err(refuse)?;
         let Batch { tokens, sequences, logit_rows } = &mut self.batch;
-        tokens.clear();
-        tokens.extend_from_slice(plan.tokens());
+        self.tables.resolve(plan, &self.drawn, tokens).map_err(refuse)?;
         logit_rows.clear();
         logit_rows.extend(plan.logit_rows());
-        sequences.truncate(plan.sequence_count());
-        for (i, planned) in plan.sequences().enumerate() {
-            if sequences.len() == i {
-                let tables = [BlockTable::default(), BlockTable::default()];
-                sequences.push(BatchSequence { rows: 0..0, start: planned.start, tables });
-            }
-            let sequence = &mut sequences[i];
+        sequences.resize_with(plan.sequence_count(), || BatchSequence {
+            rows: 0..0,
+            start: types::Position(0),
+            tables: [BlockTable::default(), BlockTable::default()],
+        });
+        for (sequence, planned) in sequences.iter_mut().zip(plan.sequences()) {
             sequence.rows = planned.rows;
             sequence.start = planned.start;
-            for (own, table) in sequence.tables.iter_mut().zip(self.tables.tables(planned.slot)) {
-                own.first = table.first;
-                own.blocks.clone_from(&table.blocks);
-            }
         }
+        self.exchange_tables(plan);
         Ok(())
+    }
+
+    /// Lends the batch the tables of the plan's slots, and takes them back when the step has run: no copy is made.
+    fn exchange_tables(&mut self, plan: &StepPlan) {
+        for (sequence, planned) in self.batch.sequences.iter_mut().zip(plan.sequences()) {
+            self.tables.swap(planned.slot, &mut sequence.tables);
+        }
     }
 }
 
@@ -77,7 +87,7 @@ fn row_output(row: usize, logits: &[f32], purpose: &RowPurpose) -> RowOutput {
         RowPurpose::Sample { params, rules, history, stream, position, banned, logprobs } => {
             let draw = Draw { params, rules, stream: *stream, position: *position, banned };
             let token = match history {
-                Some(history) => history.read(|history| logits.sample(&draw, history)),
+                Some(history) => history.draw(|history| logits.sample(&draw, history)),
                 None => logits.sample(&draw, &History::default()),
             };
             let logprob = logprobs.map(|asked| ours(logits.logprob(token, asked.top())));

@@ -5,27 +5,46 @@ use std::thread;
 use std::time::Duration;
 
 use collectives::{AbortHandle, PlanReceiver};
-use engine::StepPlan;
+use engine::Frame;
 use tokio_util::sync::CancellationToken;
 use types::TpRank;
 
 use crate::executor::Executor;
 use crate::{Config, Error};
 
-/// The frame that ends a group in good order; a step plan is never empty.
+/// The frame that ends a group in good order; no other is empty.
 pub(crate) const END: &[u8] = &[];
 
 /// Runs steps until the leader ends the group.
 pub(crate) fn run(rank: TpRank, mut executor: Executor, mut plans: PlanReceiver) -> Result<(), Error> {
     let mut frame = Vec::new();
-    loop {
-        plans.recv(&mut frame).map_err(|source| Error::Group { rank, source })?;
-        if frame == END {
-            return Ok(());
+    while let Some(next) = receive(rank, &mut plans, &mut frame)? {
+        let plan = match next {
+            Frame::Plan(plan) => plan,
+            Frame::Drawn(drawn) => {
+                executor.drawn = drawn;
+                continue;
+            }
+        };
+        // The plan was made while the step before ran, so what that step drew may come after it.
+        while plan.follows_on() && executor.drawn.step() + 1 != plan.step() {
+            match receive(rank, &mut plans, &mut frame)? {
+                Some(Frame::Drawn(drawn)) => executor.drawn = drawn,
+                Some(Frame::Plan(_)) | None => break,
+            }
         }
-        let plan = StepPlan::decode(&frame).map_err(|source| Error::Engine { rank, source })?;
         executor.follow(&plan)?;
     }
+    Ok(())
+}
+
+/// The leader's next frame; `None` at the end.
+fn receive(rank: TpRank, plans: &mut PlanReceiver, frame: &mut Vec<u8>) -> Result<Option<Frame>, Error> {
+    plans.recv(frame).map_err(|source| Error::Group { rank, source })?;
+    if frame == END {
+        return Ok(None);
+    }
+    Frame::decode(frame).map(Some).map_err(|source| Error::Engine { rank, source })
 }
 
 /// Runs `work`, and ends the process's part in the group when it was told to stop and the leader does not end in

@@ -9,6 +9,8 @@ use proto::worker::GenerateChunk;
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use crate::pipeline::Job;
+
 /// Messages that may lie unread: the engine thread reads all of them between two steps.
 const INBOX_MAX: usize = 4096;
 
@@ -20,6 +22,13 @@ pub(crate) type Sink = mpsc::Sender<Result<GenerateChunk, Status>>;
 pub(crate) enum Message {
     /// A request that passed the checks of the service.
     Submit(Box<Submission>),
+    /// The executor has run a step.
+    Ran(Box<Job>),
+    /// The executor is gone.
+    Stopped {
+        /// Why.
+        why: String,
+    },
     /// A follower is gone.
     Lost {
         /// Its rank.

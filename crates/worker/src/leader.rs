@@ -1,39 +1,69 @@
-//! The leader's engine thread: gather what happened, plan, send the plan, run it, pass the tokens on.
+//! The leader's engine thread: gather what happened, plan, send the plan, pass the tokens on. The executor runs the steps
+//! on the thread the model was loaded on; while it runs one, the next is planned and sent here.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use collectives::PlanSender;
-use engine::{Effect, Engine, Event, Step, StepOutput};
+use engine::{Drawn, Effect, Engine, Event, StepPlan};
 use proto::Failure;
 use tokio_util::sync::CancellationToken;
-use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank};
+use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 
-use crate::executor::Executor;
 use crate::follower::END;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
 use crate::metrics::EngineCounters;
+use crate::numerics::Numerics;
+use crate::pipeline::{Pipeline, Steps};
 use crate::state::{State, StatePublisher};
 use crate::streams::Streams;
-use crate::{Config, Error};
+use crate::{Config, Error, GapSummary};
 
 /// How often the thread that watches the followers looks whether it is still needed.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 
+/// The plan channel: the engine thread sends plans on it, and the executor's what they drew.
+#[derive(Clone)]
+pub(crate) struct Plans {
+    rank: TpRank,
+    sender: Arc<Mutex<PlanSender>>,
+}
+
+impl Plans {
+    pub(crate) fn new(rank: TpRank, sender: PlanSender) -> Self {
+        Self { rank, sender: Arc::new(Mutex::new(sender)) }
+    }
+
+    /// Sends what `encode` puts into `frame`, which is only memory. A group of one has nobody to tell.
+    fn send(&self, frame: &mut Vec<u8>, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), Error> {
+        if self.rank.size() == TpSize::ONE {
+            return Ok(());
+        }
+        frame.clear();
+        encode(frame);
+        // A write waits at most until the followers have run the step they are at, which needs no other frame.
+        let sent = self.sender.lock().unwrap_or_else(PoisonError::into_inner).send(frame);
+        sent.map_err(|source| Error::Group { rank: self.rank, source })
+    }
+
+    /// Tells the followers what a step drew.
+    pub(crate) fn drawn(&self, frame: &mut Vec<u8>, drawn: &Drawn) -> Result<(), Error> {
+        if drawn.tokens().is_empty() { Ok(()) } else { self.send(frame, |frame| drawn.encode(frame)) }
+    }
+}
+
 /// Everything the engine thread owns.
 pub(crate) struct Leader {
     rank: TpRank,
-    engine: Engine,
-    executor: Executor,
-    plans: PlanSender,
+    pipeline: Pipeline,
+    plans: Plans,
     outlet: Outlet,
     state: Arc<StatePublisher>,
     counters: EngineCounters,
     clock: Instant,
     open: Streams,
     next_id: u64,
-    step: Step,
     frame: Vec<u8>,
     effects: Vec<Effect>,
 }
@@ -41,20 +71,20 @@ pub(crate) struct Leader {
 /// What a leader is made of once the group has booted.
 pub(crate) struct Seat {
     pub(crate) engine: engine::Config,
-    pub(crate) executor: Executor,
-    pub(crate) plans: PlanSender,
+    pub(crate) plans: Plans,
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
     pub(crate) counters: EngineCounters,
 }
 
 impl Leader {
-    pub(crate) fn new(rank: TpRank, seat: Seat) -> Result<Self, Error> {
+    /// A leader, and the steps an executor must run for it.
+    pub(crate) fn new(rank: TpRank, seat: Seat) -> Result<(Self, Steps), Error> {
         let engine = Engine::new(seat.engine).map_err(|source| Error::Engine { rank, source })?;
-        Ok(Self {
+        let (pipeline, steps) = Pipeline::new(engine);
+        let leader = Self {
             rank,
-            engine,
-            executor: seat.executor,
+            pipeline,
             plans: seat.plans,
             outlet: seat.outlet,
             state: seat.state,
@@ -62,10 +92,15 @@ impl Leader {
             clock: Instant::now(),
             open: Streams::default(),
             next_id: 0,
-            step: Step::default(),
             frame: Vec::new(),
             effects: Vec::new(),
-        })
+        };
+        Ok((leader, steps))
+    }
+
+    /// Names the layer to requests whose logits are no numbers.
+    pub(crate) fn explain_with(&mut self, numerics: Option<Numerics>) {
+        self.open.explain_with(numerics);
     }
 
     /// One token from start to end, so that whatever is slow the first time is not a caller's first token, and a
@@ -73,7 +108,7 @@ impl Leader {
     pub(crate) fn warm_up(&mut self) -> Result<(), Error> {
         let spec =
             GenerationSpec { max_tokens: Some(2), temperature: Some(0.0), ..GenerationSpec::default() };
-        let generation = match spec.validate(0, self.engine.config().vocab_size) {
+        let generation = match spec.validate(0, self.pipeline.engine().config().vocab_size) {
             Ok(generation) => generation,
             Err(error) => unreachable!("the warm-up request is valid: {error}"),
         };
@@ -86,7 +121,10 @@ impl Leader {
         };
         let (sink, mut answers) = tokio::sync::mpsc::channel(8);
         self.submit(Submission { request, deadline: None, sink });
-        while self.step()? {}
+        self.turn()?;
+        while self.is_busy() && self.wait()? {
+            self.turn()?;
+        }
         while let Ok(answer) = answers.try_recv() {
             answer.map_err(|status| Error::WarmUp { why: status.message().to_owned() })?;
         }
@@ -95,7 +133,9 @@ impl Leader {
 
     /// Serves until told to stop, then finishes open requests within `config.drain_grace`.
     pub(crate) fn run(&mut self, config: &Config, shutdown: &CancellationToken) -> Result<(), Error> {
-        let outcome = self.serve(config, shutdown);
+        let outcome = self.serve(config, shutdown).and_then(|()| self.settle());
+        let GapSummary { steps, p50_us, p99_us } = self.pipeline.gaps().summary();
+        tracing::info!(steps, p50_us, p99_us, "host gap between steps");
         let why = match &outcome {
             Ok(()) => {
                 Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
@@ -104,9 +144,15 @@ impl Leader {
         };
         self.end_all(&why);
         if outcome.is_ok() {
-            self.plans.send(END).map_err(|source| Error::Group { rank: self.rank, source })?;
+            self.plans.send(&mut self.frame, |frame| frame.extend_from_slice(END))?;
         }
         outcome
+    }
+
+    /// Waits for the steps in flight: the executor has its part in them, whoever they were for.
+    fn settle(&mut self) -> Result<(), Error> {
+        while self.pipeline.engine().steps_in_flight() > 0 && self.wait()? {}
+        Ok(())
     }
 
     fn serve(&mut self, config: &Config, shutdown: &CancellationToken) -> Result<(), Error> {
@@ -119,25 +165,54 @@ impl Leader {
             if drain_until.is_some_and(|until| self.open.is_empty() || Instant::now() >= until) {
                 return Ok(());
             }
-            if self.engine.is_idle() {
-                self.state.load(self.engine.load());
-                match self.outlet.wait() {
-                    Some(message) => self.take(message)?,
-                    None => return Ok(()),
-                }
+            self.turn()?;
+            let load = || (self.pipeline.engine().load(), self.pipeline.gaps().summary());
+            if self.is_busy() {
+                self.state.load_now_and_then(load);
+            } else {
+                self.state.load(load());
             }
-            while let Some(message) = self.outlet.next() {
-                self.take(message)?;
+            if !self.wait()? {
+                return Ok(());
             }
-            self.cancel_abandoned();
-            self.step()?;
-            self.state.load_now_and_then(|| self.engine.load());
         }
+    }
+
+    /// Takes in what has happened, and plans what can be planned.
+    fn turn(&mut self) -> Result<(), Error> {
+        while let Some(message) = self.outlet.next() {
+            self.take(message)?;
+        }
+        self.cancel_abandoned();
+        let now = self.now();
+        let Self { pipeline, plans, effects, frame, .. } = self;
+        let send = |plan: &StepPlan| plans.send(frame, |frame| plan.encode(frame));
+        let sent = pipeline.advance(now, effects, send);
+        self.deliver();
+        sent
+    }
+
+    /// Sleeps until something happens, and takes it in; false when nothing can happen any more.
+    fn wait(&mut self) -> Result<bool, Error> {
+        let Some(message) = self.outlet.wait() else { return Ok(false) };
+        self.take(message)?;
+        Ok(true)
+    }
+
+    fn is_busy(&self) -> bool {
+        !self.pipeline.engine().is_idle() || self.pipeline.engine().steps_in_flight() > 0
     }
 
     fn take(&mut self, message: Message) -> Result<(), Error> {
         match message {
             Message::Submit(submission) => self.submit(*submission),
+            Message::Ran(job) => {
+                self.counters.stepped();
+                let now = self.now();
+                self.pipeline.answer(job, now, &mut self.effects);
+                self.deliver();
+            }
+            Message::Stopped { why } => return Err(Error::Stopped { rank: self.rank, why }),
             Message::Lost { rank } => {
                 let collective = "the plan channel";
                 let source = collectives::Error::PeerLost { rank, collective };
@@ -172,26 +247,8 @@ impl Leader {
 
     fn apply(&mut self, event: Event) {
         let now = self.now();
-        self.engine.apply(event, now, &mut self.effects);
+        self.pipeline.apply(event, now, &mut self.effects);
         self.deliver();
-    }
-
-    /// Plans and runs one step; false when there is nothing to do.
-    fn step(&mut self) -> Result<bool, Error> {
-        let now = self.now();
-        let planned = self.engine.plan_into(now, &mut self.step, &mut self.effects);
-        self.deliver();
-        if !planned {
-            return Ok(false);
-        }
-        self.frame.clear();
-        self.step.plan.encode(&mut self.frame);
-        let rank = self.rank;
-        self.plans.send(&self.frame).map_err(|source| Error::Group { rank, source })?;
-        self.counters.stepped();
-        let rows = self.executor.lead(&self.step.plan, &self.step.work)?;
-        self.apply(Event::StepDone(StepOutput { step: self.step.plan.step(), rows }));
-        Ok(true)
     }
 
     /// Passes effects on to the streams they belong to.
@@ -218,7 +275,8 @@ impl Leader {
             return Ok(());
         }
         let rank = self.rank;
-        let watch = self.plans.watch().map_err(|source| Error::Group { rank, source })?;
+        let watch = self.plans.sender.lock().unwrap_or_else(PoisonError::into_inner).watch();
+        let watch = watch.map_err(|source| Error::Group { rank, source })?;
         let spawned = thread::Builder::new().name("followers".into()).spawn(move || {
             while !ended.is_cancelled() {
                 match watch.wait(WATCH_INTERVAL) {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use collectives::PlanChannel;
+use engine::Step;
 use proto::worker::ModelFacts;
 use tokio_util::sync::CancellationToken;
 use types::Bytes;
@@ -12,8 +13,9 @@ use types::Bytes;
 use crate::boot::{self, Booted, Facts};
 use crate::executor::Executor;
 use crate::inbox::{Inbox, Message, Outlet};
-use crate::leader::{Leader, Seat};
+use crate::leader::{Leader, Plans, Seat};
 use crate::metrics::{EngineCounters, Metrics};
+use crate::pipeline::Steps;
 use crate::server::GrpcServer;
 use crate::state::{State, StatePublisher};
 use crate::{Config, Error, Phase, Report, Reporter, follower};
@@ -112,18 +114,53 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         PlanChannel::Leader(plans) => plans,
         PlanChannel::Follower(_) => unreachable!("rank 0 is given the leader's end"),
     };
+    let numerics = model.numerics();
     let executor = Executor::new(config.rank, model, &engine)?;
-    let seat = Seat { engine, executor, plans, outlet, state: Arc::clone(state), counters: counters.clone() };
-    let mut leader = Leader::new(config.rank, seat)?;
+    let plans = Plans::new(config.rank, plans);
+    let counters = counters.clone();
+    let seat = Seat { engine, plans: plans.clone(), outlet, state: Arc::clone(state), counters };
+    let (mut leader, steps) = Leader::new(config.rank, seat)?;
+    leader.explain_with(numerics);
     let ended = CancellationToken::new();
     let _ended_on_return = ended.clone().drop_guard();
     leader.watch_followers(inbox.clone(), ended.clone())?;
-    phase(&reporter, Phase::Warming);
-    leader.warm_up()?;
-    wake_on(shutdown, inbox.clone(), ended)?;
-    phase(&reporter, Phase::Serving);
-    reporter.report(Report::Ready { elapsed: started.elapsed() });
-    leader.run(config, shutdown)
+    let decide = move || {
+        phase(&reporter, Phase::Warming);
+        leader.warm_up()?;
+        wake_on(shutdown, inbox.clone(), ended)?;
+        phase(&reporter, Phase::Serving);
+        reporter.report(Report::Ready { elapsed: started.elapsed() });
+        leader.run(config, shutdown)
+    };
+    std::thread::scope(|scope| {
+        let engine = std::thread::Builder::new().name("engine".into()).spawn_scoped(scope, decide);
+        let engine = engine.map_err(|source| Error::Start { what: "the engine's thread", source })?;
+        // The model stays on the thread it was loaded on.
+        let executed = execute(executor, steps, &plans, inbox);
+        let decided = engine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        executed.and(decided)
+    })
+}
+
+/// Runs the engine's steps until it has no more, and tells it when that cannot go on.
+fn execute(mut executor: Executor, steps: Steps, plans: &Plans, inbox: &Inbox) -> Result<(), Error> {
+    /// Tells the engine's thread, which would otherwise wait for ever, however this thread ends.
+    struct Stopped<'a>(&'a Inbox, String);
+    impl Drop for Stopped<'_> {
+        fn drop(&mut self) {
+            self.0.tell(Message::Stopped { why: std::mem::take(&mut self.1) });
+        }
+    }
+    let mut stopped = Stopped(inbox, "the executor panicked".into());
+    let mut frame = Vec::new();
+    let run = |step: &Step| {
+        let rows = executor.lead(step)?;
+        plans.drawn(&mut frame, &executor.drawn)?;
+        Ok(rows)
+    };
+    let executed = steps.run(run, |job| inbox.tell(Message::Ran(job)));
+    stopped.1 = executed.as_ref().err().map_or_else(|| "there are no more".into(), Error::to_string);
+    executed
 }
 
 /// Wakes the engine thread when the order to stop comes while it sleeps.

@@ -8,6 +8,8 @@ use proto::Phase;
 use proto::worker::{self, ModelFacts, WorkerState};
 use tokio::sync::watch;
 
+use crate::GapSummary;
+
 /// Load changes with every step; routers hear of it this often at most.
 const LOAD_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -72,13 +74,15 @@ impl StatePublisher {
         self.sender.send_modify(|wire| wire.model = Some(facts));
     }
 
-    pub(crate) fn load(&self, load: Load) {
+    pub(crate) fn load(&self, (load, gaps): (Load, GapSummary)) {
         let sum = |counts: [u32; 2]| counts[0].saturating_add(counts[1]);
         let load = worker::Load {
             running: load.running,
             waiting: load.waiting,
             kv_blocks_used: sum(load.blocks_used),
             kv_blocks: sum(load.blocks),
+            host_gap_p50_us: gaps.p50_us,
+            host_gap_p99_us: gaps.p99_us,
         };
         self.sender.send_if_modified(|wire| {
             let changed = wire.load != Some(load);
@@ -88,7 +92,7 @@ impl StatePublisher {
     }
 
     /// Publishes the load unless that was done a moment ago.
-    pub(crate) fn load_now_and_then(&self, load: impl FnOnce() -> Load) {
+    pub(crate) fn load_now_and_then(&self, load: impl FnOnce() -> (Load, GapSummary)) {
         let now = Instant::now();
         {
             let Ok(mut last) = self.last_load.lock() else { return };

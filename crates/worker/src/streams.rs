@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use engine::Effect;
+use engine::{Effect, Finish};
 use proto::Failure;
 use types::SeqId;
 
 use crate::chunk::{self, Origin};
 use crate::inbox::Sink;
+use crate::numerics::Numerics;
 
 /// Open sequences. Bounded by the engine's queue and batch.
 #[derive(Default)]
 pub(crate) struct Streams {
     open: BTreeMap<SeqId, Open>,
+    /// What every layer was found to hold, when that is looked at.
+    numerics: Option<Numerics>,
 }
 
 /// One sequence and the stream it shares with the others of its request: the stream ends with the last of them.
@@ -29,6 +32,10 @@ impl Streams {
             let origin = Origin::new(first_stream.saturating_add(index));
             self.open.insert(SeqId(seq.0 + u64::from(index)), Open { sink: sink.clone(), origin });
         }
+    }
+
+    pub(crate) fn explain_with(&mut self, numerics: Option<Numerics>) {
+        self.numerics = numerics;
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -66,7 +73,11 @@ impl Streams {
             Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
             Effect::Finished { seq, finish, .. } => {
                 if let Some(Open { sink, origin }) = self.open.remove(&seq) {
-                    let _ = sink.try_send(chunk::finish(&origin, finish).map_err(Into::into));
+                    let end = match (finish, &self.numerics) {
+                        (Finish::NotANumber, Some(numerics)) => Err(numerics.failure()),
+                        _ => chunk::finish(&origin, finish),
+                    };
+                    let _ = sink.try_send(end.map_err(Into::into));
                 }
             }
             Effect::Refused { seq, refusal } => {

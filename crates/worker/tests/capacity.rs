@@ -130,9 +130,26 @@ fn table() -> String {
     table
 }
 
+/// The other table: what one long sequence keeps, and what it would keep if sliding layers forgot nothing.
+fn sequences() -> String {
+    let mut table = String::from(
+        "| model | context | KV GiB of one sequence | if every layer kept every token |\n|---|---|---|---|\n",
+    );
+    let contexts = [(Preset::NorthMiniCode, [32, 128, 256]), (Preset::CommandAPlus, [32, 64, 128])];
+    for (preset, thousands) in contexts.into_iter().flat_map(|(preset, all)| all.map(|one| (preset, one))) {
+        let one = capacity(preset, &shape(1, Memory::Unknown, Some(thousands << 10)));
+        let all: u64 = one.kv.iter().map(|group| group.per_token.0).sum();
+        let [kept, all] =
+            [one.kv_sequence.0, all * u64::from(thousands << 10)].map(|bytes| bytes as f64 / GIB);
+        writeln!(table, "| {preset} | {thousands}K | {kept:.2} | {all:.2} |").unwrap();
+    }
+    table
+}
+
 #[test]
 fn the_page_about_memory_shows_what_the_code_computes() {
     let page = std::fs::read_to_string(PAGE).unwrap();
-    let table = table();
-    assert!(page.contains(&table), "{PAGE} should contain:\n{table}");
+    for table in [table(), sequences()] {
+        assert!(page.contains(&table), "{PAGE} should contain:\n{table}");
+    }
 }

@@ -1,7 +1,15 @@
-//! `cohort bench`: measures a running cluster.
+//! `cohort bench`: measures a running cluster, or steps, operations and collectives with no cluster around them.
 
+mod collectives;
+mod floor;
+mod leader;
 mod load;
+mod load;
+mod machine;
+mod ops;
+mod router;
 mod stats;
+mod steps;
 
 use std::time::Duration;
 
@@ -12,8 +20,14 @@ use crate::client;
 use crate::out::say;
 use crate::table::{Align, Table};
 
+pub use collectives::{CollectivesArgs, Transport};
+pub use floor::Floor;
 pub use load::Random;
+pub use machine::TargetArgs;
+pub use ops::KernelsArgs;
+pub use router::RouterArgs;
 pub use stats::{Measured, Percentiles, Summary};
+pub use steps::{DecodeArgs, PrefillArgs};
 
 const MORE: &str = "\
 Without a subcommand this is `bench serve`.
@@ -21,6 +35,15 @@ Without a subcommand this is `bench serve`.
 Prompts are random tokens and the end of sequence is ignored, so every request costs the same. By default --clients
 clients each send their next request when their last one is answered; with --rate, requests arrive at random times
 at that mean rate whether or not earlier ones are answered.";
+
+const STEPS_MORE: &str = "\
+Floors come from this run: bytes over the bandwidth of a large copy (read and written), operations over the rate of a
+large matrix product. Without --model or --preset the embedded model is measured.
+
+Examples:
+  cohort bench decode --preset north-mini-code --batch 1,8 --context 8192
+  cohort bench prefill --preset north-mini-code --layers 4 --device cpu --prompt 512 --chunk 512
+  cohort bench kernels --preset command-a-plus --rows 1,16,256";
 
 /// Flags of `cohort bench`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -38,7 +61,20 @@ pub struct Args {
 #[derive(Debug, Clone, PartialEq, clap::Subcommand)]
 pub enum What {
     /// Latency and throughput of a cluster under load
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
+    /// Decode steps of one rank at a given context, against the bytes they must read
+    #[command(after_help = STEPS_MORE)]
+    Decode(Box<DecodeArgs>),
+    /// Prompts of one rank, against the operations they must do
+    #[command(after_help = STEPS_MORE)]
+    Prefill(Box<PrefillArgs>),
+    /// The operations of one layer, each against its own floor
+    #[command(after_help = STEPS_MORE)]
+    Kernels(Box<KernelsArgs>),
+    /// All-reduce and the others between ranks of this process
+    Collectives(CollectivesArgs),
+    /// What a router adds to a leader that answers at once; needs no cluster
+    Router(RouterArgs),
 }
 
 /// Flags of `cohort bench serve`.
@@ -79,7 +115,12 @@ pub struct ServeArgs {
 /// Measures and prints.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let args = match &args.what {
+        Some(What::Decode(decode)) => return steps::decode(decode),
+        Some(What::Prefill(prefill)) => return steps::prefill(prefill),
+        Some(What::Kernels(kernels)) => return ops::run(kernels),
+        Some(What::Collectives(group)) => return collectives::run(group),
         Some(What::Serve(serve)) => serve,
+        Some(What::Router(own)) => return router::run(own),
         None => &args.serve,
     };
     let plan = load::Plan::try_from(args)?;

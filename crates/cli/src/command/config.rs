@@ -227,6 +227,8 @@ fn flag_of(key: &str) -> Option<String> {
     settings.model.path = Some("DIR".into());
     settings.model.name = Some("NAME".into());
     settings.model.window_keys = Some(1);
+    settings.model.preset = Some(model::Preset::NorthMiniCode);
+    settings.model.layers = Some(1);
     settings.group.threads = Some(1);
     let groups: [&dyn ConfigFlags; 4] = [
         &args::ModelFlags::from(&settings),

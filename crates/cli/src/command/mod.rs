@@ -1,11 +1,13 @@
 //! The subcommands, one file each.
 
+pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod config;
 pub mod demo;
 pub mod generate;
 pub mod group;
+pub mod kernels;
 pub mod plan;
 pub mod router;
 pub mod up;
@@ -46,12 +48,16 @@ pub enum Command {
     Generate(Box<generate::Args>),
     /// Chat with a running cluster in the terminal
     Chat(chat::Args),
+    /// Send a file of requests to a running cluster
+    Batch(batch::Args),
     /// Measure a running cluster
     Bench(bench::Args),
     /// Check, show or explain a configuration
     Config(config::Args),
     /// Say whether a group would fit and what it would serve; needs no weights and no GPU
     Plan(Box<plan::Args>),
+    /// Check the GPU kernels of a model; needs no GPU
+    Kernels(kernels::Args),
     /// Run a router for worker groups that run elsewhere
     Router(Box<router::Args>),
     /// Run the ranks of one worker group on this machine
@@ -71,9 +77,11 @@ impl Command {
             Self::Up(args) => up::run(&args, log),
             Self::Generate(args) => generate::run(&args),
             Self::Chat(args) => chat::run(&args),
+            Self::Batch(args) => batch::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
+            Self::Kernels(args) => kernels::run(&args),
             Self::Router(args) => router::run(&args),
             Self::Group(args) => group::run(&args, log),
             Self::Worker(args) => worker::run(&args),
@@ -91,8 +99,10 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Kernels(_)
             | Self::Plan(_) => false,
         }
     }
@@ -106,8 +116,10 @@ impl Command {
             | Self::Up(_)
             | Self::Generate(_)
             | Self::Chat(_)
+            | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Kernels(_)
             | Self::Plan(_) => "warn",
         }
     }

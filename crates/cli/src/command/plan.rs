@@ -1,8 +1,7 @@
 //! `cohort plan`: whether a group would fit and what it would serve, with no weights and no device.
 
 use anyhow::bail;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use model::{ModelConfig, Preset, WeightBytes};
+use model::ModelConfig;
 use serde_json::{Value, json};
 use settings::Settings;
 use types::{Bytes, DType, KvGroup, TpSize};
@@ -14,8 +13,9 @@ use crate::out::say;
 use crate::table::{Align, Table};
 
 const MORE: &str = "\
-With --memory the KV cache takes what the weights leave, unless --kv-tokens says how large it is. What a step's
-activations take comes on top: give --memory without it. Ends with an error when the plan is not legal or does not fit.
+A --preset is computed in bf16 unless --dtype says otherwise. With --memory the KV cache takes what the weights leave,
+unless --kv-tokens says how large it is. What a step's activations take comes on top: give --memory without it. Ends
+with an error when the plan is not legal or does not fit.
 
 Examples:
   cohort plan --preset north-mini-code --tensor-parallel 2 --memory 139GiB
@@ -28,9 +28,6 @@ pub struct Args {
     /// Where the configuration comes from.
     #[command(flatten)]
     pub file: FileFlag,
-    /// A published model instead of a checkpoint; computed in bf16 unless --dtype says otherwise
-    #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = preset_parser())]
-    pub preset: Option<Preset>,
     /// Memory of each rank for weights and KV cache, such as 139GiB
     #[arg(long, value_name = "BYTES")]
     pub memory: Option<Bytes>,
@@ -49,10 +46,6 @@ pub struct Args {
     /// The group's size and bounds.
     #[command(flatten)]
     pub group: GroupFlags,
-}
-
-fn preset_parser() -> impl TypedValueParser<Value = Preset> {
-    PossibleValuesParser::new(Preset::ALL.map(Preset::name)).try_map(|name| name.parse::<Preset>())
 }
 
 /// What was asked, made whole.
@@ -86,16 +79,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn question(args: &Args) -> anyhow::Result<Question> {
-    let settings = args::load(StartedBy::User, &args.file, &[&args.model, &args.compute, &args.group])?;
-    let (name, mut model) = match args.preset {
-        Some(preset) => (preset.name().to_owned(), preset.config()?),
-        None => {
-            (embedded::served_name(&settings), ModelConfig::from_files(&embedded::checkpoint(&settings))?)
-        }
-    };
-    if let Some(keys) = settings.model.window_keys {
-        model.window_keys = keys;
-    }
+    let model = args.model.of_shape();
+    let settings = args::load(StartedBy::User, &args.file, &[&model, &args.compute, &args.group])?;
+    let (name, model) = (embedded::served_name(&settings), embedded::model_config(&settings)?);
     let shape = GroupShape {
         size: settings.group.tensor_parallel,
         experts: settings.group.experts,
@@ -113,7 +99,7 @@ fn question(args: &Args) -> anyhow::Result<Question> {
 }
 
 fn dtype(args: &Args, settings: &Settings) -> DType {
-    match (args.preset, &args.compute.dtype) {
+    match (settings.model.preset, &args.compute.dtype) {
         (Some(_), None) => DType::BF16,
         _ => settings.model.dtype,
     }
@@ -155,21 +141,6 @@ fn fitting_sizes(question: &Question) -> Vec<u32> {
     larger.filter(fits).collect()
 }
 
-/// Weights by kind, in the order they are shown.
-fn kinds(weights: &WeightBytes) -> [(&'static str, Bytes); 8] {
-    let WeightBytes { embedding, head, norms, attention, dense, routers, experts, shared } = *weights;
-    [
-        ("embedding", embedding),
-        ("head", head),
-        ("attention", attention),
-        ("norms", norms),
-        ("dense", dense),
-        ("routers", routers),
-        ("experts", experts),
-        ("shared", shared),
-    ]
-}
-
 fn as_json(question: &Question, capacity: &Capacity) -> Value {
     let shape = &question.shape;
     let ranks: Vec<Value> = capacity
@@ -177,7 +148,9 @@ fn as_json(question: &Question, capacity: &Capacity) -> Value {
         .iter()
         .enumerate()
         .map(|(at, rank)| {
-            let weights: serde_json::Map<_, _> = kinds(&rank.weights)
+            let weights: serde_json::Map<_, _> = rank
+                .weights
+                .kinds()
                 .into_iter()
                 .map(|(kind, bytes)| (kind.to_owned(), json!(bytes.0)))
                 .collect();
@@ -240,7 +213,7 @@ fn show(question: &Question, capacity: &Capacity) {
         let mut row = |what: &str, Bytes(bytes): Bytes| {
             table.row([what.to_owned(), bytes.to_string(), Bytes(bytes).to_string()]);
         };
-        kinds(&most.weights).into_iter().filter(|(_, bytes)| bytes.0 > 0).for_each(|(kind, b)| row(kind, b));
+        most.weights.kinds().into_iter().filter(|(_, bytes)| bytes.0 > 0).for_each(|(kind, b)| row(kind, b));
         row("all weights", most.weights.total());
         row("KV cache", most.kv);
         table.lines().for_each(|line| say!("{line}"));

@@ -99,6 +99,7 @@ pub struct Prefixes {
     shared: [Shared; 2],
     /// The nodes of the last path that was looked up.
     path: Vec<NodeId>,
+    look_ups: u64,
     /// A bug a test has switched on.
     pub(super) skip_window_check: bool,
 }
@@ -117,6 +118,7 @@ impl Prefixes {
             index: HashMap::with_capacity(room),
             shared: KvGroup::ALL.map(|group| Shared::new(config.blocks[group.index()])),
             path: Vec::new(),
+            look_ups: 0,
             skip_window_check: false,
         }
     }
@@ -127,10 +129,17 @@ impl Prefixes {
         &self.shared[group.index()]
     }
 
+    /// Prompts looked up so far.
+    #[must_use]
+    pub const fn look_ups(&self) -> u64 {
+        self.look_ups
+    }
+
     /// How many leading blocks of `tokens`, at most `limit`, are there below `root`: all of them in the full group,
     /// and in the sliding group those that the next row sees.
     pub fn find(&mut self, root: Root, tokens: &[TokenId], limit: u32) -> u32 {
         let size = self.geometry.block_size.tokens();
+        self.look_ups += 1;
         self.path.clear();
         let (mut parent, mut hash) = (Parent::Root(root), root.hash());
         // Where the unbroken run of sliding blocks begins.

@@ -12,8 +12,8 @@ pub mod sim;
 pub mod world;
 
 use engine::{
-    Config, Effect, Engine, Event, Finish, Request, RequestOptions, RowOutput, RowPurpose, Step, StepOutput,
-    TokenLogprob, Usage,
+    Config, Effect, Engine, Event, Finish, Input, Request, RequestOptions, RowOutput, RowPurpose, Step,
+    StepOutput, TokenLogprob, Usage,
 };
 use types::{BlockSize, Generation, GenerationSpec, Micros, SeqId, TokenId};
 
@@ -92,8 +92,9 @@ impl Driver {
             .work
             .iter()
             .map(|work| match &work.purpose {
-                RowPurpose::Sample { logprobs, .. } => {
+                RowPurpose::Sample { logprobs, history, .. } => {
                     let token = token(work.seq);
+                    let token = history.as_ref().map_or(token, |history| history.draw(|_| token));
                     let logprob = logprobs.map(|_| TokenLogprob { token, logprob: -0.5, top: Vec::new() });
                     RowOutput::Sampled { token, logprob }
                 }
@@ -175,5 +176,14 @@ impl Driver {
 
 /// Rows each scheduled sequence got, in order.
 pub fn rows(step: &Step) -> Vec<usize> {
-    step.plan.sequences().map(|s| s.tokens.len()).collect()
+    step.plan.sequences().map(|s| s.inputs.len()).collect()
+}
+
+/// Inputs that are all known.
+pub fn known(inputs: &[Input]) -> Vec<TokenId> {
+    let token = |input: &Input| match input {
+        Input::Known(token) => *token,
+        Input::Drawn { row } => panic!("the token of row {row} is not known yet"),
+    };
+    inputs.iter().map(token).collect()
 }

@@ -1,11 +1,11 @@
 //! A deterministic world around the engine: a clock, requests, faults, and a fake rank that takes time. One seed is
 //! one run, the same on every machine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use engine::{
     AGEING_MAX, Config, Effect, Engine, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions,
-    Sabotage, Step, TokenLogprob,
+    Sabotage, SlotTables, Step, StepOutput, TokenLogprob,
 };
 use types::{BlockSize, GenerationSpec, Micros, Priority, SeqId, TokenId};
 
@@ -45,19 +45,33 @@ pub struct Counts {
     pub preempted: u64,
     pub resumed: u64,
     pub cached_starts: u64,
+    /// Steps that were planned while another was in flight.
+    pub planned_ahead: u64,
+    /// Sequences that ended because of what are not numbers.
+    pub spoiled: u64,
 }
 
 impl Counts {
     pub fn add(&mut self, other: Self) {
-        let Self { steps, finished, ended_early, refused, preempted, resumed, cached_starts } = other;
+        let Self { steps, finished, ended_early, refused, preempted, resumed, .. } = other;
         self.steps += steps;
         self.finished += finished;
         self.ended_early += ended_early;
         self.refused += refused;
         self.preempted += preempted;
         self.resumed += resumed;
-        self.cached_starts += cached_starts;
+        self.cached_starts += other.cached_starts;
+        self.planned_ahead += other.planned_ahead;
+        self.spoiled += other.spoiled;
     }
+}
+
+/// A step in flight.
+struct Flying {
+    step: Step,
+    bytes: Vec<u8>,
+    /// Once the rank has executed it, which may be before or after the next one is planned.
+    output: Option<StepOutput>,
 }
 
 /// One run.
@@ -73,8 +87,16 @@ pub struct World {
     beginnings: Vec<Vec<TokenId>>,
     watched: BTreeMap<SeqId, Watched>,
     effects: Vec<Effect>,
-    step: Step,
-    bytes: Vec<u8>,
+    /// Steps planned and not answered.
+    flying: VecDeque<Flying>,
+    /// Buffers of steps that were answered.
+    spare: Vec<Step>,
+    /// Most steps in flight.
+    depth: usize,
+    /// The tables of a rank that has been told every plan.
+    mirror: SlotTables,
+    /// Those for which the rank has computed what are not numbers.
+    spoiled: BTreeSet<SeqId>,
     next: u64,
     counts: Counts,
 }
@@ -128,6 +150,8 @@ impl World {
             None => Engine::new(config.clone()),
         };
         let beginning = |random: &mut Random| tokens(random, config.context_tokens_max);
+        let depth = random.range(1, 2) as usize;
+        let mirror = SlotTables::new(&config).unwrap();
         Self {
             engine: engine.unwrap(),
             rank: FakeRank::new(&config),
@@ -138,8 +162,11 @@ impl World {
             now: Micros(0),
             watched: BTreeMap::new(),
             effects: Vec::new(),
-            step: Step::default(),
-            bytes: Vec::new(),
+            flying: VecDeque::new(),
+            spare: Vec::new(),
+            depth,
+            mirror,
+            spoiled: BTreeSet::new(),
             next: 0,
             counts: Counts::default(),
         }
@@ -263,37 +290,67 @@ impl World {
         }
     }
 
-    /// One step, with a disturbance while it runs; false when there was nothing to run.
+    /// Plans ahead as far as it may, executes, and answers one step, with disturbances in between; false when there was
+    /// nothing to answer.
     fn step(&mut self, disturb: bool) -> bool {
-        let mut step = std::mem::take(&mut self.step);
+        while self.flying.len() < self.depth && self.plan() {
+            // A real rank is at times done with a step before the next one is planned.
+            if self.random.one_in(3) {
+                self.execute();
+            }
+        }
+        self.execute();
+        let Some(Flying { step, output, .. }) = self.flying.pop_front() else {
+            assert!(self.engine.is_idle(), "a step is planned whenever there is work");
+            self.now = self.now.after(self.step_time);
+            return false;
+        };
+        self.counts.steps += 1;
+        let rows = u64::try_from(step.plan.inputs().len()).unwrap();
+        let mut took = self.step_time.after(Micros(self.step_time.0 / 20 * rows));
+        if self.random.one_in(100) {
+            took = Micros(took.0 * 50);
+        }
+        self.now = self.now.after(took);
+        if disturb {
+            self.disturb();
+        }
+        self.apply(Event::StepDone(output.unwrap()));
+        self.spare.push(step);
+        true
+    }
+
+    /// Plans a step; false when there is none.
+    fn plan(&mut self) -> bool {
+        let mut step = self.spare.pop().unwrap_or_default();
+        let ahead = !self.flying.is_empty();
         let planned = self.engine.plan_into(self.now, &mut step, &mut self.effects);
         self.engine.check();
         self.digest();
-        assert_eq!(planned, !self.engine.is_idle(), "a step is planned exactly when there is work");
-        let mut took = self.step_time;
-        if planned {
-            self.counts.steps += 1;
-            let rows = step.plan.tokens().len();
-            assert!(rows <= self.config.step_tokens_max as usize, "rows within the budget");
-            assert!(step.work.len() <= self.config.logit_rows_max as usize, "logit rows within the budget");
-            self.bytes.clear();
-            step.plan.encode(&mut self.bytes);
-            let output = self.rank.execute(&step, &self.bytes);
-            self.engine.check_mirror(&self.rank.tables);
-            took = took.after(Micros(took.0 / 20 * rows as u64));
-            if self.random.one_in(100) {
-                took = Micros(took.0 * 50);
-            }
-            self.now = self.now.after(took);
-            if disturb {
-                self.disturb();
-            }
-            self.apply(Event::StepDone(output));
-        } else {
-            self.now = self.now.after(took);
+        if !planned {
+            assert!(ahead || self.engine.is_idle(), "a step is planned whenever there is work");
+            self.spare.push(step);
+            return false;
         }
-        self.step = step;
-        planned
+        self.counts.planned_ahead += u64::from(ahead);
+        assert!(step.plan.inputs().len() <= self.config.step_tokens_max as usize, "rows within the budget");
+        assert!(step.work.len() <= self.config.logit_rows_max as usize, "logit rows within the budget");
+        self.mirror.apply(&step.plan).unwrap();
+        self.engine.check_mirror(&self.mirror);
+        let mut bytes = Vec::new();
+        step.plan.encode(&mut bytes);
+        self.flying.push_back(Flying { step, bytes, output: None });
+        true
+    }
+
+    /// Lets the rank execute every step in flight, in order. Now and then it computes what are not numbers.
+    fn execute(&mut self) {
+        for one in self.flying.iter_mut().filter(|one| one.output.is_none()) {
+            let victim = self.random.one_in(200).then(|| one.step.work.first()).flatten();
+            let victim = victim.map(|work| work.seq);
+            self.spoiled.extend(victim);
+            one.output = Some(self.rank.execute(&one.step, &one.bytes, victim));
+        }
     }
 
     fn digest(&mut self) {
@@ -387,7 +444,15 @@ impl World {
                 self.counts.ended_early += 1;
                 assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
             }
-            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length | Finish::NotANumber => {
+            Finish::NotANumber => {
+                self.counts.spoiled += 1;
+                assert!(
+                    self.spoiled.contains(&seq),
+                    "{seq} saw what is not a number, and nobody gave it to it"
+                );
+                assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
+            }
+            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length => {
                 let prompt_logprobs = one.prompt_logprobs.clone();
                 let got = Expected { tokens, logprobs, prompt_logprobs, finish: Some(finish) };
                 assert_eq!(got, expected, "{seq}");

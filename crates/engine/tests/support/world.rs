@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use engine::{
-    Config, Finish, KvGroup, Request, RowOutput, RowPurpose, SlotTables, Step, StepOutput, StepPlan,
-    TokenLogprob,
+    Config, Drawn, Finish, Frame, KvGroup, PlannedSequence, Request, RowOutput, RowPurpose, RowWork,
+    SlotTables, Step, StepOutput, StepPlan, TokenLogprob,
 };
-use types::{BlockId, History, SamplingParams, SlotId, TokenId};
+use types::{BlockId, History, SamplingParams, SeqId, SlotId, TokenId};
 
 use super::random::mix;
 
@@ -18,12 +18,18 @@ struct Cached {
     position: u32,
     token: u32,
     written: bool,
+    /// Not a number.
+    spoiled: bool,
 }
 
 pub struct FakeRank {
     config: Config,
     pub tables: SlotTables,
     caches: [Vec<Cached>; 2],
+    /// What the last step drew, and as it was sent.
+    drawn: Drawn,
+    bytes: Vec<u8>,
+    tokens: Vec<TokenId>,
 }
 
 impl FakeRank {
@@ -33,38 +39,52 @@ impl FakeRank {
             tables: SlotTables::new(config).unwrap(),
             caches: KvGroup::ALL.map(|group| vec![Cached::default(); entries(group)]),
             config: config.clone(),
+            drawn: Drawn::default(),
+            bytes: Vec::new(),
+            tokens: Vec::new(),
         }
     }
 
-    /// Executes a step that came as bytes, as a follower would, and answers it as the leader would.
-    pub fn execute(&mut self, step: &Step, encoded: &[u8]) -> StepOutput {
-        let plan = StepPlan::decode(encoded).unwrap();
+    /// Executes a step that came as bytes, as a follower would, and answers it as the leader would. What it computes for
+    /// the sequence `spoiled` are not numbers.
+    pub fn execute(&mut self, step: &Step, encoded: &[u8], spoiled: Option<SeqId>) -> StepOutput {
+        let Ok(Frame::Plan(plan)) = Frame::decode(encoded) else { panic!("a plan") };
         assert_eq!(plan, step.plan, "the plan survives its encoding");
         self.tables.apply(&plan).unwrap();
+        self.tables.resolve(&plan, &self.drawn, &mut self.tokens).unwrap();
         self.check_written(&plan);
+        let mut work = step.work.iter();
+        let mut rows = Vec::with_capacity(step.work.len());
+        let tokens = std::mem::take(&mut self.tokens);
         for sequence in plan.sequences() {
-            for (row, token) in sequence.tokens.iter().enumerate() {
-                let position = sequence.start.0 + u32::try_from(row).unwrap();
-                for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
-                    let at = self.address(&sequence, group, position);
-                    self.caches[group.index()][at] = Cached { position, token: token.0, written: true };
-                }
+            let own: Vec<&RowWork> = work.by_ref().take(sequence.logit_rows as usize).collect();
+            let bad = spoiled.is_some() && own.first().map(|work| work.seq) == spoiled;
+            self.write(&sequence, &tokens[sequence.rows.clone()], bad);
+            let end = sequence.start.0 + u32::try_from(sequence.rows.len()).unwrap();
+            for (position, work) in (end - sequence.logit_rows..end).zip(own) {
+                rows.push(match self.attend(&sequence, position) {
+                    Some(state) => answer(state, &work.purpose, VOCAB),
+                    None => RowOutput::NotANumber,
+                });
             }
         }
-        let mut states = Vec::new();
-        for sequence in plan.sequences() {
-            let end = sequence.start.0 + u32::try_from(sequence.tokens.len()).unwrap();
-            for position in end - sequence.logit_rows..end {
-                states.push(self.attend(&sequence, position));
-            }
-        }
-        assert_eq!(states.len(), step.work.len(), "one piece of work for each logit row");
-        let rows = states
-            .into_iter()
-            .zip(&step.work)
-            .map(|(state, work)| answer(state, &work.purpose, VOCAB))
-            .collect();
+        self.tokens = tokens;
+        assert_eq!(rows.len(), step.work.len(), "one piece of work for each logit row");
+        self.drawn.take(plan.step(), &rows);
+        self.bytes.clear();
+        self.drawn.encode(&mut self.bytes);
+        assert_eq!(Frame::decode(&self.bytes), Ok(Frame::Drawn(self.drawn.clone())));
         StepOutput { step: plan.step(), rows }
+    }
+
+    fn write(&mut self, sequence: &PlannedSequence<'_>, tokens: &[TokenId], spoiled: bool) {
+        for (position, token) in (sequence.start.0..).zip(tokens) {
+            for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
+                let at = self.address(sequence, group, position);
+                let cached = Cached { position, token: token.0, written: true, spoiled };
+                self.caches[group.index()][at] = cached;
+            }
+        }
     }
 
     /// A block that is written is in one slot's table only.
@@ -90,24 +110,27 @@ impl FakeRank {
         slots.filter(|&slot| self.tables.tables(slot)[group.index()].blocks.contains(&block)).collect()
     }
 
-    fn address(&self, sequence: &engine::PlannedSequence<'_>, group: KvGroup, position: u32) -> usize {
+    fn address(&self, sequence: &PlannedSequence<'_>, group: KvGroup, position: u32) -> usize {
         let table = &self.tables.tables(sequence.slot)[group.index()];
         let size = self.config.block_size.tokens();
         let block = table.blocks[(position / size - table.first) as usize];
         (block.0 * size + position % size) as usize
     }
 
-    /// What the row at `position` sees: every position through the full group, the window through the sliding one.
-    fn attend(&self, sequence: &engine::PlannedSequence<'_>, position: u32) -> u64 {
+    /// What the row at `position` sees: every position through the full group, the window through the sliding one. `None`
+    /// when something of it is not a number.
+    fn attend(&self, sequence: &PlannedSequence<'_>, position: u32) -> Option<u64> {
         let mut state = Attention::new();
+        let mut spoiled = false;
         for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
             for seen in visible(&self.config, group, position) {
                 let cached = self.caches[group.index()][self.address(sequence, group, seen)];
                 assert!(cached.written && cached.position == seen, "{group} position {seen} holds another's");
+                spoiled |= cached.spoiled;
                 state.add(cached.token);
             }
         }
-        state.0
+        (!spoiled).then_some(state.0)
     }
 }
 
@@ -162,8 +185,11 @@ fn entry(state: u64, token: TokenId) -> TokenLogprob {
 fn answer(state: u64, purpose: &RowPurpose, vocab: u32) -> RowOutput {
     match purpose {
         RowPurpose::Sample { params, stream, position, banned, logprobs, history, .. } => {
-            let history = history.as_ref().map(|history| history.read(summary));
-            let token = draw(state, (params, *stream, *position), banned, history);
+            let key = (params, *stream, *position);
+            let token = match history {
+                Some(history) => history.draw(|history| draw(state, key, banned, Some(summary(history)))),
+                None => draw(state, key, banned, None),
+            };
             assert!(token.0 < vocab);
             RowOutput::Sampled { token, logprob: logprobs.map(|_| entry(state, token)) }
         }

@@ -12,7 +12,8 @@ use super::generation::Common;
 use crate::text::Text;
 
 const TOP_LOGPROBS_MAX: u32 = 20;
-const WITHOUT_EFFECT: [(&str, &str); 4] = [
+const WITHOUT_EFFECT: [(&str, &str); 5] = [
+    ("best_of", "1"),
     ("parallel_tool_calls", "true"),
     ("add_generation_prompt", "true"),
     ("continue_final_message", "false"),
@@ -92,6 +93,7 @@ pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Common {
         fields.refuse("top_logprobs", "needs logprobs; set it to true");
     }
     response.logprobs = wanted.then_some(top.unwrap_or(0));
+    common.logprobs = wanted;
     common
 }
 
@@ -139,11 +141,12 @@ fn read_message(fields: &mut Fields, index: usize, raw: &RawValue) -> Option<v1:
         reasoning: message.reasoning.unwrap_or_default(),
         tool_calls: message.tool_calls.unwrap_or_default().into_iter().map(call).collect(),
         tool_call_id: message.tool_call_id.unwrap_or_default(),
+        results: Vec::new(),
     })
 }
 
-/// The tools the model is offered: none when it must not call any.
-fn take_tools(fields: &mut Fields) -> Vec<String> {
+/// The definitions of tools.
+pub(super) fn take_definitions(fields: &mut Fields) -> Vec<String> {
     let tools = texts(fields.take("tools"));
     for (index, tool) in tools.iter().enumerate() {
         let value: Value = serde_json::from_str(tool).unwrap_or_default();
@@ -153,6 +156,12 @@ fn take_tools(fields: &mut Fields) -> Vec<String> {
             fields.refuse(format!("tools[{index}]"), reason);
         }
     }
+    tools
+}
+
+/// The tools the model is offered: none when it must not call any.
+fn take_tools(fields: &mut Fields) -> Vec<String> {
+    let tools = take_definitions(fields);
     match fields.take::<Value>("tool_choice") {
         None => tools,
         Some(choice) if choice == "auto" => tools,

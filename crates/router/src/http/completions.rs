@@ -36,6 +36,7 @@ impl Prompts {
 /// Takes the fields of a completion, and its prompts.
 pub(super) fn take(fields: &mut Fields) -> (Common, Vec<Prompt>) {
     let mut common = Common::take(fields);
+    take_best_of(fields, &mut common);
     let prompts = fields.take::<Prompts>("prompt").map(Prompts::each).unwrap_or_default();
     let choices = prompts.len().saturating_mul(common.count());
     if prompts.is_empty() {
@@ -43,10 +44,28 @@ pub(super) fn take(fields: &mut Fields) -> (Common, Vec<Prompt>) {
     } else if choices > CHOICES_MAX {
         fields.refuse("prompt", format!("asks for {choices} answers; at most {CHOICES_MAX}"));
     }
-    common.request.response.get_or_insert_default().logprobs = fields.take("logprobs");
+    let response = common.request.response.get_or_insert_default();
+    let logprobs: Option<u32> = fields.take("logprobs");
+    common.logprobs = logprobs.is_some();
+    // Those that are compared are needed whether or not they are shown.
+    response.logprobs = logprobs.or(common.shown.best.map(|_| 0));
     let stopping = common.request.stopping.get_or_insert_default();
     let least = stopping.min_tokens.unwrap_or(0).max(MAX_TOKENS_DEFAULT);
     stopping.max_tokens = stopping.max_tokens.or(Some(least));
     fields.without_effect(&WITHOUT_EFFECT);
     (common, prompts)
+}
+
+/// Of `best_of` answers, the `n` likeliest are shown.
+fn take_best_of(fields: &mut Fields, common: &mut Common) {
+    let shown = common.count();
+    let Some(best_of) = fields.take::<u32>("best_of") else { return };
+    if (best_of as usize) < shown {
+        fields.refuse("best_of", format!("is {best_of} and n {shown}; it must be at least n"));
+    } else if common.stream && best_of as usize > shown {
+        fields.refuse("best_of", "is not for streams: which answers are best is known at their end");
+    } else if best_of as usize > shown {
+        common.shown.best = Some(shown);
+        common.request.sampling.get_or_insert_default().n = Some(best_of);
+    }
 }

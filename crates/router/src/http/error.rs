@@ -23,6 +23,11 @@ impl ApiError {
         Self { status, message: message.into(), param: None, retry_after_s: None }
     }
 
+    /// What went wrong, in words.
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The body.
     pub(super) fn to_json(&self) -> Value {
         let kind = match self.status.as_u16() {

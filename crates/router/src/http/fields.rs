@@ -29,6 +29,29 @@ impl Fields {
         Ok(Self { left, wrong: Vec::new() })
     }
 
+    /// Reads an object inside a field.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub(super) fn within(raw: &RawValue) -> Result<Self, String> {
+        let left: BTreeMap<String, Box<RawValue>> =
+            serde_json::from_str(raw.get()).map_err(|_| "must be an object".to_owned())?;
+        let left = left.into_iter().filter(|(_, value)| value.get() != "null").collect();
+        Ok(Self { left, wrong: Vec::new() })
+    }
+
+    /// What was wrong inside the object, fields that are left over included.
+    ///
+    /// # Errors
+    /// All of it in one line.
+    pub(super) fn faults(mut self) -> Result<(), String> {
+        for name in std::mem::take(&mut self.left).into_keys() {
+            self.refuse(name, "is not supported");
+        }
+        let lines: Vec<String> = self.wrong.iter().map(|v| format!("{} {}", v.field, v.reason)).collect();
+        if lines.is_empty() { Ok(()) } else { Err(lines.join("; ")) }
+    }
+
     /// Takes a field, if it is set.
     pub(super) fn take<T: DeserializeOwned>(&mut self, name: &'static str) -> Option<T> {
         let raw = self.left.remove(name)?;

@@ -11,8 +11,7 @@ use super::fields::Fields;
 pub(super) const CHOICES_MAX: usize = 128;
 
 /// Fields that have no effect at this value. A field without a value is always refused.
-const WITHOUT_EFFECT: [(&str, &str); 10] = [
-    ("best_of", "1"),
+const WITHOUT_EFFECT: [(&str, &str); 9] = [
     ("response_format", "{\"type\":\"text\"}"),
     ("store", "false"),
     ("metadata", "{}"),
@@ -44,6 +43,8 @@ pub(super) struct Shown {
     pub(super) include_usage: bool,
     pub(super) include_stop: bool,
     pub(super) return_token_ids: bool,
+    /// How many answers to a prompt are shown, the likeliest first; all of them, as they come, when unset.
+    pub(super) best: Option<usize>,
 }
 
 /// What a request says beside its prompt.
@@ -52,6 +53,8 @@ pub(super) struct Common {
     /// Everything but the prompt and log-probabilities.
     pub(super) request: v1::GenerateRequest,
     pub(super) stream: bool,
+    /// Whether log-probabilities are shown.
+    pub(super) logprobs: bool,
     pub(super) shown: Shown,
 }
 
@@ -91,9 +94,10 @@ impl Common {
             include_usage: options.is_some_and(|options| options.include_usage),
             include_stop: fields.take("include_stop_str_in_output").unwrap_or(false),
             return_token_ids: fields.take("return_token_ids").unwrap_or(false),
+            best: None,
         };
         fields.without_effect(&WITHOUT_EFFECT);
-        Self { request, stream, shown }
+        Self { request, stream, logprobs: false, shown }
     }
 
     /// Answers to each prompt.

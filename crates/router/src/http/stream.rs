@@ -50,18 +50,24 @@ pub(super) async fn respond(
         Box::pin(messages) as Pin<Box<dyn Stream<Item = Message> + Send>>
     });
     let mut messages = Box::pin(select_all(streams).peekable());
-    let refused = match tokio::time::timeout(KEEP_ALIVE, messages.as_mut().peek()).await {
-        Ok(Some((_, Err(failure)))) => Some(failure.clone()),
-        Ok(Some((_, Ok(_))) | None) | Err(_) => None,
-    };
-    if let Some(failure) = refused {
-        return Err(failure.into());
+    if let Some((_, Err(failure))) = first(messages.as_mut().peek()).await {
+        return Err(failure.clone().into());
     }
     let (usage, ready) = (Usage::default(), VecDeque::new());
     let feed = Feed { view, messages: Some(messages), progress, per_prompt, usage, ready };
     let events = unfold(feed, |mut feed| async move { feed.next().await.map(|event| (event, feed)) });
     let events = events.map(|data| Ok::<Event, Infallible>(Event::default().data(data)));
-    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+    Ok(Sse::new(events).keep_alive(keep_alive()).into_response())
+}
+
+/// The first message of a stream, unless it takes so long that something has to be said before.
+pub(super) async fn first<T>(message: impl Future<Output = Option<T>>) -> Option<T> {
+    tokio::time::timeout(KEEP_ALIVE, message).await.ok().flatten()
+}
+
+/// Comments while there is nothing to say.
+pub(super) fn keep_alive() -> KeepAlive {
+    KeepAlive::new().interval(KEEP_ALIVE)
 }
 
 impl Feed {

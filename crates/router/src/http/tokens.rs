@@ -17,7 +17,7 @@ pub(super) async fn tokenize(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let shared = &context.shared;
-    let (headers, mut fields) = read(request).await?;
+    let (headers, mut fields) = read(&context.shared, request).await?;
     let facts = served(&context, &mut fields)?;
     let text: Option<String> = fields.take("prompt");
     let prompt = match text {
@@ -50,7 +50,7 @@ pub(super) async fn detokenize(
     State(context): State<Context>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let (_, mut fields) = read(request).await?;
+    let (_, mut fields) = read(&context.shared, request).await?;
     let facts = served(&context, &mut fields)?;
     let tokens: Vec<u32> = fields.take("tokens").unwrap_or_default();
     for (index, id) in tokens.iter().enumerate().filter(|(_, id)| **id >= facts.vocab_size).take(1) {

@@ -62,15 +62,26 @@ impl View {
     pub(super) fn whole(&self, answers: Vec<v1::GenerateOnceResponse>, per_prompt: usize) -> Value {
         let mut usage = Usage::default();
         let mut prompts = Vec::new();
-        let mut choices = Vec::with_capacity(answers.len());
-        for (index, answer) in answers.into_iter().enumerate() {
+        let mut shown = Vec::with_capacity(answers.len());
+        for (index, mut answer) in answers.into_iter().enumerate() {
             let first = index % per_prompt == 0;
             usage.add(answer.usage.unwrap_or_default(), first);
             if first {
-                prompts.push(answer.prompt.clone().unwrap_or_default());
+                prompts.push(answer.prompt.take().unwrap_or_default());
+                shown.push(Vec::with_capacity(per_prompt));
             }
-            choices.push(self.choice(index, answer));
+            if let Some(own) = shown.last_mut() {
+                own.push(answer);
+            }
         }
+        if let Some(best) = self.shown.best {
+            for own in &mut shown {
+                own.sort_by(|a, b| likelihood(b).total_cmp(&likelihood(a)));
+                own.truncate(best);
+            }
+        }
+        let choices = shown.into_iter().flatten().enumerate();
+        let choices: Vec<Value> = choices.map(|(index, answer)| self.choice(index, answer)).collect();
         let mut body = self.envelope(false, Value::Array(choices));
         body.insert("usage".to_owned(), usage.to_json());
         let one = |mut list: Vec<Value>| if list.len() == 1 { list.remove(0) } else { Value::Array(list) };
@@ -102,6 +113,9 @@ impl View {
                 if !calls.is_empty() {
                     message["tool_calls"] = Value::Array(calls);
                 }
+                if !answer.citations.is_empty() {
+                    message["citations"] = answer.citations.iter().map(citation).collect();
+                }
                 json!({ "message": message, "logprobs": self.chat_logprobs(&answer.logprobs) })
             }
         };
@@ -132,7 +146,8 @@ impl View {
             Some(finish) => self.with_stop(message.text, finish),
             None => message.text,
         };
-        let nothing = text.is_empty() && message.reasoning.is_empty() && message.tool_calls.is_empty();
+        let said = text.len() + message.reasoning.len();
+        let nothing = said + message.tool_calls.len() + message.citations.len() == 0;
         if nothing && finish.is_none() && !self.logprobs && !self.shown.return_token_ids {
             return chunks;
         }
@@ -152,6 +167,9 @@ impl View {
                 if !message.tool_calls.is_empty() {
                     delta
                         .insert("tool_calls".to_owned(), message.tool_calls.iter().map(call_delta).collect());
+                }
+                if !message.citations.is_empty() {
+                    delta.insert("citations".to_owned(), message.citations.iter().map(citation).collect());
                 }
                 json!({ "delta": delta, "logprobs": self.chat_logprobs(&message.logprobs) })
             }
@@ -290,6 +308,12 @@ impl Usage {
     }
 }
 
+/// The mean log-probability of an answer's tokens.
+fn likelihood(answer: &v1::GenerateOnceResponse) -> f64 {
+    let sum: f64 = answer.logprobs.iter().map(|position| f64::from(position.logprob)).sum();
+    sum / answer.logprobs.len().max(1) as f64
+}
+
 fn finish_reason(finish: &v1::Finish, calls: bool) -> &'static str {
     match finish.reason() {
         v1::FinishReason::Length => "length",
@@ -300,6 +324,16 @@ fn finish_reason(finish: &v1::Finish, calls: bool) -> &'static str {
 
 fn call(call: &v1::ToolCall) -> Value {
     json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": call.arguments } })
+}
+
+/// A field OpenAI's API does not have: a span and what it rests on, as in `cohort.v1.Citation`.
+fn citation(cited: &v1::Citation) -> Value {
+    let source =
+        |source: &v1::CitedSource| json!({ "tool_call": source.tool_call, "results": source.results });
+    json!({
+        "start": cited.start, "end": cited.end, "text": cited.text, "reasoning": cited.reasoning,
+        "sources": cited.sources.iter().map(source).collect::<Vec<Value>>(),
+    })
 }
 
 fn call_delta(piece: &v1::ToolCallDelta) -> Value {

@@ -10,7 +10,7 @@ mod tokenizer;
 
 pub use detokenize::Detokenizer;
 pub use json::to_python_json;
-pub use parser::{CallPiece, Markers, Parsed, Parser};
+pub use parser::{CallPiece, Citation, Cited, CitedSource, Markers, Parsed, Parser};
 pub use stop::{Matched, StopStrings};
 pub use strftime::strftime;
 pub use template::{Conversation, Template};

@@ -4,6 +4,7 @@
 //! the answer is cut into pieces. One parser serves one answer.
 
 mod action;
+mod citations;
 mod json;
 mod markers;
 
@@ -11,9 +12,11 @@ use std::sync::Arc;
 
 use types::TokenId;
 
+pub use citations::{Citation, Cited, CitedSource};
 pub use markers::Markers;
 
 use action::Action;
+use citations::Citations;
 use markers::{Found, Kind};
 
 /// What became certain with a piece of an answer.
@@ -25,6 +28,8 @@ pub struct Parsed {
     pub text: String,
     /// Pieces of the tools it calls.
     pub calls: Vec<CallPiece>,
+    /// What is cited in the text and the reasoning.
+    pub citations: Vec<Citation>,
     /// Why something was not taken as the tool call it was meant to be.
     pub faults: Vec<String>,
 }
@@ -44,7 +49,8 @@ impl Parsed {
     /// Whether nothing became certain.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.reasoning.is_empty() && self.text.is_empty() && self.calls.is_empty() && self.faults.is_empty()
+        let said = self.reasoning.len() + self.text.len();
+        said + self.calls.len() + self.citations.len() + self.faults.len() == 0
     }
 
     fn arguments(&mut self, index: u32, more: &str) {
@@ -82,6 +88,8 @@ pub struct Parser {
     held: String,
     calls_tools: bool,
     calls: u32,
+    /// When citations are looked for: those of the text and those of the reasoning.
+    citations: Option<(Citations, Citations)>,
 }
 
 impl Parser {
@@ -100,7 +108,14 @@ impl Parser {
                 Place::between()
             }
         };
-        Self { markers, place, held: String::new(), calls_tools, calls: 0 }
+        Self { markers, place, held: String::new(), calls_tools, calls: 0, citations: None }
+    }
+
+    /// Takes citations out of the text and the reasoning as well: for a conversation that has something to cite.
+    #[must_use]
+    pub fn with_citations(mut self) -> Self {
+        self.citations = Some((Citations::new(Cited::Text), Citations::new(Cited::Reasoning)));
+        self
     }
 
     /// Whether the model is thinking at this point.
@@ -147,15 +162,30 @@ impl Parser {
             return;
         }
         match &mut self.place {
-            Place::Reasoning => out.reasoning.push_str(text),
-            Place::Text => out.text.push_str(text),
-            Place::Action(action) => action.push(text, out),
+            Place::Reasoning => match &mut self.citations {
+                Some((_, citations)) => citations.push(text, &mut out.reasoning, &mut out.citations),
+                None => out.reasoning.push_str(text),
+            },
+            Place::Text => self.say(text, out),
+            Place::Action(action) => {
+                let before = out.text.len();
+                action.push(text, out);
+                self.pass_over(before, out);
+            }
             Place::Between { blanks } if text.trim_start().is_empty() => blanks.push_str(text),
             Place::Between { blanks } => {
-                out.text.push_str(blanks);
-                out.text.push_str(text);
+                let blanks = std::mem::take(blanks);
                 self.place = Place::Text;
+                self.say(&blanks, out);
+                self.say(text, out);
             }
+        }
+    }
+
+    fn say(&mut self, text: &str, out: &mut Parsed) {
+        match &mut self.citations {
+            Some((citations, _)) => citations.push(text, &mut out.text, &mut out.citations),
+            None => out.text.push_str(text),
         }
     }
 
@@ -179,10 +209,31 @@ impl Parser {
     }
 
     fn leave(&mut self, out: &mut Parsed) {
-        if let Place::Action(action) = &mut self.place {
-            self.calls = action.finish(out);
+        match std::mem::replace(&mut self.place, Place::between()) {
+            Place::Action(mut action) => {
+                let before = out.text.len();
+                self.calls = action.finish(out);
+                self.pass_over(before, out);
+            }
+            Place::Reasoning => {
+                if let Some((_, citations)) = &mut self.citations {
+                    citations.finish(&mut out.reasoning);
+                }
+            }
+            Place::Text => {
+                if let Some((citations, _)) = &mut self.citations {
+                    citations.finish(&mut out.text);
+                }
+            }
+            Place::Between { .. } => {}
         }
-        self.place = Place::between();
+    }
+
+    /// Counts text from byte `before` on that citations were not looked for in.
+    fn pass_over(&mut self, before: usize, out: &Parsed) {
+        if let Some((citations, _)) = &mut self.citations {
+            citations.pass_over(&out.text[before..]);
+        }
     }
 }
 

@@ -67,6 +67,15 @@ fn message(index: usize, message: &Message) -> Result<Value, Violation> {
             map.insert(name, Value::from(message.reasoning.as_str()));
         }
     }
+    if !message.results.is_empty() {
+        let document = |(at, json): (usize, &String)| {
+            let data = object(|| format!("chat.messages[{index}].results[{at}]"), json)?;
+            let document = Value::from_pairs([("data", data)]);
+            Ok(Value::from_pairs([("type", Value::from("document")), ("document", document)]))
+        };
+        let documents = message.results.iter().enumerate().map(document);
+        map.insert("content", documents.collect::<Result<Value, Violation>>()?);
+    }
     if let Some(id) = &message.tool_call_id {
         map.insert("tool_call_id", Value::from(id.as_str()));
     }

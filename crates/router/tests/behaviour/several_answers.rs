@@ -6,7 +6,7 @@ use serde_json::json;
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 
-use crate::http_client::chat;
+use crate::http_client::{chat, complete};
 use crate::support::{
     EOS, Leader, TestRouter, all, answer, chunk, config, demo_files, fields, from_text, ids, last, of, soon,
 };
@@ -126,4 +126,34 @@ async fn a_sequence_nobody_asked_for_is_a_broken_leader() {
     let open = leader.next().await;
     open.play(vec![of(2, chunk(&[300]))]).await;
     assert_eq!(soon(call).await.unwrap().unwrap_err().code(), Code::Internal);
+}
+
+#[tokio::test]
+async fn the_best_of_several_are_shown_the_likeliest_first() {
+    let likely = |index: u32, text: &str, logprob: f32| {
+        let tokens = ids(text);
+        let logprobs = tokens.iter().map(|&token_id| worker::TokenLogprob { token_id, logprob, top: vec![] });
+        let logprobs = logprobs.collect();
+        of(index, worker::GenerateChunk { logprobs, ..last(&tokens, worker::FinishReason::Length, None) })
+    };
+    let script = vec![likely(0, "worst", -3.0), likely(1, "best of all", -0.5), likely(2, "good", -1.0)];
+    let leader = Leader::serving().await.play_always(script);
+    let router = TestRouter::ready(&[&leader]).await;
+    let answer = complete(&router, json!("x"), json!({ "n": 2, "best_of": 3 })).await.json();
+    let choices = answer["choices"].as_array().unwrap();
+    let texts: Vec<&str> = choices.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["best of all", "good"]);
+    assert!(
+        choices.iter().zip(0..).all(|(choice, at)| choice["index"] == at && choice["logprobs"].is_null())
+    );
+    let tokens = ids("worst").len() + ids("best of all").len() + ids("good").len();
+    assert_eq!(answer["usage"]["completion_tokens"], json!(tokens));
+    for (more, why) in [
+        (json!({ "n": 3, "best_of": 2 }), "at least n"),
+        (json!({ "best_of": 2, "stream": true }), "streams"),
+    ] {
+        let refused = complete(&router, json!("x"), more).await;
+        assert_eq!((refused.code, refused.refusal().0.as_deref()), (400, Some("best_of")));
+        assert!(refused.refusal().1.contains(why), "{}", refused.body);
+    }
 }

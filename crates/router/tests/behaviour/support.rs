@@ -262,6 +262,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         workers: workers.iter().map(|&address| address.to_owned()).collect(),
         model_name: None,
         limits: Limits::default(),
+        http_patience: router::HttpPatience::default(),
         withdraw_grace: Duration::ZERO,
         drain_grace: PATIENCE,
     }

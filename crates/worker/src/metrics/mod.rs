@@ -22,7 +22,7 @@ pub(crate) use stream::{Asked, Metered};
 
 use crate::Config;
 
-/// A gauge of a ratio.
+/// A gauge with a fraction.
 type Ratio = Gauge<f64, AtomicU64>;
 
 /// Seconds from a request's arrival to its last token.
@@ -73,6 +73,11 @@ struct InPhase {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Quantile {
+    quantile: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Build {
     version: &'static str,
     dtype: String,
@@ -96,6 +101,7 @@ struct StateGauges {
     cache_config: Family<CacheConfig, Gauge>,
     phase: Family<InPhase, Gauge>,
     phase_percent: Gauge,
+    host_gap: Family<Quantile, Ratio>,
     kv_blocks_used: Gauge,
     kv_blocks: Gauge,
 }
@@ -179,6 +185,11 @@ impl StateGauges {
             cache_config: add(to, "vllm:cache_config_info", "The KV cache, always 1"),
             phase: add(to, "cohort_phase", "1 for the phase the group is in, 0 for the others"),
             phase_percent: add(to, "cohort_phase_percent", "How much of its phase is done"),
+            host_gap: add(
+                to,
+                "cohort_host_gap_seconds",
+                "Time the executor waited between two steps while there was work, of the last thousand",
+            ),
             kv_blocks_used: add(to, "cohort_kv_blocks_used", "KV blocks in use, of full and sliding layers"),
             kv_blocks: add(to, "cohort_kv_blocks", "KV blocks there are, of full and sliding layers"),
         }
@@ -190,6 +201,9 @@ impl StateGauges {
         self.waiting.set(load.waiting.into());
         self.kv_blocks_used.set(load.kv_blocks_used.into());
         self.kv_blocks.set(load.kv_blocks.into());
+        for (quantile, micros) in [("0.5", load.host_gap_p50_us), ("0.99", load.host_gap_p99_us)] {
+            self.host_gap.get_or_create(&Quantile { quantile }).set(f64::from(micros) / 1e6);
+        }
         self.kv_usage.set(f64::from(load.kv_blocks_used) / f64::from(load.kv_blocks.max(1)));
         if load.kv_blocks > 0 {
             let config = CacheConfig { block_size: self.block_size, num_gpu_blocks: load.kv_blocks };

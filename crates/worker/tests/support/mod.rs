@@ -29,6 +29,9 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
     let size = TpSize::new(size).unwrap();
     Config {
         model: model::Files::Directory(demo()),
+        load_format: worker::LoadFormat::Checkpoint,
+        check_numerics: false,
+        layers: None,
         model_name: "demo".into(),
         dtype: DType::F32,
         device: Device::Cpu,

@@ -1,0 +1,106 @@
+//! A leader that computes nothing: what a request costs beside it is the router's part.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+
+use anyhow::Context;
+use futures::{Stream, StreamExt, stream};
+use proto::worker;
+use proto::worker::worker_server::{Worker, WorkerServer};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+/// Context the leader claims to have.
+const CONTEXT_TOKENS: u32 = 65_536;
+/// A token that is text.
+const TOKEN: u32 = 300;
+
+/// A running leader.
+pub(super) struct NullLeader {
+    pub(super) address: SocketAddr,
+    release: CancellationToken,
+    _task: AbortOnDropHandle<()>,
+}
+
+/// Answers every request at once. With `ignore_eos`, what it answers is held back after the first token until
+/// [`NullLeader::release`].
+#[derive(Debug, Clone)]
+struct Service {
+    facts: worker::ModelFacts,
+    release: CancellationToken,
+}
+
+impl NullLeader {
+    pub(super) async fn start(vocab_size: u32) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen for the router")?;
+        let address = listener.local_addr()?;
+        let facts = worker::ModelFacts {
+            name: "null".to_owned(),
+            vocab_size,
+            context_tokens_max: CONTEXT_TOKENS,
+            dtype: "none".to_owned(),
+            tensor_parallel: 1,
+            config_hash: "null".to_owned(),
+            ..worker::ModelFacts::default()
+        };
+        let release = CancellationToken::new();
+        let service = Service { facts, release: release.clone() };
+        let served = Server::builder()
+            .add_service(WorkerServer::new(service))
+            .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+        let task = tokio::spawn(async move {
+            if let Err(error) = served.await {
+                tracing::warn!(%error, "the null leader ended");
+            }
+        });
+        Ok(Self { address, release, _task: AbortOnDropHandle::new(task) })
+    }
+
+    /// Lets every answer that is held back go on to its end.
+    pub(super) fn release(&self) {
+        self.release.cancel();
+    }
+}
+
+type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Worker for Service {
+    type WatchStream = Boxed<worker::WorkerState>;
+    type GenerateStream = Boxed<worker::GenerateChunk>;
+
+    async fn watch(&self, _: Request<worker::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let state = worker::WorkerState {
+            phase: worker::Phase::Serving.into(),
+            percent: 100,
+            model: Some(self.facts.clone()),
+            load: None,
+        };
+        let states = stream::once(async { Ok(state) }).chain(stream::pending());
+        Ok(Response::new(Box::pin(states)))
+    }
+
+    async fn generate(
+        &self,
+        request: Request<worker::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let generation = request.into_inner().generation.unwrap_or_default();
+        let tokens = generation.max_tokens.unwrap_or(1).max(1);
+        let from = move |first: u32| stream::iter((first..=tokens).map(move |at| Ok(chunk(at == tokens))));
+        if !generation.ignore_eos {
+            return Ok(Response::new(Box::pin(from(1))));
+        }
+        let release = self.release.clone();
+        let held = stream::once(release.cancelled_owned()).flat_map(move |()| from(2));
+        Ok(Response::new(Box::pin(stream::iter([Ok(chunk(false))]).chain(held))))
+    }
+}
+
+fn chunk(last: bool) -> worker::GenerateChunk {
+    let finish = last.then(|| worker::Finish { reason: worker::FinishReason::Length.into(), token_id: None });
+    worker::GenerateChunk { token_ids: vec![TOKEN], finish, ..worker::GenerateChunk::default() }
+}
