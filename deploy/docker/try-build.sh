@@ -7,9 +7,13 @@ binary=$(realpath "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 work=$(mktemp -d)
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-buildah=(buildah --root "$work/images" --runroot "$work/run")
-trap 'rm -rf "$work"' EXIT
+export BUILDAH_ISOLATION=chroot
+buildah=(buildah --storage-driver vfs --root "$work/images" --runroot "$work/run")
+cleanup() {
+    "${buildah[@]}" umount --all >/dev/null || true
+    rm -rf "$work"
+}
+trap cleanup EXIT
 
 debootstrap --variant=minbase --include=python3-pip,ca-certificates bookworm "$work/base" >"$work/log" || {
     tail -n 20 "$work/log" >&2

@@ -9,5 +9,6 @@ mod deaths;
 mod dummy_weights;
 mod endings;
 mod examples;
+mod metrics;
 mod parity;
 mod support;

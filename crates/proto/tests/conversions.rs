@@ -50,6 +50,7 @@ fn a_public_request_keeps_every_generation_field() {
             logit_bias: [(7, 2.0), (3, -1.0)].into(),
             allowed_token_ids: vec![3, 7, 8],
             bad_words: vec!["text is not for this type".to_owned()],
+            bad_word_token_ids: vec![v1::TokenIds { ids: vec![1, 2] }, v1::TokenIds { ids: vec![9] }],
         }),
         stopping: Some(v1::Stopping {
             max_tokens: Some(9),
@@ -66,7 +67,8 @@ fn a_public_request_keeps_every_generation_field() {
         }),
         ..v1::GenerateRequest::default()
     };
-    assert_eq!(GenerationSpec::from(&request), spec());
+    let bad_words = vec![vec![1, 2], vec![9]];
+    assert_eq!(GenerationSpec::from(&request), GenerationSpec { bad_words, ..spec() });
 }
 
 #[test]

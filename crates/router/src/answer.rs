@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use futures::stream::unfold;
 use futures::{Stream, StreamExt};
-use proto::{Failure, RETRY_AFTER, v1, worker};
-use tokio_util::sync::CancellationToken;
+use proto::{Failure, v1, worker};
 use types::TokenId;
 
 use crate::call::Call;
@@ -24,7 +23,6 @@ pub(crate) struct Answer {
     /// One for each of the answers.
     assemblers: Vec<Assembler>,
     permit: Option<Permit>,
-    closing: CancellationToken,
 }
 
 enum Work {
@@ -38,10 +36,9 @@ impl Answer {
         placed: Placed,
         assemblers: Vec<Assembler>,
         permit: Permit,
-        closing: CancellationToken,
     ) -> Self {
         let work = Work::Open(placed.into_chunks(call.deadline));
-        Self { call, counted, work, assemblers, permit: Some(permit), closing }
+        Self { call, counted, work, assemblers, permit: Some(permit) }
     }
 
     /// The messages, the last of each answer with `finish`, or a failure.
@@ -81,15 +78,7 @@ impl Answer {
         if matches!(self.work, Work::Done) {
             return None;
         }
-        let (call, closing) = (self.call.clone(), self.closing.clone());
-        let result = tokio::select! {
-            biased;
-            () = closing.cancelled() => Err(Failure::Unavailable {
-                why: "the router is shutting down".to_owned(),
-                retry_after: RETRY_AFTER,
-            }),
-            result = call.within(self.step()) => result,
-        };
+        let result = self.call.within(step(&mut self.work, &mut self.assemblers)).await;
         if let Ok(message) = &result {
             self.counted.message(message);
         }
@@ -105,22 +94,23 @@ impl Answer {
         }
         Some(result)
     }
+}
 
-    async fn step(&mut self) -> Result<v1::GenerateResponse, Failure> {
-        let internal = |why: String| Failure::Internal { why };
-        loop {
-            let Work::Open(chunks) = &mut self.work else {
-                return Err(internal("read past the end of an answer".to_owned()));
-            };
-            let Some(chunk) = chunks.next().await else {
-                return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
-            };
-            let (chunk, sequences) = (chunk?, self.assemblers.len());
-            let wrong = || format!("the leader generated sequence {} of {sequences}", chunk.index);
-            let assembler = self.assemblers.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
-            if let Some(message) = assembler.take(chunk)? {
-                return Ok(message);
-            }
+/// The next message.
+async fn step(work: &mut Work, assemblers: &mut [Assembler]) -> Result<v1::GenerateResponse, Failure> {
+    let internal = |why: String| Failure::Internal { why };
+    loop {
+        let Work::Open(chunks) = work else {
+            return Err(internal("read past the end of an answer".to_owned()));
+        };
+        let Some(chunk) = chunks.next().await else {
+            return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
+        };
+        let (chunk, sequences) = (chunk?, assemblers.len());
+        let wrong = || format!("the leader generated sequence {} of {sequences}", chunk.index);
+        let assembler = assemblers.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
+        if let Some(message) = assembler.take(chunk)? {
+            return Ok(message);
         }
     }
 }

@@ -67,10 +67,10 @@ impl Call {
         self
     }
 
-    /// Runs `work` until the deadline, or until somebody ends the call by its id.
+    /// Runs `work` until the deadline, until somebody ends the call by its id, or until the router closes.
     ///
     /// # Errors
-    /// [`Failure::DeadlineExceeded`], [`Failure::Cancelled`], or what `work` fails with.
+    /// [`Failure::DeadlineExceeded`], [`Failure::Cancelled`], [`Failure::Unavailable`], or what `work` fails with.
     pub(crate) async fn within<T>(
         &self,
         work: impl Future<Output = Result<T, Failure>>,
@@ -91,7 +91,7 @@ impl Call {
         };
         tokio::select! {
             biased;
-            () = aborted => Err(Failure::Cancelled),
+            failure = aborted => Err(failure),
             result = in_time => result,
         }
     }

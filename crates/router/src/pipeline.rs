@@ -343,7 +343,7 @@ impl Shared {
         let assemblers = (0..generation.sequences())
             .map(|index| Assembler::new(call.request_id.clone(), index, &prompt, reading()));
         let assemblers = assemblers.collect();
-        Answer::new((call, counted), placed, assemblers, permit, self.closing.clone())
+        Answer::new((call, counted), placed, assemblers, permit)
     }
 }
 

@@ -3,12 +3,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use proto::{Failure, RETRY_AFTER};
 use tokio_util::sync::CancellationToken;
 
 /// Requests by id. An id is the caller's to choose, so several may share one: ending it ends all of them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Running {
     by_id: Mutex<HashMap<String, Vec<Arc<CancellationToken>>>>,
+    /// Ends all of them: the router is shutting down.
+    closing: CancellationToken,
 }
 
 /// A request's line in the list, which is struck when this is dropped.
@@ -20,9 +23,14 @@ pub(crate) struct Entry {
 }
 
 impl Running {
+    /// An empty list, whose requests end with `closing`.
+    pub(crate) fn new(closing: CancellationToken) -> Self {
+        Self { by_id: Mutex::default(), closing }
+    }
+
     /// Lists a request.
     pub(crate) fn enter(self: &Arc<Self>, id: &str) -> Entry {
-        let abort = Arc::new(CancellationToken::new());
+        let abort = Arc::new(self.closing.child_token());
         self.by_id().entry(id.to_owned()).or_default().push(Arc::clone(&abort));
         Entry { running: Arc::clone(self), id: id.to_owned(), abort }
     }
@@ -43,9 +51,16 @@ impl Running {
 }
 
 impl Entry {
-    /// Returns once the request is to end.
-    pub(crate) async fn aborted(&self) {
+    /// Returns why the request is to end, once it is.
+    pub(crate) async fn aborted(&self) -> Failure {
         self.abort.cancelled().await;
+        match self.running.closing.is_cancelled() {
+            true => Failure::Unavailable {
+                why: "the router is shutting down".to_owned(),
+                retry_after: RETRY_AFTER,
+            },
+            false => Failure::Cancelled,
+        }
     }
 }
 
@@ -67,11 +82,11 @@ mod tests {
 
     #[tokio::test]
     async fn an_id_ends_all_that_share_it_and_is_forgotten_with_them() {
-        let running = Arc::new(Running::default());
+        let running = Arc::new(Running::new(CancellationToken::new()));
         let (first, second, other) = (running.enter("a"), running.enter("a"), running.enter("b"));
         assert_eq!((running.abort("a"), running.abort("nobody")), (2, 0));
-        first.aborted().await;
-        second.aborted().await;
+        assert_eq!(first.aborted().await, Failure::Cancelled);
+        assert_eq!(second.aborted().await, Failure::Cancelled);
         assert!(!other.abort.is_cancelled());
         drop((first, second));
         assert_eq!(running.abort("a"), 0);

@@ -21,6 +21,7 @@ use types::limits::MESSAGE_BYTES_MAX;
 use crate::call::random_u64;
 use crate::metrics::Metrics;
 use crate::pipeline::Shared;
+use crate::running::Running;
 use crate::service::Service;
 use crate::text::Text;
 use crate::workers::{Groups, Progress};
@@ -113,6 +114,7 @@ fn local_address(
 async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Result<Arc<Shared>, Error> {
     let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
     let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
+    let closing = CancellationToken::new();
     Ok(Arc::new(Shared {
         metrics: Arc::new(Metrics::new(&groups)),
         groups,
@@ -121,9 +123,9 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
         limits: config.limits,
         http_patience: config.http_patience,
         permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
-        running: Arc::default(),
+        running: Arc::new(Running::new(closing.clone())),
         withdrawn: CancellationToken::new(),
-        closing: CancellationToken::new(),
+        closing,
     }))
 }
 

@@ -155,6 +155,7 @@ fn take_sampling(fields: &mut Fields) -> v1::Sampling {
         logit_bias: take_bias(fields),
         allowed_token_ids: allowed_token_ids.unwrap_or_default(),
         bad_words: fields.take("bad_words").unwrap_or_default(),
+        bad_word_token_ids: Vec::new(),
     }
 }
 

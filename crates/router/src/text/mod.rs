@@ -3,6 +3,7 @@
 mod detokenize;
 mod json;
 mod parser;
+mod reads;
 mod stop;
 mod strftime;
 mod template;

@@ -9,6 +9,7 @@ use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use proto::{Chat, Message, Violation, v1};
 
+use super::reads::read_before_set;
 use super::{strftime, to_python_json};
 use crate::{Error, ModelFiles};
 
@@ -144,12 +145,13 @@ impl Template {
                 None => return Ok(None),
             },
         };
+        let mut reads = read_before_set(&source);
         let mut environment = environment();
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| Error::File { file, reason: format!("chat template: {error:#}") })?;
         let template = environment.get_template(NAME);
-        let reads = template.map(|template| template.undeclared_variables(false)).unwrap_or_default();
+        reads.extend(template.map(|template| template.undeclared_variables(false)).unwrap_or_default());
         Ok(Some(Self { environment, special_tokens: special_tokens(&config), reads }))
     }
 

@@ -137,9 +137,13 @@ async fn the_best_of_several_are_shown_the_likeliest_first() {
         of(index, worker::GenerateChunk { logprobs, ..last(&tokens, worker::FinishReason::Length, None) })
     };
     let script = vec![likely(0, "worst", -3.0), likely(1, "best of all", -0.5), likely(2, "good", -1.0)];
-    let leader = Leader::serving().await.play_always(script);
-    let router = TestRouter::ready(&[&leader]).await;
-    let answer = complete(&router, json!("x"), json!({ "n": 2, "best_of": 3 })).await.json();
+    let mut leader = Leader::serving().await;
+    let router = TestRouter::ready(&[&leader.address]).await;
+    let asked = json!({ "n": 2, "best_of": 3 });
+    let (answer, ()) = tokio::join!(complete(&router, json!("x"), asked), async {
+        leader.next().await.play(script).await;
+    });
+    let answer = answer.json();
     let choices = answer["choices"].as_array().unwrap();
     let texts: Vec<&str> = choices.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
     assert_eq!(texts, ["best of all", "good"]);

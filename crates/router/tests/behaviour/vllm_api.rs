@@ -3,6 +3,7 @@
 use proto::{Failure, Phase, worker};
 use tonic::{Code, Request, Status};
 use vllm_proto as vllm;
+use vllm_proto::candidate_tokens::Select;
 use vllm_proto::control_client::ControlClient;
 use vllm_proto::finish_info::{FinishReason, StopReason};
 use vllm_proto::generate_request::Prompt;
@@ -191,8 +192,7 @@ async fn log_probabilities_come_with_ranks_and_candidates() {
     let first = worker::GenerateChunk { prompt_logprobs: prompt, ..worker::GenerateChunk::default() };
     let leader = Leader::serving().await.play_always(vec![first, end]);
     let router = TestRouter::ready(&[&leader]).await;
-    let best =
-        |most| Some(vllm::CandidateTokens { select: Some(vllm::candidate_tokens::Select::TopN(most)) });
+    let best = |most| Some(vllm::CandidateTokens { select: Some(Select::TopN(most)) });
     let response = vllm::ResponseOptions {
         prompt_logprobs: true,
         prompt_candidates: best(1),
@@ -233,9 +233,7 @@ async fn a_prompt_is_cut_to_its_last_tokens_when_asked() {
 
 #[tokio::test]
 async fn several_sequences_stream_side_by_side() {
-    let numbered =
-        |index| answer("Hello").into_iter().map(move |chunk| worker::GenerateChunk { index, ..chunk });
-    let leader = Leader::serving().await.play_always((0..3).flat_map(numbered).collect());
+    let leader = Leader::serving().await.play_always(answer("Hello"));
     let router = TestRouter::ready(&[&leader]).await;
     let sampling = vllm::RandomSampling { num_sequences: 3, ..vllm::RandomSampling::default() };
     let request = vllm::GenerateRequest { sampling: Some(sampling), ..from_ids(&[5]) };
@@ -253,20 +251,14 @@ async fn several_sequences_stream_side_by_side() {
     assert_eq!(fields(&refused.unwrap_err()), ["sampling.num_sequences"]);
 }
 
-#[tokio::test]
-async fn a_field_that_does_not_work_is_refused_by_its_name() {
-    let leader = Leader::serving().await.play_always(answer("x"));
-    let router = TestRouter::ready(&[&leader]).await;
+fn unsupported() -> Vec<(vllm::GenerateRequest, &'static str)> {
     let kv = |kv| vllm::GenerateRequest { kv: Some(kv), ..from_ids(&[5]) };
     let candidates = |select| {
         let output_candidates = Some(vllm::CandidateTokens { select: Some(select) });
         let response = vllm::ResponseOptions { output_candidates, ..vllm::ResponseOptions::default() };
         vllm::GenerateRequest { response: Some(response), ..from_ids(&[5]) }
     };
-    use vllm_proto::candidate_tokens::Select;
-    let decoding = |decoding| vllm::GenerateRequest { decoding: Some(decoding), ..from_ids(&[5]) };
-    let stopping = |stopping| vllm::GenerateRequest { stopping: Some(stopping), ..from_ids(&[5]) };
-    let cases = [
+    vec![
         (vllm::GenerateRequest { session_id: Some("s".into()), ..from_ids(&[5]) }, "session_id"),
         (vllm::GenerateRequest { media: vec![vllm::MediaItem::default()], ..from_ids(&[5]) }, "media"),
         (vllm::GenerateRequest { lora_name: "l".into(), ..from_ids(&[5]) }, "lora_name"),
@@ -297,6 +289,18 @@ async fn a_field_that_does_not_work_is_refused_by_its_name() {
         ),
         (candidates(Select::All(true)), "response.output_candidates.all"),
         (candidates(Select::TokenIds(vllm::TokenIds::default())), "response.output_candidates.token_ids"),
+    ]
+}
+
+fn wrong() -> Vec<(vllm::GenerateRequest, &'static str)> {
+    let candidates = |select| {
+        let output_candidates = Some(vllm::CandidateTokens { select: Some(select) });
+        let response = vllm::ResponseOptions { output_candidates, ..vllm::ResponseOptions::default() };
+        vllm::GenerateRequest { response: Some(response), ..from_ids(&[5]) }
+    };
+    let decoding = |decoding| vllm::GenerateRequest { decoding: Some(decoding), ..from_ids(&[5]) };
+    let stopping = |stopping| vllm::GenerateRequest { stopping: Some(stopping), ..from_ids(&[5]) };
+    vec![
         (candidates(Select::TopN(1000)), "response.output_candidates"),
         (vllm::GenerateRequest { temperature: Some(-1.0), ..from_ids(&[5]) }, "temperature"),
         (vllm::GenerateRequest { priority: 1000, ..from_ids(&[5]) }, "priority"),
@@ -325,8 +329,14 @@ async fn a_field_that_does_not_work_is_refused_by_its_name() {
         ),
         (from_ids(&[5000]), "token_ids.ids[0]"),
         (vllm::GenerateRequest::default(), "prompt"),
-    ];
-    for (request, field) in cases {
+    ]
+}
+
+#[tokio::test]
+async fn a_field_that_does_not_work_is_refused_by_its_name() {
+    let leader = Leader::serving().await.play_always(answer("x"));
+    let router = TestRouter::ready(&[&leader]).await;
+    for (request, field) in unsupported().into_iter().chain(wrong()) {
         let shown = format!("{request:?}");
         let status = once(&router, request).await.expect_err(&shown);
         assert_eq!(

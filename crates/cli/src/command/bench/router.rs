@@ -100,7 +100,7 @@ impl Router {
         let mut argv = vec![
             "router".to_owned(),
             "--supervised".to_owned(),
-            "--log-level=warn".to_owned(),
+            "--log-level=error".to_owned(),
             "--grpc-listen=127.0.0.1:0".to_owned(),
             "--http-listen=off".to_owned(),
             format!("--requests-max={}", args.streams.max(args.fan_streams).saturating_add(1024)),
