@@ -6,7 +6,7 @@ use futures::future::join_all;
 use proto::v1::{FinishReason, GenerateRequest, Sampling, finish};
 use tonic::{Code, Request};
 
-use crate::support::{Cluster, tokens};
+use crate::support::{Cluster, cohort, tokens};
 
 fn prompts(count: u32) -> Vec<Vec<u32>> {
     (0..count).map(|i| (0..1 + i * 7 % 40).map(|k| (k * 31 + i * 97) % 4000 + 20).collect()).collect()
@@ -79,6 +79,36 @@ fn tokens_arrive_one_after_the_other_with_the_facts_at_both_ends() {
     assert_eq!(last.finish.clone().unwrap_or_default().reason(), FinishReason::Length);
     let usage = last.usage.unwrap();
     assert_eq!((usage.prompt_tokens, usage.output_tokens), (3, 40));
+}
+
+#[test]
+fn the_command_line_shows_several_answers_and_what_was_found_computed() {
+    let cluster = Cluster::up(&["--tensor-parallel=1"]);
+    let ids: Vec<String> = (100..140).map(|id: u32| id.to_string()).collect();
+    let server = cluster.server();
+    let ask = |flags: &[&str]| -> serde_json::Value {
+        let base = [
+            "generate",
+            "--server",
+            &server,
+            "--token-ids",
+            &ids.join(","),
+            "--max-tokens=5",
+            "--seed=1",
+            "--json",
+        ];
+        let output = cohort(&[base.as_slice(), flags].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (first, second) = (ask(&[]), ask(&[]));
+    assert_eq!(first["token_ids"], second["token_ids"]);
+    let cached = |answer: &serde_json::Value| answer["usage"]["cached_tokens"].as_u64().unwrap();
+    assert_eq!((cached(&first), cached(&second), cached(&ask(&["--bypass-prefix-cache"]))), (0, 32, 0));
+    let several = ask(&["-n", "3", "--ignore-eos"]);
+    assert_eq!(several["others"].as_array().unwrap().len(), 2);
+    let one = ask(&["--logit-bias", "77=100", "--ignore-eos"]);
+    assert_eq!(one["token_ids"], serde_json::json!([77, 77, 77, 77, 77]));
 }
 
 #[test]

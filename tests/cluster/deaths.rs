@@ -12,7 +12,7 @@ use crate::support::{Cluster, runs, signal, tokens};
 const ORPHAN_MAX: Duration = Duration::from_secs(2);
 
 fn killed_rank_ends_its_group(rank: u32) {
-    let mut cluster = Cluster::up(&["--tensor-parallel=2"]);
+    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--resume-grace=0"]);
     let mut client = cluster.client();
     let victim = cluster.rank(rank);
     let status = cluster.block_on(async {
@@ -76,7 +76,7 @@ fn a_killed_router_comes_back_at_the_same_address() {
 /// A rank that hangs keeps its connections; only the deadline of the collective finds it.
 #[test]
 fn a_rank_that_hangs_is_named_by_the_step_deadline_and_the_group_comes_back() {
-    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--step-timeout=1"]);
+    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--step-timeout=1", "--resume-grace=0"]);
     let mut client = cluster.client();
     let victim = cluster.rank(1);
     let status = cluster.block_on(async {

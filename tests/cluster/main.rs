@@ -11,4 +11,5 @@ mod endings;
 mod examples;
 mod metrics;
 mod parity;
+mod resumes;
 mod support;

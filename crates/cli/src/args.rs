@@ -171,6 +171,10 @@ pub struct RouterFlags {
     /// Bytes of one prompt's text [default: 4194304]
     #[arg(long, value_name = "N")]
     pub prompt_bytes_max: Option<usize>,
+    /// How long a request that lost its group waits for one that goes on with it, in seconds; 0 ends it at once
+    /// [default: 10]
+    #[arg(long = "resume-grace", value_name = "SECONDS")]
+    pub resume_grace_s: Option<f64>,
     /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds [default: 0]
     #[arg(long = "withdraw-grace", value_name = "SECONDS")]
     pub withdraw_grace_s: Option<f64>,
@@ -254,6 +258,7 @@ impl ConfigFlags for RouterFlags {
             given("--http-listen", "router.http_listen", self.http_listen.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
             given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
+            given("--resume-grace", "router.resume_grace_s", self.resume_grace_s.as_ref()),
             given("--withdraw-grace", "router.withdraw_grace_s", self.withdraw_grace_s.as_ref()),
             given("--router-drain-grace", "router.drain_grace_s", self.router_drain_grace_s.as_ref()),
         ]
@@ -323,6 +328,7 @@ impl From<&Settings> for RouterFlags {
             http_listen: Some(router.http_listen),
             requests_max: Some(router.limits.requests_max),
             prompt_bytes_max: Some(router.limits.prompt_bytes_max),
+            resume_grace_s: Some(router.resume_grace_s.as_secs_f64()),
             withdraw_grace_s: Some(router.withdraw_grace_s.as_secs_f64()),
             router_drain_grace_s: Some(router.drain_grace_s.as_secs_f64()),
         }

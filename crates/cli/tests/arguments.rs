@@ -98,25 +98,28 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
 
 fn router_flags() -> impl Strategy<Value = RouterFlags> {
     let seconds = || of(0.0..1e6_f64);
-    (of(address()), of(http()), any::<Option<u32>>(), any::<Option<usize>>(), seconds(), seconds()).prop_map(
-        |(
-            grpc_listen,
-            http_listen,
-            requests_max,
-            prompt_bytes_max,
-            withdraw_grace_s,
-            router_drain_grace_s,
-        )| {
-            RouterFlags {
+    (of(address()), of(http()), any::<Option<u32>>(), any::<Option<usize>>(), seconds(), seconds(), seconds())
+        .prop_map(
+            |(
                 grpc_listen,
                 http_listen,
                 requests_max,
                 prompt_bytes_max,
+                resume_grace_s,
                 withdraw_grace_s,
                 router_drain_grace_s,
-            }
-        },
-    )
+            )| {
+                RouterFlags {
+                    grpc_listen,
+                    http_listen,
+                    requests_max,
+                    prompt_bytes_max,
+                    resume_grace_s,
+                    withdraw_grace_s,
+                    router_drain_grace_s,
+                }
+            },
+        )
 }
 
 proptest! {
@@ -162,6 +165,7 @@ fn flags_made_from_settings_give_the_same_settings() {
                 group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\ngroup.metrics_listen = '0.0.0.0:9100'\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
+                router.resume_grace_s = 7\n\
                 router.drain_grace_s = 3";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();

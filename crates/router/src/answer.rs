@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use futures::stream::unfold;
+use futures::stream::{SelectAll, unfold};
 use futures::{Stream, StreamExt};
 use proto::{Failure, v1, worker};
 use types::TokenId;
 
 use crate::call::Call;
-use crate::forward::{Chunks, Placed};
+use crate::forward::{Broken, Chunks, Piece, Placed};
 use crate::metrics::Counted;
 use crate::pipeline::Permit;
+use crate::resume::Replay;
 use crate::text::{
     CallPiece, Citation, Cited, CitedSource, Detokenizer, Matched, Parsed, Parser, StopStrings, Tokenizer,
 };
@@ -20,25 +21,35 @@ pub(crate) struct Answer {
     call: Call,
     counted: Counted,
     work: Work,
-    /// One for each of the answers.
-    assemblers: Vec<Assembler>,
+    sequences: Vec<Sequence>,
+    replay: Replay,
     permit: Option<Permit>,
 }
 
 enum Work {
-    Open(Chunks),
+    /// One stream, or one for each sequence that was resumed.
+    Open(SelectAll<Chunks>),
     Done,
+}
+
+/// One of the answers.
+struct Sequence {
+    assembler: Assembler,
+    /// All that was generated, to go on from.
+    tokens: Vec<u32>,
 }
 
 impl Answer {
     pub(crate) fn new(
         (call, counted): (Call, Counted),
-        placed: Placed,
-        assemblers: Vec<Assembler>,
+        way: (Placed, Replay),
+        assemblers: impl Iterator<Item = Assembler>,
         permit: Permit,
     ) -> Self {
-        let work = Work::Open(placed.into_chunks(call.deadline));
-        Self { call, counted, work, assemblers, permit: Some(permit) }
+        let (placed, replay) = way;
+        let work = Work::Open(SelectAll::from_iter([replay.start(placed)]));
+        let sequences = assemblers.map(|assembler| Sequence { assembler, tokens: Vec::new() }).collect();
+        Self { call, counted, work, sequences, replay, permit: Some(permit) }
     }
 
     /// The messages, the last of each answer with `finish`, or a failure.
@@ -54,7 +65,7 @@ impl Answer {
     /// # Errors
     /// What any of them failed with.
     pub(crate) async fn collect(mut self) -> Result<Vec<v1::GenerateOnceResponse>, Failure> {
-        let mut all = vec![v1::GenerateOnceResponse::default(); self.assemblers.len()];
+        let mut all = vec![v1::GenerateOnceResponse::default(); self.sequences.len()];
         while let Some(message) = self.next().await {
             let message = message?;
             let Some(whole) = all.get_mut(message.index as usize) else { continue };
@@ -78,11 +89,12 @@ impl Answer {
         if matches!(self.work, Work::Done) {
             return None;
         }
-        let result = self.call.within(step(&mut self.work, &mut self.assemblers)).await;
+        let call = self.call.clone();
+        let result = call.within(self.step()).await;
         if let Ok(message) = &result {
             self.counted.message(message);
         }
-        if result.is_err() || self.assemblers.iter().all(|one| one.ended) {
+        if result.is_err() || self.sequences.iter().all(|one| one.assembler.ended) {
             // Leaving the stream cancels what the group still does for it, as after a stop string.
             self.work = Work::Done;
             self.permit = None;
@@ -94,24 +106,73 @@ impl Answer {
         }
         Some(result)
     }
-}
 
-/// The next message.
-async fn step(work: &mut Work, assemblers: &mut [Assembler]) -> Result<v1::GenerateResponse, Failure> {
-    let internal = |why: String| Failure::Internal { why };
-    loop {
-        let Work::Open(chunks) = work else {
-            return Err(internal("read past the end of an answer".to_owned()));
-        };
-        let Some(chunk) = chunks.next().await else {
-            return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
-        };
-        let (chunk, sequences) = (chunk?, assemblers.len());
-        let wrong = || format!("the leader generated sequence {} of {sequences}", chunk.index);
-        let assembler = assemblers.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
-        if let Some(message) = assembler.take(chunk)? {
-            return Ok(message);
+    async fn step(&mut self) -> Result<v1::GenerateResponse, Failure> {
+        let internal = |why: String| Failure::Internal { why };
+        loop {
+            let Work::Open(streams) = &mut self.work else {
+                return Err(internal("read past the end of an answer".to_owned()));
+            };
+            let Some(piece) = streams.next().await else {
+                return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
+            };
+            let Piece { chunk, group } = match piece {
+                Ok(piece) => piece,
+                Err(broken) => {
+                    self.recover(&broken)?;
+                    continue;
+                }
+            };
+            let count = self.sequences.len();
+            let wrong = || format!("the leader generated sequence {} of {count}", chunk.index);
+            let sequence = self.sequences.get_mut(chunk.index as usize).ok_or_else(|| internal(wrong()))?;
+            sequence.tokens.extend(&chunk.token_ids);
+            let (index, runs) = (chunk.index, chunk.finish.is_none() && !sequence.assembler.ended);
+            let message = sequence.assembler.take(chunk)?;
+            if let Some(group) = group.filter(|_| runs && sequence.assembler.ended) {
+                self.leave(group, index);
+            }
+            if let Some(message) = message {
+                return Ok(message);
+            }
         }
+    }
+
+    /// Lets go of a sequence that a stop string ended and its group goes on with. The end of the last one ends the
+    /// stream, which says it too.
+    fn leave(&self, group: usize, index: u32) {
+        if !self.sequences.iter().all(|one| one.assembler.ended) {
+            self.replay.cancel(group, index);
+        }
+    }
+
+    /// Goes on elsewhere with what a broken stream left unfinished.
+    ///
+    /// # Errors
+    /// Why it broke, when that is not possible.
+    fn recover(&mut self, broken: &Broken) -> Result<(), Failure> {
+        let Work::Open(streams) = &mut self.work else { return Err(broken.failure.clone()) };
+        let of_stream = (0..).zip(&mut self.sequences).filter(|(index, _)| broken.sequences.contains(index));
+        let left: Vec<(u32, &mut Sequence)> = of_stream.filter(|(_, one)| !one.assembler.ended).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        self.replay.lose(broken)?;
+        let untouched = left.iter().all(|(_, one)| one.tokens.is_empty());
+        let together = untouched && left.len() == broken.sequences.len();
+        if together {
+            // The prompt is computed once again, not once for each.
+            streams.push(self.replay.again(broken));
+        }
+        for (index, Sequence { assembler, tokens }) in left {
+            if tokens.is_empty() {
+                assembler.begin_again();
+            }
+            if !together {
+                streams.push(self.replay.resume(index, tokens, broken));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -144,7 +205,7 @@ pub(crate) struct Assembler {
     prompt: Option<v1::PromptInfo>,
     usage: v1::Usage,
     reader: Option<Reader>,
-    /// Nothing comes after the end, as when a stop string ended it and its group does not know.
+    /// Nothing comes after the end, as when a stop string ended it and its group does not know yet.
     ended: bool,
 }
 
@@ -228,6 +289,13 @@ impl Assembler {
         Self { request_id, index, prompt, usage, reader: reading.map(Reader::new), ended: false }
     }
 
+    /// Forgets what came before the first message.
+    fn begin_again(&mut self) {
+        if let Some(prompt) = &mut self.prompt {
+            prompt.logprobs.clear();
+        }
+    }
+
     /// The message for `chunk`; `None` for one that only brings log-probabilities of the prompt, which are gathered
     /// for the first message, and for one after the end.
     fn take(&mut self, chunk: worker::GenerateChunk) -> Result<Option<v1::GenerateResponse>, Failure> {
@@ -238,7 +306,8 @@ impl Assembler {
         if let Some(prompt) = &mut self.prompt {
             prompt.logprobs.extend(prompt_logprobs.into_iter().map(Into::into));
         }
-        if let Some(tokens) = chunk.cached_tokens {
+        // What a resumed answer found elsewhere is not what its caller asked about.
+        if let Some(tokens) = chunk.cached_tokens.filter(|_| self.usage.output_tokens == 0) {
             self.usage.cached_tokens = tokens.min(self.usage.prompt_tokens);
         }
         if token_ids.is_empty() && finish.is_none() {

@@ -20,6 +20,8 @@ pub struct Config {
     pub model_name: Option<String>,
     /// Bounds on what is taken in.
     pub limits: Limits,
+    /// How long a request that lost its group waits for a group that goes on with it; zero ends it at once.
+    pub resume_grace: Duration,
     /// How long HTTP callers are waited for.
     pub http_patience: HttpPatience,
     /// After the order to stop: how long requests are still taken while health says NOT_SERVING, so that load

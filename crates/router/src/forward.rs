@@ -1,10 +1,11 @@
 //! One request's stream to a leader, and the choice of another leader when the first refuses.
 
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::Stream;
-use futures::stream::unfold;
+use futures::stream::{once, unfold};
+use futures::{Stream, StreamExt};
 use proto::{Failure, GenerationFields, RETRY_AFTER, worker};
 use tokio::time::Instant;
 use tonic::{Code, Request, Status, Streaming};
@@ -18,50 +19,71 @@ pub(crate) struct Placed {
     groups: Arc<Groups>,
     place: InFlight,
     tried: Vec<usize>,
-    request: worker::GenerateRequest,
+    request: Arc<worker::GenerateRequest>,
 }
 
-/// What a group generates for a request, until all its sequences have ended or something failed. Dropping it cancels
-/// the request at the leader.
-pub(crate) type Chunks = Pin<Box<dyn Stream<Item = Result<worker::GenerateChunk, Failure>> + Send>>;
+/// What a group generates for a request, until all its sequences have ended or it broke. Dropping it cancels the
+/// request at the leader.
+pub(crate) type Chunks = Pin<Box<dyn Stream<Item = Result<Piece, Broken>> + Send>>;
+
+/// A chunk, and the group it came from unless it was made here.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    pub(crate) chunk: worker::GenerateChunk,
+    pub(crate) group: Option<usize>,
+}
+
+/// The end of a stream that did not come to its end.
+#[derive(Debug, Clone)]
+pub(crate) struct Broken {
+    pub(crate) failure: Failure,
+    /// The group that had it last.
+    pub(crate) group: usize,
+    /// Whether something had been generated.
+    pub(crate) begun: bool,
+    /// Whether a group that had the request was lost, as opposed to refusing it.
+    pub(crate) lost: bool,
+    /// The sequences it was for, ended or not.
+    pub(crate) sequences: Range<u32>,
+}
 
 /// A request that runs: dropping it cancels the request at the leader.
 #[derive(Debug)]
-struct WorkerStream {
+pub(crate) struct WorkerStream {
     place: InFlight,
     first: Option<worker::GenerateChunk>,
     chunks: Streaming<worker::GenerateChunk>,
+    sequences: Range<u32>,
     /// Sequences that have not ended.
-    open: u32,
+    open: usize,
 }
 
-/// How far a request has come.
-enum Way {
-    Placed(Box<Placed>),
-    Running(Box<WorkerStream>),
-    Ended,
-}
-
-/// Why a group did not start a request, and whether another one might.
+/// Why a group did not start a request.
 struct Refused {
     failure: Failure,
+    /// Whether another group might.
     try_elsewhere: bool,
+    /// Whether the group may have begun.
+    lost: bool,
 }
 
 impl Placed {
-    /// Takes a place at the least loaded group.
+    /// Takes a place at the least loaded group that is not in `tried`.
     ///
     /// # Errors
     /// [`Failure::NotServing`] or [`Failure::Unavailable`] when no group takes requests, with how far they are.
-    pub(crate) fn new(groups: &Arc<Groups>, request: worker::GenerateRequest) -> Result<Self, Failure> {
-        let mut tried = Vec::new();
+    pub(crate) fn new(
+        groups: &Arc<Groups>,
+        request: &Arc<worker::GenerateRequest>,
+        mut tried: Vec<usize>,
+    ) -> Result<Self, Failure> {
         let place = groups.place(&mut tried).ok_or_else(|| groups.progress().refusal())?;
-        Ok(Self { groups: Arc::clone(groups), place, tried, request })
+        Ok(Self { groups: Arc::clone(groups), place, tried, request: Arc::clone(request) })
     }
 
     /// Sends the request and passes its chunks on; nothing is sent before they are asked for.
     pub(crate) fn into_chunks(self, deadline: Option<Instant>) -> Chunks {
-        Box::pin(unfold(Way::Placed(Box::new(self)), move |way| way.next(deadline)))
+        chunks(async move { Ok(self.open(deadline).await?.into_chunks()) })
     }
 
     /// Sends the request and waits for the first chunk. A group that refuses before it, or cannot be reached, is
@@ -69,33 +91,47 @@ impl Placed {
     ///
     /// # Errors
     /// The refusal of the last group tried, or at once one that would be the same everywhere.
-    async fn open(mut self, deadline: Option<Instant>) -> Result<WorkerStream, Failure> {
-        let sequences = self.request.generation.as_ref().and_then(|generation| generation.n).unwrap_or(1);
+    pub(crate) async fn open(mut self, deadline: Option<Instant>) -> Result<WorkerStream, Broken> {
+        let first = self.request.first_stream;
+        let count = self.request.generation.as_ref().and_then(|generation| generation.n).unwrap_or(1);
+        let sequences = first..first.saturating_add(count);
+        let mut lost = false;
         loop {
-            let refused = match attempt(self.place, self.request.clone(), deadline).await {
+            let group = self.place.index();
+            let refused = match attempt(self.place, &self.request, deadline).await {
                 Ok((place, first, chunks)) => {
-                    return Ok(WorkerStream { place, first: Some(first), chunks, open: sequences });
+                    let open = sequences.len();
+                    return Ok(WorkerStream { place, first: Some(first), chunks, sequences, open });
                 }
                 Err(refused) => refused,
             };
+            lost |= refused.lost;
             match self.groups.place(&mut self.tried) {
                 Some(place) if refused.try_elsewhere => {
                     let (request, to) = (&self.request.request_id, place.group().address());
                     tracing::info!(request, reason = %refused.failure, to, "trying another group");
                     self.place = place;
                 }
-                Some(_) | None => return Err(refused.failure),
+                Some(_) | None => {
+                    return Err(Broken { failure: refused.failure, group, begun: false, lost, sequences });
+                }
             }
         }
     }
 }
 
+/// The chunks of a stream that is still to be opened.
+pub(crate) fn chunks(opening: impl Future<Output = Result<Chunks, Broken>> + Send + 'static) -> Chunks {
+    let opened = async { opening.await.unwrap_or_else(|broken| once(async { Err(broken) }).boxed()) };
+    once(opened).flatten().boxed()
+}
+
 async fn attempt(
     place: InFlight,
-    request: worker::GenerateRequest,
+    request: &worker::GenerateRequest,
     deadline: Option<Instant>,
 ) -> Result<(InFlight, worker::GenerateChunk, Streaming<worker::GenerateChunk>), Refused> {
-    let mut request = Request::new(request);
+    let mut request = Request::new(request.clone());
     if let Some(deadline) = deadline {
         // The leader gets the caller's own deadline: ours comes first and is the one that is reported.
         request.set_timeout(deadline.saturating_duration_since(Instant::now()) + DEADLINE_MARGIN);
@@ -105,7 +141,7 @@ async fn attempt(
     let mut chunks = answer.map_err(|status| Refused::new(&status, group))?.into_inner();
     match chunks.message().await {
         Ok(Some(first)) => Ok((place, first, chunks)),
-        Ok(None) => Err(Refused { failure: lost(group, ENDED_EARLY), try_elsewhere: true }),
+        Ok(None) => Err(Refused { failure: lost(group, ENDED_EARLY), try_elsewhere: true, lost: true }),
         Err(status) => Err(Refused::new(&status, group)),
     }
 }
@@ -114,7 +150,9 @@ const ENDED_EARLY: &str = "the stream ended without a finish";
 
 impl Refused {
     fn new(status: &Status, group: &str) -> Self {
-        let failure = reported(status).unwrap_or_else(|| {
+        let reported = reported(status);
+        let from_leader = reported.is_some();
+        let failure = reported.unwrap_or_else(|| {
             let why = format!("group {group}: {}", describe(status));
             match status.code() {
                 Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => Failure::Internal { why },
@@ -124,43 +162,46 @@ impl Refused {
         });
         let code = failure.code();
         let try_elsewhere = matches!(code, Code::Unavailable | Code::ResourceExhausted | Code::Aborted);
-        Self { failure, try_elsewhere }
-    }
-}
-
-impl Way {
-    async fn next(self, deadline: Option<Instant>) -> Option<(Result<worker::GenerateChunk, Failure>, Self)> {
-        let opened = match self {
-            Self::Placed(placed) => placed.open(deadline).await.map(Box::new),
-            Self::Running(stream) => Ok(stream),
-            Self::Ended => return None,
-        };
-        let mut stream = match opened {
-            Ok(stream) if stream.open == 0 => return None,
-            Ok(stream) => stream,
-            Err(failure) => return Some((Err(failure), Self::Ended)),
-        };
-        match stream.next().await {
-            Ok(chunk) => Some((Ok(chunk), Self::Running(stream))),
-            Err(failure) => Some((Err(failure), Self::Ended)),
-        }
+        let lost = code == Code::Aborted || (try_elsewhere && !from_leader);
+        Self { failure, try_elsewhere, lost }
     }
 }
 
 impl WorkerStream {
+    /// The group it runs at.
+    pub(crate) fn address(&self) -> &str {
+        self.place.group().address()
+    }
+
+    /// Its chunks, until all its sequences have ended or it broke.
+    pub(crate) fn into_chunks(self) -> Chunks {
+        let next = |stream: Option<Self>| async {
+            let mut stream = stream.filter(|stream| stream.open > 0)?;
+            match stream.next().await {
+                Ok(chunk) => Some((Ok(Piece { chunk, group: Some(stream.place.index()) }), Some(stream))),
+                Err(failure) => {
+                    let Self { place, sequences, .. } = stream;
+                    let group = place.index();
+                    Some((Err(Broken { failure, group, begun: true, lost: false, sequences }), None))
+                }
+            }
+        };
+        unfold(Some(self), next).boxed()
+    }
+
     /// The next chunk.
     ///
     /// # Errors
     /// The leader's own failure, or [`Failure::GroupLost`] when the stream broke or ended before its sequences.
     async fn next(&mut self) -> Result<worker::GenerateChunk, Failure> {
-        let group = self.place.group().address();
         let chunk = match self.first.take() {
             Some(first) => Ok(Some(first)),
             None => self.chunks.message().await,
         };
+        let group = self.address();
         match chunk {
             Ok(Some(chunk)) => {
-                self.open = self.open.saturating_sub(u32::from(chunk.finish.is_some()));
+                self.open = self.open.saturating_sub(usize::from(chunk.finish.is_some()));
                 Ok(chunk)
             }
             Ok(None) => Err(lost(group, ENDED_EARLY)),

@@ -207,11 +207,11 @@ async fn read(shared: &Shared, request: Request) -> Result<(HeaderMap, Fields), 
     Ok((parts.headers, Fields::read(&body)?))
 }
 
-/// Requests that hold a place now, as vLLM names it.
+/// Answers that hold a place now, as vLLM names it, and sequences that went on after the loss of their group.
 async fn load(State(context): State<Context>) -> Json<Value> {
     let shared = &context.shared;
     let taken = (shared.limits.requests_max as usize).saturating_sub(shared.permits.available_permits());
-    Json(json!({ "server_load": taken }))
+    Json(json!({ "server_load": taken, "resumed": shared.groups.resumed() }))
 }
 
 /// What this router counts, for Prometheus.

@@ -13,6 +13,7 @@ mod http;
 mod metrics;
 pub mod pick;
 mod pipeline;
+mod resume;
 mod running;
 mod serve;
 mod service;

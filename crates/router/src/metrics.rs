@@ -96,8 +96,9 @@ impl Metrics {
         to.register("cohort_router_build_info", "Version of this router, always 1", info);
         let stages = Family::new_with_constructor(Stages);
         to.register("cohort_router_stage_seconds", "Seconds a request spent in a stage", stages.clone());
-        let counts = groups.counts_of_placements();
-        to.register("cohort_router_placements", "Requests sent to a group, by how it was chosen", counts);
+        let (placements, resumed) = groups.counters();
+        to.register("cohort_router_placements", "Requests sent to a group, by how it was chosen", placements);
+        to.register("cohort_router_resumed", "Sequences that went on after the loss of their group", resumed);
         let (requests, tokens, http, open, open_max, group_up, group_open) = (
             add(to, "cohort_router_requests", "Requests that ended, by how"),
             add(to, "cohort_router_tokens", "Tokens of requests that ended well, by kind"),

@@ -1,6 +1,7 @@
 //! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::{Failure, GenerationFields, Prompt, Role, Violation, bad_words, stop_strings, v1, worker};
 use sha2::{Digest, Sha256};
@@ -14,6 +15,7 @@ use crate::call::{Call, random_u64};
 use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
 use crate::metrics::{Counted, Metrics};
+use crate::resume::Replay;
 use crate::running::Running;
 use crate::text::Text;
 use crate::workers::{Facts, Groups};
@@ -33,6 +35,8 @@ pub(crate) struct Shared {
     pub(crate) http_patience: HttpPatience,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Longest wait of an interrupted request for a group that goes on with it.
+    pub(crate) resume_grace: Duration,
     pub(crate) running: Arc<Running>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
@@ -57,6 +61,7 @@ struct Tokenized {
     permit: Permit,
     prompt: Vec<TokenId>,
     generation: Generation,
+    eos_token_ids: Vec<u32>,
     options: Options,
     form: Form,
 }
@@ -102,7 +107,7 @@ impl Shared {
         let call = call.listed(&self.running);
         let mut counted = Counted::new(Arc::clone(&self.metrics));
         match self.place_tokenized(&call, request, &mut counted).await {
-            Ok((tokenized, placed)) => Ok(self.answer((call, counted), tokenized, placed)),
+            Ok((tokenized, way)) => Ok(self.answer((call, counted), tokenized, way)),
             Err(failure) => {
                 counted.ended(Some(&failure));
                 Err(failure)
@@ -115,14 +120,14 @@ impl Shared {
         call: &Call,
         request: v1::GenerateRequest,
         counted: &mut Counted,
-    ) -> Result<(Tokenized, Placed), Failure> {
+    ) -> Result<(Tokenized, (Placed, Replay)), Failure> {
         let admitted = self.admit_generation(request)?;
         counted.passed("admit");
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
         counted.passed("tokenize");
-        let placed = self.place(call, &tokenized)?;
+        let way = self.place(call, &tokenized)?;
         counted.passed("place");
-        Ok((tokenized, placed))
+        Ok((tokenized, way))
     }
 
     /// A permit to work on one request.
@@ -290,7 +295,8 @@ impl Shared {
         let generation = spec.validate(seed, facts.vocab_size);
         let generation = generation.map_err(|error| GenerationFields::Public.refuse(error))?;
         check_prompt_logprobs(&generation, tokens)?;
-        Ok(Tokenized { permit, prompt, generation: generation.limited_to(room), options, form })
+        let (generation, eos_token_ids) = (generation.limited_to(room), facts.eos_token_ids);
+        Ok(Tokenized { permit, prompt, generation, eos_token_ids, options, form })
     }
 
     async fn tokenize_bad_words(
@@ -312,7 +318,7 @@ impl Shared {
         })
     }
 
-    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<Placed, Failure> {
+    fn place(&self, call: &Call, tokenized: &Tokenized) -> Result<(Placed, Replay), Failure> {
         let Options { priority, cache_salt, bypass_prefix_cache } = tokenized.options.clone();
         let request = worker::GenerateRequest {
             request_id: call.request_id.clone(),
@@ -321,12 +327,22 @@ impl Shared {
             priority: priority.level(),
             cache_salt,
             bypass_prefix_cache,
+            // Never 0, which names nothing.
+            key: random_u64() | 1,
             ..worker::GenerateRequest::default()
         };
-        Placed::new(&self.groups, request)
+        let request = Arc::new(request);
+        let placed = Placed::new(&self.groups, &request, Vec::new())?;
+        let (eos, grace) = (tokenized.eos_token_ids.clone(), self.resume_grace);
+        Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace))))
     }
 
-    fn answer(&self, (call, counted): (Call, Counted), tokenized: Tokenized, placed: Placed) -> Answer {
+    fn answer(
+        &self,
+        (call, counted): (Call, Counted),
+        tokenized: Tokenized,
+        way: (Placed, Replay),
+    ) -> Answer {
         let Tokenized { permit, prompt, generation, form, .. } = tokenized;
         let Form { stop, keep_special, parse, cites } = form;
         let reading = || {
@@ -340,10 +356,10 @@ impl Shared {
             let tokenizer = Arc::clone(text.tokenizer());
             Some(Reading { tokenizer, keep_special, parser, stop: stop.clone() })
         };
+        let request_id = call.request_id.clone();
         let assemblers = (0..generation.sequences())
-            .map(|index| Assembler::new(call.request_id.clone(), index, &prompt, reading()));
-        let assemblers = assemblers.collect();
-        Answer::new((call, counted), placed, assemblers, permit)
+            .map(|index| Assembler::new(request_id.clone(), index, &prompt, reading()));
+        Answer::new((call, counted), way, assemblers, permit)
     }
 }
 

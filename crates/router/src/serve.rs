@@ -124,6 +124,7 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
         http_patience: config.http_patience,
         permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
         running: Arc::new(Running::new(closing.clone())),
+        resume_grace: config.resume_grace,
         withdrawn: CancellationToken::new(),
         closing,
     }))

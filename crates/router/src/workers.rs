@@ -135,12 +135,18 @@ impl Group {
 #[derive(Debug)]
 pub(crate) struct InFlight {
     group: Arc<Group>,
+    index: usize,
 }
 
 impl InFlight {
-    fn new(group: Arc<Group>) -> Self {
+    fn new(group: Arc<Group>, index: usize) -> Self {
         group.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { group }
+        Self { group, index }
+    }
+
+    /// Which of the groups it is at, as [`Groups::place`] counts them.
+    pub(crate) const fn index(&self) -> usize {
+        self.index
     }
 
     pub(crate) fn group(&self) -> &Group {
@@ -169,6 +175,7 @@ pub(crate) struct Groups {
     state: Mutex<State>,
     changed: watch::Sender<()>,
     placements: Family<Placement, Counter>,
+    resumed: Counter,
 }
 
 /// Why a group was chosen: it had the least to do, or another one had refused the request.
@@ -214,7 +221,7 @@ impl Groups {
         {
             let _ = placements.get_or_create(&Placement { group: group.address.clone(), reason });
         }
-        Ok(Self { groups, state, changed: watch::Sender::new(()), placements })
+        Ok(Self { groups, state, changed: watch::Sender::new(()), placements, resumed: Counter::default() })
     }
 
     /// Starts the watch tasks, which end with `stop`.
@@ -254,9 +261,24 @@ impl Groups {
         self.groups.iter().enumerate().map(view).collect()
     }
 
-    /// How often each group was chosen, for whoever shows it.
-    pub(crate) fn counts_of_placements(&self) -> Family<Placement, Counter> {
-        self.placements.clone()
+    /// How often each group was chosen, and how many sequences went on elsewhere, for whoever shows it.
+    pub(crate) fn counters(&self) -> (Family<Placement, Counter>, Counter) {
+        (self.placements.clone(), self.resumed.clone())
+    }
+
+    /// A client of group `index`, as [`Groups::place`] counts them.
+    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Channel>> {
+        self.groups.get(index).map(|group| group.client())
+    }
+
+    /// Counts a sequence that goes on after the loss of its group.
+    pub(crate) fn count_resumed(&self) {
+        self.resumed.inc();
+    }
+
+    /// Sequences that went on after the loss of their group, since the start.
+    pub(crate) fn resumed(&self) -> u64 {
+        self.resumed.get()
     }
 
     /// KV blocks of all groups together, as they reported them last.
@@ -308,7 +330,7 @@ impl Groups {
         self.placements.get_or_create(&placement).inc();
         tried.push(index);
         // Counted under the lock, so that two requests at once do not both see the group empty.
-        Some(InFlight::new(Arc::clone(&self.groups[index])))
+        Some(InFlight::new(Arc::clone(&self.groups[index]), index))
     }
 
     async fn keep_watching(&self, index: usize, router_id: &str) {

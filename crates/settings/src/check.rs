@@ -130,6 +130,7 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
     let bytes = limits.prompt_bytes_max as u64;
     within("router.limits.prompt_bytes_max", bytes, 1..=PROMPT_BYTES_MAX, faults);
+    lasting("router.resume_grace_s", router.resume_grace_s, 0.0, faults);
     lasting("router.withdraw_grace_s", router.withdraw_grace_s, 0.0, faults);
     lasting("router.drain_grace_s", router.drain_grace_s, 0.0, faults);
     let grpc = router.grpc_listen;

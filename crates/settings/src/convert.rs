@@ -32,6 +32,7 @@ impl Settings {
                 requests_max: router.limits.requests_max,
                 prompt_bytes_max: router.limits.prompt_bytes_max,
             },
+            resume_grace: router.resume_grace_s,
             http_patience: router::HttpPatience::default(),
             withdraw_grace: router.withdraw_grace_s,
             drain_grace: router.drain_grace_s,

@@ -86,6 +86,7 @@ fn values(schema: &Value) -> String {
     match schema["type"].as_str() {
         Some("integer") => format!("a whole number{}", range(schema)),
         Some("number") => format!("seconds{}", range(schema)),
+        Some("boolean") => "true, false".to_owned(),
         Some("array") => format!("a list{}", example()),
         _ => format!("text{}", example()),
     }

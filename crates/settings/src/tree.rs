@@ -72,6 +72,7 @@ pub struct Model {
     pub device: Device,
     /// Look at every layer's output, so that a request that fails on a value that is no number is told the layer; slow.
     #[serde(with = "strict::truth")]
+    #[schemars(with = "bool")]
     pub check_numerics: bool,
     /// Keys a sliding layer sees. Default: the checkpoint's `sliding_window`.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
@@ -97,6 +98,10 @@ pub struct Router {
     pub workers: Vec<String>,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
+    /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
+    pub resume_grace_s: Duration,
     /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds: load
     /// balancers turn away before anybody is refused.
     #[serde(with = "strict::seconds")]
@@ -273,6 +278,7 @@ impl Default for Router {
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
             limits: RouterLimits::default(),
+            resume_grace_s: Duration::from_secs(10),
             withdraw_grace_s: Duration::ZERO,
             drain_grace_s: Duration::from_secs(10),
         }

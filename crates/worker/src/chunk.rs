@@ -37,6 +37,10 @@ impl Origin {
         Self { index, start: Start::Waited }
     }
 
+    pub(crate) const fn index(&self) -> u32 {
+        self.index
+    }
+
     /// Takes note of its start; what is found after a preemption is its own.
     pub(crate) fn started(&mut self, cached_tokens: u32) {
         if matches!(self.start, Start::Waited) {

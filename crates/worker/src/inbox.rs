@@ -34,6 +34,13 @@ pub(crate) enum Message {
         /// Its rank.
         rank: u32,
     },
+    /// One sequence of a request that goes on for its others is not wanted any more.
+    Cancel {
+        /// The request's.
+        key: u64,
+        /// The sequence's number.
+        index: u32,
+    },
     /// Look at the shutdown token.
     Wake,
 }
@@ -43,6 +50,8 @@ pub(crate) struct Submission {
     pub(crate) request: Request,
     pub(crate) deadline: Option<Instant>,
     pub(crate) sink: Sink,
+    /// What a cancel calls it; 0 for nothing.
+    pub(crate) key: u64,
 }
 
 /// The way in, for any number of threads.
@@ -68,6 +77,12 @@ impl Inbox {
                 Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
             }
         })
+    }
+
+    /// Tells the engine thread, without waiting, that a sequence is not wanted any more. With a full inbox it is
+    /// computed to its end, as if nobody had said so.
+    pub(crate) fn cancel(&self, key: u64, index: u32) {
+        let _ = self.0.try_send(Message::Cancel { key, index });
     }
 
     /// Tells the engine thread something it must know; waits when the inbox is full. Nobody listens after the end.

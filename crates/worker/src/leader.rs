@@ -120,7 +120,7 @@ impl Leader {
             options: engine::RequestOptions::default(),
         };
         let (sink, mut answers) = tokio::sync::mpsc::channel(8);
-        self.submit(Submission { request, deadline: None, sink });
+        self.submit(Submission { request, deadline: None, sink, key: 0 });
         self.turn()?;
         while self.is_busy() && self.wait()? {
             self.turn()?;
@@ -218,6 +218,11 @@ impl Leader {
                 let source = collectives::Error::PeerLost { rank, collective };
                 return Err(Error::Group { rank: self.rank, source });
             }
+            Message::Cancel { key, index } => {
+                if let Some(seq) = self.open.take(key, index) {
+                    self.apply(Event::Cancel(seq));
+                }
+            }
             Message::Wake => {}
         }
         Ok(())
@@ -228,13 +233,12 @@ impl Leader {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { mut request, deadline, sink } = submission;
+        let Submission { mut request, deadline, sink, key } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         self.counters.submitted(request.prompt.len());
         let seq = SeqId(self.next_id);
-        let sequences = request.generation.sequences();
-        self.next_id += u64::from(sequences);
-        self.open.open(seq, sequences, request.options.first_stream, &sink);
+        self.next_id += u64::from(request.generation.sequences());
+        self.open.open(seq..SeqId(self.next_id), request.options.first_stream, key, &sink);
         self.apply(Event::Submit { seq, request });
     }
 

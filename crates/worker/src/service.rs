@@ -7,7 +7,9 @@ use std::time::Instant;
 use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
-use proto::worker::{GenerateChunk, GenerateRequest, WatchRequest, WorkerState};
+use proto::worker::{
+    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, WatchRequest, WorkerState,
+};
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
@@ -63,6 +65,7 @@ impl Worker for Service {
         let generation = GenerationSpec::from(generation)
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
+        let key = request.key;
         let asked = Asked {
             prompt_tokens: request.prompt.len(),
             max_tokens: generation.max_tokens(),
@@ -77,9 +80,15 @@ impl Worker for Service {
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         self.inbox
-            .submit(Submission { request, deadline, sink })
+            .submit(Submission { request, deadline, sink, key })
             .inspect_err(|failure| self.metrics.rejected(failure))?;
         Ok(Response::new(Metered::new(ReceiverStream::new(stream), Arc::clone(&self.metrics), asked)))
+    }
+
+    async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<CancelResponse>, Status> {
+        let CancelRequest { key, index } = request.into_inner();
+        self.inbox.cancel(key, index);
+        Ok(Response::new(CancelResponse {}))
     }
 }
 

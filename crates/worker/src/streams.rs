@@ -1,6 +1,7 @@
 //! The streams of open requests: which sequence's effects go where.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use engine::{Effect, Finish};
 use proto::Failure;
@@ -22,16 +23,25 @@ pub(crate) struct Streams {
 struct Open {
     sink: Sink,
     origin: Origin,
+    /// What its request is called by a cancel; 0 for nothing.
+    key: u64,
 }
 
 impl Streams {
-    /// Opens the stream of a request's sequences: ids from `seq` on, numbers from `first_stream` on.
-    pub(crate) fn open(&mut self, seq: SeqId, sequences: u32, first_stream: u32, sink: &Sink) {
-        for index in 0..sequences {
+    /// Opens the stream of a request's sequences, which are numbered from `first_stream` on.
+    pub(crate) fn open(&mut self, sequences: Range<SeqId>, first_stream: u32, key: u64, sink: &Sink) {
+        for (index, id) in (0..).zip(sequences.start.0..sequences.end.0) {
             // A first stream too high is for the engine to refuse.
             let origin = Origin::new(first_stream.saturating_add(index));
-            self.open.insert(SeqId(seq.0 + u64::from(index)), Open { sink: sink.clone(), origin });
+            self.open.insert(SeqId(id), Open { sink: sink.clone(), origin, key });
         }
+    }
+
+    /// Forgets sequence `index` of the request called `key`, if it is open.
+    pub(crate) fn take(&mut self, key: u64, index: u32) -> Option<SeqId> {
+        let named = |open: &Open| key != 0 && open.key == key && open.origin.index() == index;
+        let seq = self.open.iter().find(|(_, open)| named(open)).map(|(&seq, _)| seq)?;
+        self.open.remove(&seq).map(|_| seq)
     }
 
     pub(crate) fn explain_with(&mut self, numerics: Option<Numerics>) {
@@ -54,12 +64,12 @@ impl Streams {
     pub(crate) fn deliver(&mut self, effect: Effect) {
         match effect {
             Effect::Token { seq, token, logprob } => {
-                if let Some(Open { sink, origin }) = self.open.get_mut(&seq) {
+                if let Some(Open { sink, origin, .. }) = self.open.get_mut(&seq) {
                     let _ = sink.try_send(Ok(chunk::token(origin, token, logprob.as_ref())));
                 }
             }
             Effect::PromptLogprobs { seq, logprobs } => {
-                if let Some(Open { sink, origin }) = self.open.get(&seq) {
+                if let Some(Open { sink, origin, .. }) = self.open.get(&seq) {
                     chunk::prompt_logprobs(origin, logprobs).for_each(|chunk| {
                         let _ = sink.try_send(Ok(chunk));
                     });
@@ -72,7 +82,7 @@ impl Streams {
             }
             Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
             Effect::Finished { seq, finish, .. } => {
-                if let Some(Open { sink, origin }) = self.open.remove(&seq) {
+                if let Some(Open { sink, origin, .. }) = self.open.remove(&seq) {
                     let end = match (finish, &self.numerics) {
                         (Finish::NotANumber, Some(numerics)) => Err(numerics.failure()),
                         _ => chunk::finish(&origin, finish),

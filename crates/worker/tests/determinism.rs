@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -78,6 +79,15 @@ impl Group {
 
 fn tokens(chunks: &[GenerateChunk]) -> Vec<u32> {
     chunks.iter().flat_map(|chunk| chunk.token_ids.clone()).collect()
+}
+
+/// Tokens of each sequence, by its number.
+fn sequences(chunks: &[GenerateChunk]) -> BTreeMap<u32, Vec<u32>> {
+    let mut all: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for chunk in chunks {
+        all.entry(chunk.index).or_default().extend(&chunk.token_ids);
+    }
+    all
 }
 
 fn prompt(seed: u32, tokens: u32) -> Vec<u32> {
@@ -163,12 +173,9 @@ fn as_the_first_of_several() {
     let group = Group::start(1, |_| {});
     let mut request = featured(1);
     request.generation.as_mut().unwrap().n = Some(4);
-    let chunks = group.ask(vec![request]).remove(0);
-    let of = |index: u32| -> Vec<u32> {
-        chunks.iter().filter(|chunk| chunk.index == index).flat_map(|chunk| chunk.token_ids.clone()).collect()
-    };
-    assert_eq!(of(0), alone());
-    assert!((1..4).all(|index| of(index).len() == OUTPUT as usize && of(index) != alone()));
+    let all = sequences(&group.client.generate(request).unwrap());
+    assert_eq!((all.len(), all[&0].as_slice()), (4, alone()));
+    assert!((1..4).all(|index| all[&index].len() == OUTPUT as usize && all[&index] != alone()));
     group.stop();
 }
 
@@ -213,17 +220,20 @@ impl<S: tracing::Subscriber> Layer<S> for Preemptions {
 #[test]
 fn after_preemptions() {
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Preemptions)).unwrap();
-    // Prompts of four take 12 blocks of 16 and grow to 20: more than there are.
-    let group = Group::start(1, |limits| {
-        limits.block_size = BlockSize::new(16).unwrap();
-        limits.kv_tokens = 16 * 14;
+    // One request, so that all its sequences are there at once. They share the prompt's two full blocks and grow to
+    // three more each: 20, when there are 14.
+    let mut request = featured(1);
+    request.generation.as_mut().unwrap().n = Some(6);
+    let [roomy, tight] = [8192, 16 * 14].map(|kv_tokens| {
+        let group = Group::start(1, |limits| {
+            limits.block_size = BlockSize::new(16).unwrap();
+            limits.kv_tokens = kv_tokens;
+        });
+        let chunks = group.client.generate(request.clone()).unwrap();
+        group.stop();
+        (sequences(&chunks), PREEMPTED.load(Ordering::Relaxed))
     });
-    // Its own priority is the lowest: it is the one that has to go.
-    let mut requests: Vec<GenerateRequest> = (1..=4).map(|seed| unshared(featured(seed))).collect();
-    requests[0].priority = -50;
-    let answers = group.ask(requests);
-    assert_eq!(tokens(&answers[0]), alone());
-    assert!(answers.iter().all(|answer| tokens(answer).len() == OUTPUT as usize));
-    assert!(PREEMPTED.load(Ordering::Relaxed) > 0, "nothing was preempted");
-    group.stop();
+    assert_eq!(roomy.0, tight.0);
+    assert_eq!((roomy.0.len(), roomy.0[&0].as_slice()), (6, alone()));
+    assert!(roomy.1 < tight.1, "nothing was preempted");
 }

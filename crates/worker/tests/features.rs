@@ -6,7 +6,8 @@ mod support;
 use std::collections::BTreeMap;
 
 use proto::worker::{
-    Constraint, FinishReason, GenerateChunk, GenerateRequest, Generation, TokenIds, constraint::Form,
+    CancelRequest, Constraint, FinishReason, GenerateChunk, GenerateRequest, Generation, TokenIds,
+    constraint::Form,
 };
 use support::{Client, Rank, config, request};
 use tonic::Code;
@@ -90,6 +91,33 @@ fn leaving_the_stream_of_several_sequences_frees_all_of_them() {
     // All three places are taken unless all three sequences left; 1900 tokens would take far longer than this.
     let chunks = client.generate(with(drawn(prompt(20), 3), |g| g.n = Some(3))).unwrap();
     assert!(tokens(&chunks).values().all(|tokens| tokens.len() == 3));
+    stop(rank);
+}
+
+#[test]
+fn one_of_several_sequences_is_cancelled_and_the_others_go_on() {
+    let (rank, client) = serving();
+    let key = 0x1234_5678_9abc_def0;
+    let request = GenerateRequest { key, ..with(drawn(prompt(20), 400), |g| g.n = Some(2)) };
+    let whole = tokens(&client.generate(request.clone()).unwrap());
+    let (mut asking, mut cancelling) = (client.client.clone(), client.client.clone());
+    let chunks = client.runtime.block_on(async {
+        let mut stream = asking.generate(request).await.unwrap().into_inner();
+        let mut chunks = vec![stream.message().await.unwrap().unwrap()];
+        for cancel in [(key, 1), (key, 1), (key, 2), (key + 1, 0), (0, 0)] {
+            cancelling.cancel(CancelRequest { key: cancel.0, index: cancel.1 }).await.unwrap();
+        }
+        while let Some(chunk) = stream.message().await.unwrap() {
+            chunks.push(chunk);
+        }
+        chunks
+    });
+    let all = tokens(&chunks);
+    assert_eq!(all[&0], whole[&0]);
+    assert!(all.get(&1).map_or(0, Vec::len) < 400, "it ran to its end");
+    let ended: Vec<u32> =
+        chunks.iter().filter(|chunk| chunk.finish.is_some()).map(|chunk| chunk.index).collect();
+    assert_eq!(ended, [0]);
     stop(rank);
 }
 

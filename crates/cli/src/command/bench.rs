@@ -4,7 +4,6 @@ mod collectives;
 mod floor;
 mod leader;
 mod load;
-mod load;
 mod machine;
 mod ops;
 mod router;

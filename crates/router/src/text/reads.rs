@@ -5,29 +5,30 @@ use std::collections::HashSet;
 
 /// The names that are read before the template sets them, in the order of its text.
 pub(super) fn read_before_set(source: &str) -> HashSet<String> {
-    let (mut read, mut set) = (HashSet::new(), HashSet::new());
+    let mut read = HashSet::new();
+    let mut set: HashSet<&str> = HashSet::new();
     for code in blocks(source) {
         let names = names(code);
-        let mut own = Vec::new();
+        let mut own: Vec<&str> = Vec::new();
         let mut used = names.as_slice();
         match names.split_first() {
             // A block's value: `{% set x %}…{% endset %}` reads nothing here.
             Some((first, rest)) if *first == "set" => {
-                own.extend(rest.first());
+                own.extend(rest.first().copied());
                 used = rest.get(1..).unwrap_or_default();
             }
             Some((first, rest)) if *first == "for" => {
                 let targets = rest.iter().position(|name| *name == "in").unwrap_or(rest.len());
-                own.extend(&rest[..targets]);
+                own.extend_from_slice(&rest[..targets]);
                 used = &rest[targets..];
             }
             Some((first, rest)) if *first == "macro" => {
-                own.extend(rest);
+                own.extend_from_slice(rest);
                 used = &[];
             }
             Some(_) | None => {}
         }
-        read.extend(used.iter().filter(|name| !set.contains(**name)).map(|name| (*name).to_owned()));
+        read.extend(used.iter().filter(|name| !set.contains(*name)).map(|name| (*name).to_owned()));
         set.extend(own);
     }
     read

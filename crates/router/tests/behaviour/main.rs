@@ -25,6 +25,7 @@ mod other_group;
 mod parsed_answers;
 mod parsing;
 mod picking;
+mod resuming;
 mod sampling_fields;
 mod several_answers;
 mod shutdown;

@@ -67,9 +67,11 @@ async fn a_stop_string_ends_one_answer_and_the_others_go_on() {
     let open = leader.next().await;
     let early: Vec<_> = ids("one STOP and more").iter().map(|&id| chunk(&[id])).collect();
     open.play(early).await;
+    let cancelled = soon(leader.cancelled.recv()).await.unwrap();
+    assert_eq!(cancelled, worker::CancelRequest { key: open.request.key, index: 0 });
     open.play(answer("two").into_iter().map(|chunk| of(1, chunk)).collect()).await;
-    // The first still runs at its leader; nobody waits for it.
     soon(open.chunks.closed()).await;
+    assert!(leader.cancelled.try_recv().is_err(), "the end of the stream is the cancel of the last");
     let messages = soon(call).await.unwrap().unwrap();
     assert_eq!(texts(&messages), [(0, "one ".to_owned()), (1, "two".to_owned())].into());
 }

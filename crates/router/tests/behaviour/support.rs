@@ -13,7 +13,7 @@ use proto::{Failure, Phase, v1, worker};
 use router::text::Tokenizer;
 use router::{Bound, Config, Limits, ModelFiles};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
@@ -135,12 +135,17 @@ impl Open {
 }
 
 /// What a leader does before its first chunk.
-type Refusal = Arc<Mutex<Option<Failure>>>;
+#[derive(Default)]
+struct Refusal {
+    with: Mutex<Option<Failure>>,
+    given: Notify,
+}
 
 struct Service {
     states: watch::Receiver<worker::WorkerState>,
     opened: mpsc::UnboundedSender<Open>,
-    refusal: Refusal,
+    cancelled: mpsc::UnboundedSender<worker::CancelRequest>,
+    refusal: Arc<Refusal>,
 }
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -159,13 +164,22 @@ impl Worker for Service {
         &self,
         request: Request<worker::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        if let Some(failure) = self.refusal.lock().unwrap().clone() {
+        if let Some(failure) = self.refusal.with.lock().unwrap().clone() {
+            self.refusal.given.notify_one();
             return Err(failure.to_status());
         }
         let (chunks, stream) = mpsc::channel(1);
         let headers = request.metadata().clone();
         self.opened.send(Open { request: request.into_inner(), headers, chunks }).unwrap();
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<worker::CancelRequest>,
+    ) -> Result<Response<worker::CancelResponse>, Status> {
+        self.cancelled.send(request.into_inner()).unwrap();
+        Ok(Response::new(worker::CancelResponse {}))
     }
 }
 
@@ -174,7 +188,9 @@ pub(crate) struct Leader {
     pub(crate) address: String,
     pub(crate) states: watch::Sender<worker::WorkerState>,
     pub(crate) opened: mpsc::UnboundedReceiver<Open>,
-    refusal: Refusal,
+    /// Single sequences that were cancelled.
+    pub(crate) cancelled: mpsc::UnboundedReceiver<worker::CancelRequest>,
+    refusal: Arc<Refusal>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -193,8 +209,14 @@ impl Leader {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (states, states_seen) = watch::channel(first);
         let (opened_at, opened) = mpsc::unbounded_channel();
-        let refusal = Refusal::default();
-        let service = Service { states: states_seen, opened: opened_at, refusal: Arc::clone(&refusal) };
+        let (cancelled_at, cancelled) = mpsc::unbounded_channel();
+        let refusal = Arc::<Refusal>::default();
+        let service = Service {
+            states: states_seen,
+            opened: opened_at,
+            cancelled: cancelled_at,
+            refusal: Arc::clone(&refusal),
+        };
         let (tell, told) = oneshot::channel();
         runtime.spawn(async move {
             let listener = TcpListener::bind(address).await.unwrap();
@@ -203,7 +225,7 @@ impl Leader {
             server.serve_with_incoming(TcpIncoming::from(listener)).await.unwrap();
         });
         let address = format!("http://{}", soon(told).await.unwrap());
-        Self { address, states, opened, refusal, runtime: Some(runtime) }
+        Self { address, states, opened, cancelled, refusal, runtime: Some(runtime) }
     }
 
     /// The next request that reaches it.
@@ -213,7 +235,17 @@ impl Leader {
 
     /// Refuses every further request with `failure` before its first chunk.
     pub(crate) fn refuse(&self, failure: Failure) {
-        *self.refusal.lock().unwrap() = Some(failure);
+        *self.refusal.with.lock().unwrap() = Some(failure);
+    }
+
+    /// Takes requests again.
+    pub(crate) fn accept(&self) {
+        *self.refusal.with.lock().unwrap() = None;
+    }
+
+    /// Waits until it has refused a request.
+    pub(crate) async fn refused(&self) {
+        soon(self.refusal.given.notified()).await;
     }
 
     /// Ends it without a word; its port is free afterwards.
@@ -262,6 +294,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         workers: workers.iter().map(|&address| address.to_owned()).collect(),
         model_name: None,
         limits: Limits::default(),
+        resume_grace: Duration::ZERO,
         http_patience: router::HttpPatience::default(),
         withdraw_grace: Duration::ZERO,
         drain_grace: PATIENCE,

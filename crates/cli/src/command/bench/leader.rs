@@ -98,6 +98,14 @@ impl Worker for Service {
         let held = stream::once(release.cancelled_owned()).flat_map(move |()| from(2));
         Ok(Response::new(Box::pin(stream::iter([Ok(chunk(false))]).chain(held))))
     }
+
+    /// Without effect: the router asks for one answer, and leaves it by dropping the stream.
+    async fn cancel(
+        &self,
+        _: Request<worker::CancelRequest>,
+    ) -> Result<Response<worker::CancelResponse>, Status> {
+        Ok(Response::new(worker::CancelResponse {}))
+    }
 }
 
 fn chunk(last: bool) -> worker::GenerateChunk {

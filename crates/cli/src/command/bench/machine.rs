@@ -130,7 +130,7 @@ impl Target {
         };
         if cuda {
             let mut options = worker::cuda_options(self.dtype, &self.config, &self.plan, bounds);
-            options.activations = options.activations + SCRATCH;
+            options.activations += SCRATCH;
             let mut backend = CudaBackend::new(&options).context("--device cuda")?;
             let name = format!("{}, {}", backend.card()?, self.dtype);
             let copy = backend.copy_bandwidth()?;
