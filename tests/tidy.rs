@@ -8,26 +8,31 @@ use std::{
 };
 
 /// Which workspace crates a crate may name under `[dependencies]` or `[build-dependencies]`; `cli` may name all.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("types", &[]),
     ("collectives", &["types"]),
     ("ops", &["types"]),
     ("proto", &["types"]),
     ("engine", &["types"]),
+    ("grammar", &["types"]),
     ("model", &["ops", "collectives", "types"]),
     ("ops-cpu", &["ops", "collectives", "types"]),
     ("ops-cuda", &["ops", "collectives", "types"]),
-    ("worker", &["proto", "engine", "model", "ops", "ops-cpu", "ops-cuda", "collectives", "types"]),
-    ("router", &["proto", "types"]),
+    (
+        "worker",
+        &["proto", "engine", "model", "ops", "ops-cpu", "ops-cuda", "collectives", "grammar", "types"],
+    ),
+    ("router", &["proto", "grammar", "types"]),
     ("settings", &["router", "worker", "model", "types"]),
     ("cli", &CLI_ARROWS),
 ];
-const CLI_ARROWS: [&str; 11] = [
+const CLI_ARROWS: [&str; 12] = [
     "settings",
     "router",
     "worker",
     "proto",
     "engine",
+    "grammar",
     "model",
     "ops-cuda",
     "ops-cpu",

@@ -118,6 +118,7 @@ impl GenerationFlags {
                 stop: stopping.stop.clone(),
                 stop_token_ids: stopping.stop_token_ids.clone(),
                 ignore_eos: stopping.ignore_eos,
+                ..Stopping::default()
             }),
             priority: scheduling.priority.unwrap_or_default(),
             cache_salt: scheduling.cache_salt.clone().unwrap_or_default(),

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use types::{BlockId, SlotId};
 
 use crate::engine::flight_index;
+use crate::group::SubGroup;
 use crate::kv::Held;
 use crate::sequence::{Running, Sequence};
 use crate::{Engine, KvGroup, SlotTables};
@@ -15,7 +16,7 @@ impl Engine {
     /// # Panics
     /// When one does not hold, naming it: a bug in this crate.
     pub fn check(&self) {
-        self.check_blocks();
+        self.groups.iter().for_each(Self::check_blocks);
         self.check_slots();
         self.check_sequences();
     }
@@ -25,7 +26,7 @@ impl Engine {
     /// # Panics
     /// When they are not: a bug in this crate.
     pub fn check_mirror(&self, mirror: &SlotTables) {
-        for one in &self.running {
+        for one in self.running() {
             for (own, copy) in one.tables.iter().zip(mirror.tables(one.slot)) {
                 assert_eq!(own.first(), copy.first, "{}: first block of {}", one.sequence.id, one.slot);
                 assert!(
@@ -40,13 +41,14 @@ impl Engine {
 
     /// Every block is free, or one table's own, or in the prefix tree; there, each of its leases is in a table, and the
     /// blocks without one are those that may be evicted.
-    fn check_blocks(&self) {
+    fn check_blocks(sub_group: &SubGroup) {
+        let SubGroup { kv, running, .. } = sub_group;
         for group in KvGroup::ALL {
-            let (pool, shared) = (self.kv.pool(group), self.kv.prefixes().shared(group));
+            let (pool, shared) = (kv.pool(group), kv.prefixes().shared(group));
             let mut places = vec![0; pool.total() as usize];
             let mut leases = vec![0; pool.total() as usize];
             pool.free_blocks().for_each(|block| places[block.0 as usize] += 1);
-            for held in self.running.iter().flat_map(|one| one.tables[group.index()].held()) {
+            for held in running.iter().flat_map(|one| one.tables[group.index()].held()) {
                 match held {
                     Held::Own(block) => places[block.id().0 as usize] += 1,
                     Held::Shared(lease) => leases[lease.id().0 as usize] += 1,
@@ -68,26 +70,35 @@ impl Engine {
             }
             assert_eq!(listed, idle, "{group} blocks in the order of eviction");
         }
-        self.kv.prefixes().check(self.running.iter().filter_map(|one| one.cursor.as_ref()));
+        kv.prefixes().check(running.iter().filter_map(|one| one.cursor.as_ref()));
     }
 
     /// Every slot is free or used by exactly one sequence.
     fn check_slots(&self) {
-        let used = self.running.iter().map(|one| one.slot);
-        let slots: BTreeSet<SlotId> = self.slots_free.iter().copied().chain(used.clone()).collect();
-        assert_eq!(self.slots_free.len() + self.running.len(), self.config.running_max as usize, "slots");
-        assert_eq!(slots.len(), self.config.running_max as usize, "a slot is in two places");
+        for (index, group) in (0..).zip(&self.groups) {
+            let slots = group.slots_free.iter().copied().chain(group.running.iter().map(|one| one.slot));
+            let own: BTreeSet<SlotId> =
+                slots.clone().filter(|&slot| self.config.sub_group(slot) == index).collect();
+            assert_eq!(slots.count(), self.config.running_max as usize, "slots of sub-group {index}");
+            assert_eq!(
+                own.len(),
+                self.config.running_max as usize,
+                "a slot is in two places, or in a wrong one"
+            );
+        }
         let mut released = BTreeSet::new();
         for &slot in &self.slots_released {
             assert!(released.insert(slot), "{slot} is released twice");
-            assert!(used.clone().all(|used| used != slot), "{slot} is released and in use");
+            assert!(self.running().all(|one| one.slot != slot), "{slot} is released and in use");
         }
     }
 
     /// Progress and tables of each sequence agree, and the queue's sums are right.
     fn check_sequences(&self) {
-        let geometry = self.kv.geometry();
-        for one in &self.running {
+        for (group, one) in
+            self.groups.iter().flat_map(|group| group.running.iter().map(move |one| (group, one)))
+        {
+            let (kv, geometry) = (&group.kv, group.kv.geometry());
             let id = one.sequence.id;
             assert!(one.computed > 0, "{id} runs without having had a row");
             assert!(one.computed <= one.sequence.inputs(), "{id} computed more than it has");
@@ -98,7 +109,7 @@ impl Engine {
             );
             for group in KvGroup::ALL {
                 let table = &one.tables[group.index()];
-                if self.kv.pool(group).total() == 0 {
+                if kv.pool(group).total() == 0 {
                     assert!(table.is_empty(), "{id} has blocks of a group without layers");
                     continue;
                 }
@@ -125,7 +136,7 @@ impl Engine {
 
     fn sequences(&self) -> impl Iterator<Item = &Sequence> {
         let leaving = self.leaving.iter().map(|one| &one.sequence);
-        self.waiting.values().chain(leaving).chain(self.running.iter().map(|one| &one.sequence))
+        self.waiting.values().chain(leaving).chain(self.running().map(|one| &one.sequence))
     }
 
     /// What a sequence expects of the steps in flight is what they compute.

@@ -1,7 +1,7 @@
 //! What an engine is built with, and the budgets that cannot work.
 
-use types::limits::CONTEXT_TOKENS_MAX;
-use types::{BlockSize, TokenId};
+use types::limits::{CONTEXT_TOKENS_MAX, RANKS_MAX};
+use types::{BlockSize, SlotId, TokenId};
 
 use crate::{Error, KvGroup};
 
@@ -12,7 +12,8 @@ pub const STEP_TOKENS_CEILING: u32 = 1 << 20;
 /// Blocks one pool may have in any configuration: the free list is allocated at start (8 bytes each, 1 GiB).
 pub const BLOCKS_CEILING: u32 = 1 << 27;
 
-/// Everything the engine needs to know about the model and its budgets. Equal on every rank of a group.
+/// Everything the engine needs to know about the model and its budgets. Equal on every rank of a group. Budgets of steps,
+/// blocks and running sequences are those of one sub-group: each has its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// Tokens per KV block, in both groups.
@@ -33,6 +34,9 @@ pub struct Config {
     pub logit_rows_max: u32,
     /// Most sequences that run at once; also the number of slots.
     pub running_max: u32,
+    /// Sub-groups of ranks, each with keys, values and sequences of its own (data-parallel attention); 1 when all ranks
+    /// hold a part of every sequence's.
+    pub data_parallel: u32,
     /// Most requests that wait; a request beyond it is refused.
     pub waiting_requests_max: u32,
     /// Most prompt tokens that wait; a request beyond it is refused.
@@ -63,6 +67,8 @@ impl Config {
         }
         at_least("running_max", running, 1, "one sequence must be able to run")?;
         at_most("running_max", running, RUNNING_CEILING, "the most supported")?;
+        at_least("data_parallel", self.data_parallel, 1, "the ranks are at least one sub-group")?;
+        at_most("data_parallel", self.data_parallel, RANKS_MAX, "as many as there can be ranks")?;
         at_least("step_tokens_max", self.step_tokens_max, running, "each of running_max needs a row a step")?;
         at_most("step_tokens_max", self.step_tokens_max, STEP_TOKENS_CEILING, "the most supported")?;
         at_least("logit_rows_max", self.logit_rows_max, running, "each of running_max needs a row a step")?;
@@ -74,6 +80,18 @@ impl Config {
         )?;
         let context = self.context_tokens_max;
         at_least("waiting_tokens_max", self.waiting_tokens_max, context, "a prompt may fill the context")
+    }
+
+    /// Slots of all sub-groups.
+    #[must_use]
+    pub const fn slots(&self) -> u32 {
+        self.running_max * self.data_parallel
+    }
+
+    /// The sub-group that `slot` belongs to, counted from 0.
+    #[must_use]
+    pub const fn sub_group(&self, slot: SlotId) -> u32 {
+        slot.0 / self.running_max
     }
 
     /// Whether the model has layers of `group`.

@@ -31,7 +31,7 @@ impl Drawn {
         self.tokens.clear();
         self.tokens.extend(rows.iter().map(|row| match row {
             RowOutput::Sampled { token, .. } => Some(*token),
-            RowOutput::PromptLogprob(_) | RowOutput::NotANumber => None,
+            RowOutput::PromptLogprob(_) | RowOutput::NoToken | RowOutput::NotANumber => None,
         }));
     }
 

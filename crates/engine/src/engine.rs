@@ -7,10 +7,10 @@ use std::sync::Arc;
 use types::limits::SEQUENCES_MAX;
 use types::{Generation, Micros, SeqId, SlotId, TokenId};
 
+use crate::group::SubGroup;
 use crate::kv::Kv;
 use crate::rank::Rank;
 use crate::sabotage::Sabotage;
-use crate::schedule::Blocked;
 use crate::sequence::{Leaving, Running, Sequence, stops};
 use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, RowOutput, StepOutput};
 
@@ -40,17 +40,13 @@ pub const STEPS_IN_FLIGHT_MAX: usize = 2;
 #[derive(Debug)]
 pub struct Engine {
     pub(crate) config: Config,
-    pub(crate) kv: Kv,
+    /// What runs, by sub-group.
+    pub(crate) groups: Vec<SubGroup>,
     /// Those that wait, preempted ones included.
     pub(crate) waiting: BTreeMap<Rank, Sequence>,
     pub(crate) waiting_tokens: u64,
-    /// Ordered by rank when a step is planned; what that step starts comes last.
-    pub(crate) running: Vec<Running>,
     /// Preempted while a step in flight draws their next token: all of them have rows in the oldest one.
     pub(crate) leaving: Vec<Leaving>,
-    /// Why the first of those that wait could not start.
-    pub(crate) blocked: Option<Blocked>,
-    pub(crate) slots_free: Vec<SlotId>,
     /// Slots to name in the next plan.
     pub(crate) slots_released: Vec<SlotId>,
     /// The oldest first.
@@ -99,14 +95,10 @@ impl Engine {
     pub fn new(config: Config) -> Result<Self, Error> {
         config.check()?;
         Ok(Self {
-            kv: Kv::new(&config),
+            groups: (0..config.data_parallel).map(|index| SubGroup::new(&config, index)).collect(),
             waiting: BTreeMap::new(),
             waiting_tokens: 0,
-            running: Vec::with_capacity(config.running_max as usize),
             leaving: Vec::new(),
-            blocked: None,
-            // Reversed, so that the lowest slot is taken first.
-            slots_free: (0..config.running_max).rev().map(SlotId).collect(),
             slots_released: Vec::new(),
             in_flight: VecDeque::with_capacity(STEPS_IN_FLIGHT_MAX),
             steps: 0,
@@ -141,22 +133,29 @@ impl Engine {
     #[must_use]
     pub fn load(&self) -> Load {
         let count = |n: usize| u32::try_from(n).expect("queues are bounded");
-        let blocks = KvGroup::ALL.map(|group| self.kv.pool(group).total());
+        let sum = |of: &dyn Fn(&Kv, KvGroup) -> u32| {
+            KvGroup::ALL.map(|kind| self.groups.iter().map(|one| of(&one.kv, kind)).sum())
+        };
         Load {
-            running: count(self.running.len()),
+            running: count(self.running().count()),
             waiting: count(self.waiting.len() + self.leaving.len()),
             waiting_tokens: self.waiting_tokens,
-            blocks_used: KvGroup::ALL.map(|group| blocks[group.index()] - self.kv.available(group)),
-            blocks_cached: KvGroup::ALL.map(|group| self.kv.prefixes().shared(group).idle()),
-            blocks,
-            prefix_look_ups: self.kv.prefixes().look_ups(),
+            blocks_used: sum(&|kv, kind| kv.pool(kind).total() - kv.available(kind)),
+            blocks_cached: sum(&|kv, kind| kv.prefixes().shared(kind).idle()),
+            blocks: sum(&|kv, kind| kv.pool(kind).total()),
+            prefix_look_ups: self.groups.iter().map(|one| one.kv.prefixes().look_ups()).sum(),
         }
     }
 
     /// Whether no sequence runs or waits. A step may be in flight all the same, for sequences that have ended.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty() && self.leaving.is_empty()
+        self.running().next().is_none() && self.waiting.is_empty() && self.leaving.is_empty()
+    }
+
+    /// What runs, in any sub-group.
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Running> {
+        self.groups.iter().flat_map(|group| &group.running)
     }
 
     /// Steps that were planned and have not been answered.
@@ -191,10 +190,12 @@ impl Engine {
         }
         let prompt_tokens = u32::try_from(prompt.len()).expect("below the context length");
         let tokens = prompt_tokens + generation.max_tokens().min(context - prompt_tokens);
-        for group in self.kv.groups() {
+        // All sub-groups have as much.
+        let kv = &self.groups[0].kv;
+        for group in kv.groups() {
             // The last token generated is never an input, so it is never cached.
-            let needed = self.kv.geometry().peak(group, tokens - 1);
-            let available = self.kv.pool(group).total();
+            let needed = kv.geometry().peak(group, tokens - 1);
+            let available = kv.pool(group).total();
             if needed > available {
                 return Err(Refusal::KvTooSmall { group, tokens, needed, available });
             }
@@ -283,33 +284,44 @@ impl Engine {
             Some(answered),
             "the output must answer the oldest step in flight"
         );
-        let at = flight_index(step);
-        let mut running = mem::take(&mut self.running);
-        running.retain_mut(|one| {
-            // Results of sequences that ended while the step was in flight are nobody's: dropped without trace.
-            let Some(flight) = one.flights[at].take() else { return true };
-            one.answered = flight.end;
-            let known = one.sequence.len();
-            let finish = one.sequence.take(&flight, &mut rows, &self.config, effects);
-            if finish != Some(Finish::NotANumber) {
-                let tokens = self.publishable(one);
-                one.publish(&mut self.kv, tokens);
-            }
-            let drew = one.sequence.len() > known;
-            if drew || finish.is_some() {
-                self.led.extend(mem::take(&mut one.sequence.leads).then_some((one.sequence.id, drew)));
-            }
-            let Some(finish) = finish else { return true };
-            self.finish(&one.sequence, finish, effects);
-            if self.haunts(one) {
-                return true;
-            }
-            self.vacate(one);
-            false
-        });
-        self.running = running;
+        for at in 0..self.groups.len() {
+            let mut running = mem::take(&mut self.groups[at].running);
+            running.retain_mut(|one| self.answer(at, one, step, &mut rows, effects));
+            self.groups[at].running = running;
+        }
         self.settle_leaving(&mut rows, effects);
         self.free_families();
+    }
+
+    /// Gives a running sequence of sub-group `at` its results of `step`; false when it runs no more.
+    fn answer(
+        &mut self,
+        at: usize,
+        one: &mut Running,
+        step: u64,
+        rows: &mut [RowOutput],
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        // Results of sequences that ended while the step was in flight are nobody's: dropped without trace.
+        let Some(flight) = one.flights[flight_index(step)].take() else { return true };
+        one.answered = flight.end;
+        let known = one.sequence.len();
+        let finish = one.sequence.take(&flight, rows, &self.config, effects);
+        if finish != Some(Finish::NotANumber) {
+            let tokens = self.publishable(one);
+            one.publish(&mut self.groups[at].kv, tokens);
+        }
+        let drew = one.sequence.len() > known;
+        if drew || finish.is_some() {
+            self.led.extend(mem::take(&mut one.sequence.leads).then_some((one.sequence.id, drew)));
+        }
+        let Some(finish) = finish else { return true };
+        self.finish(&one.sequence, finish, effects);
+        if self.haunts(one) {
+            return true;
+        }
+        self.vacate(at, one);
+        false
     }
 
     /// Gives those that were preempted while the step was in flight their results, and a place in the queue.
@@ -368,26 +380,29 @@ impl Engine {
             !ended
         });
         self.leaving.retain(|one| !end(&one.sequence));
-        let mut running = mem::take(&mut self.running);
-        running.extract_if(.., |one| end(&one.sequence)).for_each(|mut one| self.vacate(&mut one));
-        self.running = running;
+        for at in 0..self.groups.len() {
+            let mut running = mem::take(&mut self.groups[at].running);
+            running.extract_if(.., |one| end(&one.sequence)).for_each(|mut one| self.vacate(at, &mut one));
+            self.groups[at].running = running;
+        }
         self.led = led;
         self.free_families();
     }
 
-    /// Frees everything a running sequence holds; see [`Engine`] for steps in flight that still write to it.
-    pub(crate) fn vacate(&mut self, one: &mut Running) {
+    /// Frees everything a sequence that ran on sub-group `at` holds; see [`Engine`] for steps in flight that still write
+    /// to it.
+    pub(crate) fn vacate(&mut self, at: usize, one: &mut Running) {
         if self.has_bug(Sabotage::LeakBlocks) && !self.in_flight.is_empty() {
             one.tables = crate::kv::Tables::default();
         }
-        if self.has_bug(Sabotage::FreeSlotTwice) {
-            self.slots_free.push(one.slot);
-        }
-        self.kv.release(&mut one.tables);
+        let twice = self.has_bug(Sabotage::FreeSlotTwice);
+        let group = &mut self.groups[at];
+        group.slots_free.extend(twice.then_some(one.slot));
+        group.kv.release(&mut one.tables);
         if let Some(cursor) = one.cursor.take() {
-            self.kv.close(cursor);
+            group.kv.close(cursor);
         }
-        self.slots_free.push(one.slot);
+        group.slots_free.push(one.slot);
         self.slots_released.push(one.slot);
     }
 }

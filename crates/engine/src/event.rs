@@ -82,6 +82,8 @@ pub enum RowOutput {
     },
     /// The log-probability of a prompt token.
     PromptLogprob(TokenLogprob),
+    /// Nothing can be drawn: what says which tokens may come has none left. Ends the sequence.
+    NoToken,
     /// The logits are not numbers: the weights are damaged or the computation overflowed. Ends the sequence.
     NotANumber,
 }
@@ -161,6 +163,8 @@ pub enum Finish {
     Cancelled,
     /// Its deadline passed.
     DeadlineExceeded,
+    /// Nothing could be drawn.
+    NoToken,
     /// The logits of its next token were not numbers.
     NotANumber,
 }

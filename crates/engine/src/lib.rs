@@ -5,7 +5,7 @@
 //! give the same plans.
 //!
 //! Read in this order: [`Event`] and [`Effect`] (what goes in and out), `engine.rs` (the state and `apply`),
-//! `schedule.rs` (how a step is made), [`kv`] (blocks), [`StepPlan`] (what every rank executes), [`Drawn`] (the tokens
+//! `schedule.rs` (how a step is made), `group.rs` (where a sequence runs), [`kv`] (blocks), [`StepPlan`] (what every rank executes), [`Drawn`] (the tokens
 //! it may refer to) and [`SlotTables`] (its mirror image on every rank).
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,7 @@ mod drawn;
 mod engine;
 mod error;
 mod event;
+mod group;
 pub mod kv;
 mod plan;
 mod rank;

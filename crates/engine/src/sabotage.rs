@@ -79,7 +79,9 @@ impl Engine {
     pub fn sabotaged(config: Config, bug: Sabotage) -> Result<Self, Error> {
         let mut engine = Self::new(config)?;
         engine.sabotage = Some(bug);
-        engine.kv.skip_window_check(bug == Sabotage::SkipWindowCheck);
+        for group in &mut engine.groups {
+            group.kv.skip_window_check(bug == Sabotage::SkipWindowCheck);
+        }
         Ok(engine)
     }
 

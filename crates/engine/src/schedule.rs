@@ -6,27 +6,20 @@
 //! Then waiting requests are admitted in order, as long as their whole prompt fits beside what runs; nobody is
 //! preempted to make room for one. So the first sequence always advances, and every sequence becomes the first one
 //! day.
+//!
+//! With several sub-groups all of this holds for each by itself, its budgets and blocks being its own; only the queue is
+//! one. Its first sequence goes where it costs least ([`crate::group::SubGroup::offer`]): tokens that are not known there, those
+//! that sub-group has yet to compute, and its running sequences.
 
 use types::{Micros, Position};
 
 use crate::engine::{InFlight, STEPS_IN_FLIGHT_MAX, flight_index};
-use crate::kv::{Cursor, Kv};
+use crate::group::Offer;
 use crate::plan::SequenceEntry;
 use crate::rank::Rank;
 use crate::sabotage::Sabotage;
-use crate::sequence::{Found, Leaving, Running, Sequence};
+use crate::sequence::{Leaving, Sequence};
 use crate::{Effect, Engine, Finish, KvGroup, RowWork, Step};
-
-/// A step while it is being made.
-struct Draft<'a> {
-    step: &'a mut Step,
-    /// Rows left.
-    tokens: u32,
-    /// Logit rows left.
-    logits: u32,
-    /// Sequences further on that decode, when the step began: a row and a logit row are kept for each.
-    decodes: u32,
-}
 
 impl Engine {
     /// Plans the next step into `step`, whose old content is dropped. False, and an empty step, when there is nothing to
@@ -43,16 +36,12 @@ impl Engine {
         if self.is_idle() {
             return false;
         }
-        self.running.sort_unstable_by_key(|one| one.sequence.rank);
-        let decodes = self.running.iter().filter(|one| one.is_decoding()).count();
-        let mut draft = Draft {
-            step,
-            tokens: self.config.step_tokens_max + u32::from(self.has_bug(Sabotage::ExceedBudget)),
-            logits: self.config.logit_rows_max,
-            decodes: u32::try_from(decodes).expect("bounded by running_max"),
-        };
-        self.schedule_running(&mut draft, effects);
-        self.admit_waiting(&mut draft, effects);
+        let tokens = self.config.step_tokens_max + u32::from(self.has_bug(Sabotage::ExceedBudget));
+        for at in 0..self.groups.len() {
+            self.groups[at].begin(tokens, self.config.logit_rows_max);
+            self.schedule_running(at, step, effects);
+        }
+        self.admit_waiting(step, effects);
         if step.plan.sequences.is_empty() {
             assert!(in_flight > 0, "an engine with work always finds a row to run");
             return false;
@@ -73,42 +62,40 @@ impl Engine {
         self.plan_into(now, &mut step, effects).then_some(step)
     }
 
-    /// Gives rows to the running sequences.
-    fn schedule_running(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
+    /// Gives rows to the running sequences of sub-group `at`.
+    fn schedule_running(&mut self, at: usize, step: &mut Step, effects: &mut Vec<Effect>) {
         let mut index = 0;
         let early = u32::from(self.has_bug(Sabotage::WindowOffByOne));
         // Preemption shortens the batch from its end, at times up to the sequence at hand.
-        while let Some(one) = self.running.get_mut(index) {
-            draft.decodes -= u32::from(one.is_decoding());
-            let tokens = draft.tokens - draft.decodes;
-            let logits = draft.logits - draft.decodes;
+        while let Some(one) = self.groups[at].running.get(index) {
+            let decodes = u32::from(one.is_decoding());
+            let group = &mut self.groups[at];
+            let (one, budget) = (&mut group.running[index], &mut group.budget);
+            budget.decodes -= decodes;
+            let (tokens, logits) = (budget.tokens - budget.decodes, budget.logits - budget.decodes);
             let wanted = one.sequence.longest(one.computed, tokens, logits);
             if wanted > 0 {
-                let dropped = self.kv.return_passed(&mut one.tables, one.computed + early);
+                let dropped = group.kv.return_passed(&mut one.tables, one.computed + early);
                 one.announced[KvGroup::Sliding.index()] -= dropped;
-                while self.room(index) == Some(0) {
-                    self.preempt_last(effects);
+                while self.groups[at].room(index) == Some(0) {
+                    self.preempt_last(at, effects);
                 }
-                if let Some(room) = self.room(index) {
-                    self.place(index, wanted.min(room), dropped, draft);
+                if let Some(room) = self.groups[at].room(index) {
+                    self.place((at, index), wanted.min(room), dropped, step);
                 }
             }
             index += 1;
         }
     }
 
-    /// Tokens that fit behind what the sequence at `index` has computed; `None` when it runs no more.
-    fn room(&self, index: usize) -> Option<u32> {
-        self.running.get(index).map(|one| self.kv.room(&one.tables, one.computed))
-    }
-
-    /// Takes everything from the last running sequence. It keeps its tokens, so it goes on where it was once they have
-    /// been computed again. It has not been given rows in this step: the sequence that lacks a block is never after
-    /// it. (It does not come back in the same step either: one of its blocks is taken by then.)
-    fn preempt_last(&mut self, effects: &mut Vec<Effect>) {
-        assert!(self.running.len() > 1, "a sequence that runs alone fits: it was checked when it came");
-        let mut one = self.running.pop().expect("there are at least two");
-        self.vacate(&mut one);
+    /// Takes everything from the last running sequence of sub-group `at`. It keeps its tokens, so it goes on where it was
+    /// once they have been computed again. It has not been given rows in this step: the sequence that lacks a block is
+    /// never after it. (It does not come back here in the same step either: one of its blocks is taken by then.)
+    fn preempt_last(&mut self, at: usize, effects: &mut Vec<Effect>) {
+        let running = &mut self.groups[at].running;
+        assert!(running.len() > 1, "a sequence that runs alone fits: it was checked when it came");
+        let mut one = running.pop().expect("there are at least two");
+        self.vacate(at, &mut one);
         match one.flights.into_iter().flatten().next() {
             Some(flight) => self.leaving.push(Leaving { sequence: one.sequence, flight }),
             None => self.send_back(one.sequence, effects),
@@ -125,109 +112,61 @@ impl Engine {
     }
 
     /// Starts waiting sequences while rows, slots and blocks last.
-    fn admit_waiting(&mut self, draft: &mut Draft<'_>, effects: &mut Vec<Effect>) {
-        let mut promised = None;
-        while draft.tokens > 0 && !self.slots_free.is_empty() {
-            // Sequences that will find their prompt computed by another one of their request are passed over.
-            let head = self.waiting.values().find(|sequence| sequence.held_by.is_none());
-            let Some(rank) = head.map(|sequence| sequence.rank) else { return };
-            let promised = promised.get_or_insert_with(|| self.promised());
-            if self.is_still_blocked(rank, *promised) {
-                return;
-            }
-            let mut found = self.find(rank);
-            let head = &self.waiting[&rank];
-            let wanted = head.longest(found.start, draft.tokens, draft.logits);
-            let held = KvGroup::ALL.map(|group| found.tables[group.index()].len());
-            let fits = self.fits(head.len(), held, [0, 0], *promised);
-            if wanted == 0 || !fits {
-                return self.put_back(rank, found, fits);
-            }
-            self.blocked = None;
+    fn admit_waiting(&mut self, step: &mut Step, effects: &mut Vec<Effect>) {
+        // Sequences that will find their prompt computed by another one of their request are passed over.
+        while let Some(rank) = self.waiting.values().find(|one| one.held_by.is_none()).map(|head| head.rank) {
+            let Some((at, Offer { rows, found, .. })) = self.choose(rank) else { return };
             let mut sequence = self.waiting.remove(&rank).expect("it was just looked at");
             self.waiting_tokens -= u64::from(sequence.len());
             sequence.start(found.start);
             effects.push(Effect::Started { seq: sequence.id, cached_tokens: found.start });
-            let slot = self.slots_free.pop().expect("checked above");
-            let room = self.kv.room(&found.tables, found.start);
-            for group in self.kv.groups() {
-                let peak = self.kv.geometry().peak(group, sequence.cached_tokens_max());
-                found.tables[group.index()].reserve(peak + 1);
-            }
-            self.running.push(Running::new(sequence, slot, found));
-            let index = self.running.len() - 1;
-            self.place(index, wanted.min(room), 0, draft);
-            for group in KvGroup::ALL {
-                promised[group.index()] += promise(&self.kv, &self.running[index], group);
-            }
+            let group = &mut self.groups[at];
+            let room = group.kv.room(&found.tables, found.start);
+            let slot = group.slots_free.pop().expect("a sub-group without one makes no offer");
+            group.start(sequence, slot, found);
+            let index = group.running.len() - 1;
+            self.place((at, index), rows.min(room), 0, step);
+            self.groups[at].stand(index);
         }
     }
 
-    /// What is known already of the waiting sequence at `rank`.
-    fn find(&mut self, rank: Rank) -> Found {
-        let sequence = &self.waiting[&rank];
-        let mut found = Found { cursor: sequence.root.map(Cursor::new), ..Found::default() };
-        if let Some(cursor) = &mut found.cursor {
-            let size = self.config.block_size.tokens();
-            // At least one row must be computed, and so must every row whose logits are wanted.
-            let row = match self.sabotage {
-                Some(Sabotage::ReuseEveryBlock) => sequence.len(),
-                _ => sequence.first_logit_row(),
-            };
-            let limit = row / size;
-            let blocks = self.kv.reuse(&mut found.tables, cursor, sequence.all_tokens(), limit);
-            found.start = blocks * size;
+    /// The sub-group where the waiting sequence at `rank` costs least, and what it offers; `None` when the sequence can
+    /// start nowhere, or had better wait for the next step: one sub-group knows much of its prompt and has no row left.
+    fn choose(&mut self, rank: Rank) -> Option<(usize, Offer)> {
+        if self.groups.iter().all(|group| group.budget.tokens == 0) {
+            return None;
         }
-        found
-    }
-
-    /// Whether the waiting sequence at `rank` was found not to fit, and cannot fit now either: looking its prompt up
-    /// again would be in vain.
-    fn is_still_blocked(&self, rank: Rank, promised: [u32; 2]) -> bool {
-        let Some(blocked) = self.blocked.as_ref().filter(|blocked| blocked.rank == rank) else {
-            return false;
+        let head = &self.waiting[&rank];
+        // At least one row must be computed, and so must every row whose logits are wanted.
+        let row = match self.sabotage {
+            Some(Sabotage::ReuseEveryBlock) => head.len(),
+            _ => head.first_logit_row(),
         };
-        let tokens = self.waiting[&rank].len();
-        self.steps < blocked.step + BLOCKED_STEPS_MAX
-            && !self.fits(tokens, blocked.held, blocked.idle, promised)
+        let mut best: Option<(usize, Offer)> = None;
+        for at in 0..self.groups.len() {
+            let Some(offer) = self.groups[at].offer(head, row, self.steps) else { continue };
+            if best.as_ref().is_some_and(|(_, best)| best.cost <= offer.cost) {
+                self.groups[at].put_back(offer.found);
+            } else if let Some((worse, offer)) = best.replace((at, offer)) {
+                self.groups[worse].put_back(offer.found);
+            }
+        }
+        let (at, offer) = best?;
+        if offer.rows == 0 {
+            self.groups[at].put_back(offer.found);
+            return None;
+        }
+        Some((at, offer))
     }
 
-    /// Gives back what was found of the sequence at `rank`, which does not start; `fits` says whether it would.
-    fn put_back(&mut self, rank: Rank, mut found: Found, fits: bool) {
-        let held = KvGroup::ALL.map(|group| found.tables[group.index()].len());
-        let before = KvGroup::ALL.map(|group| self.kv.available(group));
-        self.kv.release(&mut found.tables);
-        found.cursor.into_iter().for_each(|cursor| self.kv.close(cursor));
-        let idle = KvGroup::ALL.map(|group| self.kv.available(group) - before[group.index()]);
-        self.blocked = (!fits).then_some(Blocked { rank, step: self.steps, held, idle });
-    }
-
-    /// Blocks running sequences still need for tokens they already have, by [`KvGroup::index`].
-    fn promised(&self) -> [u32; 2] {
-        KvGroup::ALL.map(|group| self.running.iter().map(|one| promise(&self.kv, one, group)).sum())
-    }
-
-    /// Whether a sequence of `tokens`, `held` blocks of which are there, can start without taking blocks that others are
-    /// about to need: what they were promised, and one more for each of them and for itself, or it would soon be
-    /// preempted. `idle` of the blocks it holds still count as available. Alone it always fits.
-    fn fits(&self, tokens: u32, held: [u32; 2], idle: [u32; 2], promised: [u32; 2]) -> bool {
-        let running = u32::try_from(self.running.len()).expect("bounded by running_max");
-        running == 0
-            || self.kv.groups().all(|group| {
-                let at = group.index();
-                let own = self.kv.geometry().peak(group, tokens).saturating_sub(held[at]);
-                own + promised[at] + running + idle[at] < self.kv.available(group)
-            })
-    }
-
-    /// Adds the next `rows` rows of the sequence at `index` to the step.
-    fn place(&mut self, index: usize, rows: u32, dropped: u32, draft: &mut Draft<'_>) {
-        let one = &mut self.running[index];
-        let step = &mut *draft.step;
+    /// Adds the next `rows` rows of a sequence, given by its sub-group and its index there, to the step.
+    fn place(&mut self, (at, index): (usize, usize), rows: u32, dropped: u32, step: &mut Step) {
+        let group = &mut self.groups[at];
+        let one = &mut group.running[index];
         let number = self.steps + 1;
         let range = one.computed..one.computed + rows;
         let logit_rows = one.sequence.logit_rows(&range);
-        self.kv.extend(&mut one.tables, range.end);
+        group.kv.extend(&mut one.tables, range.end);
         let new_blocks = one.announce(&mut step.plan.blocks);
         one.inputs(range.clone(), flight_index(number - 1), &mut step.plan.inputs);
         step.plan.sequences.push(SequenceEntry {
@@ -251,31 +190,7 @@ impl Engine {
         let flight = one.sequence.fly(first..step.work.len(), range.end);
         one.flights[flight_index(number)] = Some(flight);
         one.computed = range.end;
-        draft.tokens -= rows;
-        draft.logits -= logit_rows;
+        group.budget.tokens -= rows;
+        group.budget.logits -= logit_rows;
     }
-}
-
-/// Steps for which a look-up in vain is believed. Meanwhile blocks of the prompt may come and go without being noticed.
-const BLOCKED_STEPS_MAX: u64 = 32;
-
-/// What was found of the first waiting sequence when it did not fit, so that a long prompt is not looked up at every
-/// step in which it cannot start.
-#[derive(Debug)]
-pub(crate) struct Blocked {
-    rank: Rank,
-    step: u64,
-    /// Blocks found, by [`KvGroup::index`].
-    held: [u32; 2],
-    /// Those of them that nobody else uses.
-    idle: [u32; 2],
-}
-
-/// Blocks `one` still needs in `group` for tokens it already has.
-fn promise(kv: &Kv, one: &Running, group: KvGroup) -> u32 {
-    let known = one.sequence.len();
-    if known <= one.computed {
-        return 0;
-    }
-    kv.geometry().peak(group, known).saturating_sub(one.tables[group.index()].len())
 }

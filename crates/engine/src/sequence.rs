@@ -264,6 +264,7 @@ impl Sequence {
             let output = std::mem::replace(output, RowOutput::NotANumber);
             match (output, flight.draws && Some(index) == last) {
                 (RowOutput::NotANumber, _) => return Some(Finish::NotANumber),
+                (RowOutput::NoToken, true) => return Some(Finish::NoToken),
                 (RowOutput::PromptLogprob(entry), false) => self.take_prompt_logprob(entry),
                 (RowOutput::Sampled { token, logprob }, true) => {
                     return self.take_token(token, logprob, config, effects);

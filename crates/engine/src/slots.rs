@@ -26,6 +26,8 @@ pub struct SlotTables {
     step: u64,
     /// Logit rows of that step.
     logit_rows: u32,
+    /// Rows and logit rows of a step by sub-group; only memory.
+    rows: Vec<[u32; 2]>,
 }
 
 impl SlotTables {
@@ -37,9 +39,10 @@ impl SlotTables {
         config.check()?;
         Ok(Self {
             geometry: Geometry { block_size: config.block_size, window_keys: config.window_keys },
-            slots: vec![Slot::default(); config.running_max as usize],
+            slots: vec![Slot::default(); config.slots() as usize],
             step: 0,
             logit_rows: 0,
+            rows: Vec::new(),
             config: config.clone(),
         })
     }
@@ -121,10 +124,20 @@ impl SlotTables {
         let limit = |field, got: u64, max: u64| {
             if got > max { Err(Error::PlanField { field, got, min: 0, max }) } else { Ok(()) }
         };
-        limit("rows", plan.inputs().len() as u64, self.config.step_tokens_max.into())?;
-        let logit_rows = plan.logit_row_count();
-        limit("logit rows", logit_rows.into(), self.config.logit_rows_max.into())?;
-        let before = std::mem::replace(&mut self.logit_rows, logit_rows);
+        self.rows.clear();
+        self.rows.resize(self.config.data_parallel as usize, [0; 2]);
+        for sequence in plan.sequences() {
+            let max = u64::from(self.config.slots()) - 1;
+            limit("a slot", sequence.slot.0.into(), max)?;
+            let [rows, logit_rows] = &mut self.rows[self.config.sub_group(sequence.slot) as usize];
+            *rows = rows.saturating_add(u32::try_from(sequence.rows.len()).unwrap_or(u32::MAX));
+            *logit_rows = logit_rows.saturating_add(sequence.logit_rows);
+        }
+        for [rows, logit_rows] in &self.rows {
+            limit("rows", (*rows).into(), self.config.step_tokens_max.into())?;
+            limit("logit rows", (*logit_rows).into(), self.config.logit_rows_max.into())?;
+        }
+        let before = std::mem::replace(&mut self.logit_rows, plan.logit_row_count());
         for input in plan.inputs() {
             match *input {
                 Input::Known(token) => {

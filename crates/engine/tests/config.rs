@@ -21,6 +21,8 @@ fn impossible_budgets_are_refused_with_the_numbers() {
         (|c| c.vocab_size = 0, &["vocab_size is 0"]),
         (|c| c.eos_token_ids = vec![TokenId(1000)], &["token 1000", "vocabulary size 1000"]),
         (|c| c.running_max = 0, &["running_max is 0"]),
+        (|c| c.data_parallel = 0, &["data_parallel is 0"]),
+        (|c| c.data_parallel = 129, &["data_parallel is 129", "at most 128"]),
         (|c| c.running_max = 1 << 17, &["running_max is 131072", "at most 65536"]),
         (|c| c.step_tokens_max = 3, &["step_tokens_max is 3", "at least 4"]),
         (|c| c.step_tokens_max = u32::MAX, &["step_tokens_max", "at most 1048576"]),

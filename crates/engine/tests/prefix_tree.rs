@@ -146,6 +146,7 @@ impl Both {
             step_tokens_max: 64,
             logit_rows_max: 64,
             running_max: SEATS as u32,
+            data_parallel: 1,
             waiting_requests_max: 8,
             waiting_tokens_max: 64,
         };

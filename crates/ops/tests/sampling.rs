@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of tests may unwrap as tests do")]
 
 use ops::sample::{Draw, Logits, philox, uniform};
-use types::{Generation, GenerationSpec, History, TokenId};
+use types::{Generation, GenerationSpec, History, TokenId, TokenMask};
 
 const VOCAB: usize = 16;
 
@@ -33,6 +33,7 @@ fn drawn(logits: &[f32], spec: GenerationSpec, prompt: &[u32], output: &[u32]) -
         stream: 0,
         position: output.len() as u32,
         banned: &[],
+        mask: None,
     };
     Logits::new(0, logits).unwrap().sample(&draw, &history).0
 }
@@ -44,7 +45,7 @@ fn support(logits: &[f32], spec: &GenerationSpec) -> Vec<u32> {
     let history = History::default();
     let draw = |position| {
         let (params, rules) = (generation.sampling(), generation.rules());
-        row.sample(&Draw { params, rules, stream: 0, position, banned: &[] }, &history).0
+        row.sample(&Draw { params, rules, stream: 0, position, banned: &[], mask: None }, &history).0
     };
     let seen: std::collections::BTreeSet<u32> = (0..4000).map(draw).collect();
     seen.into_iter().collect()
@@ -93,7 +94,7 @@ fn draws_follow_the_probabilities() {
     let mut counts = [0; 3];
     for position in 0..20_000 {
         let (params, rules) = (generation.sampling(), generation.rules());
-        let draw = Draw { params, rules, stream: 3, position, banned: &[] };
+        let draw = Draw { params, rules, stream: 3, position, banned: &[], mask: None };
         counts[row.sample(&draw, &History::default()).0 as usize] += 1;
     }
     for (count, expected) in counts.iter().zip([14_000_i32, 4_000, 2_000]) {
@@ -162,7 +163,7 @@ fn banned_tokens_are_not_drawn_whatever_their_bias() {
     let generation = valid(GenerationSpec { logit_bias: vec![(0, 50.0)], ..greedy() });
     let (params, rules) = (generation.sampling(), generation.rules());
     let banned = ids(&[0, 1]);
-    let draw = Draw { params, rules, stream: 0, position: 0, banned: &banned };
+    let draw = Draw { params, rules, stream: 0, position: 0, banned: &banned, mask: None };
     assert_eq!(Logits::new(0, &falling()).unwrap().sample(&draw, &History::default()).0, 2);
 }
 
@@ -197,4 +198,36 @@ fn reported_log_probabilities_are_those_of_the_model() {
 #[test]
 fn a_row_with_something_that_is_no_number_is_refused() {
     assert!(Logits::new(3, &[0.0, f32::NAN]).unwrap_err().to_string().contains("row 3"));
+}
+
+#[test]
+fn nothing_outside_the_mask_is_drawn() {
+    let (spec, logits) = (GenerationSpec { temperature: Some(5.0), ..GenerationSpec::default() }, falling());
+    let generation = valid(spec);
+    let mask = TokenMask::of(&ids(&[3, 9, 12]));
+    let mut seen = std::collections::BTreeSet::new();
+    for position in 0..2000 {
+        let (params, rules) = (generation.sampling(), generation.rules());
+        let draw = Draw { params, rules, stream: 0, position, banned: &ids(&[9]), mask: Some(&mask) };
+        seen.insert(Logits::new(0, &logits).unwrap().sample(&draw, &History::default()).0);
+    }
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), [3, 12]);
+}
+
+#[test]
+fn a_mask_shorter_than_the_vocabulary_excludes_the_rest() {
+    let logits: Vec<f32> = (0..100).map(|id| id as f32).collect();
+    let generation = greedy().validate(0, 100).unwrap();
+    let mask = TokenMask::of(&ids(&[1, 31]));
+    let (params, rules) = (generation.sampling(), generation.rules());
+    let draw = Draw { params, rules, stream: 0, position: 0, banned: &[], mask: Some(&mask) };
+    assert_eq!(Logits::new(0, &logits).unwrap().sample(&draw, &History::default()), TokenId(31));
+}
+
+#[test]
+fn a_mask_knows_whether_a_ban_leaves_anything() {
+    let mask = TokenMask::of(&ids(&[4, 40]));
+    assert!(mask.leaves(&ids(&[4, 4, 5])));
+    assert!(!mask.leaves(&ids(&[40, 4, 4])));
+    assert!(!TokenMask::of(&[]).leaves(&[]));
 }

@@ -35,9 +35,6 @@ impl GenerationFields {
             (Self::Worker, _) => "generation",
             (Self::Public, "max_tokens" | "min_tokens" | "stop_token_ids" | "ignore_eos") => "stopping",
             (Self::Public, "logprobs" | "prompt_logprobs") => "response",
-            (Self::Public, "json" | "regex" | "choice" | "grammar" | "json_object" | "structural_tag") => {
-                "constraint"
-            }
             (Self::Public, _) => "sampling",
         };
         format!("{group}.{field}")
@@ -64,7 +61,7 @@ pub fn priority(lower_first: i32) -> Result<Priority, Failure> {
     Priority::new(-given.level()).map_err(|error| Failure::Internal { why: error.to_string() })
 }
 
-/// Everything but those `bad_words` that are text: whoever has the tokenizer adds them.
+/// Everything but those `bad_words` that are text: whoever has the tokenizer adds them. Tools may make it guided too.
 impl From<&v1::GenerateRequest> for GenerationSpec {
     fn from(request: &v1::GenerateRequest) -> Self {
         let sampling = request.sampling.clone().unwrap_or_default();
@@ -89,11 +86,12 @@ impl From<&v1::GenerateRequest> for GenerationSpec {
             logit_bias: sampling.logit_bias.into_iter().collect(),
             allowed_token_ids: sampling.allowed_token_ids,
             bad_words: sampling.bad_word_token_ids.into_iter().map(|word| word.ids).collect(),
-            constraint: request.constraint.clone().and_then(constraint),
+            guided: request.constraint.clone().and_then(constraint).is_some(),
         }
     }
 }
 
+/// Whether it is guided is said beside it.
 impl From<worker::Generation> for GenerationSpec {
     fn from(wire: worker::Generation) -> Self {
         Self {
@@ -115,7 +113,7 @@ impl From<worker::Generation> for GenerationSpec {
             logit_bias: wire.logit_bias.into_iter().collect(),
             allowed_token_ids: wire.allowed_token_ids,
             bad_words: wire.bad_words.into_iter().map(|word| word.ids).collect(),
-            constraint: wire.constraint.and_then(worker_constraint),
+            guided: false,
         }
     }
 }
@@ -143,31 +141,18 @@ impl From<&Generation> for worker::Generation {
             logit_bias: rules.logit_bias().iter().map(|&(TokenId(id), bias)| (id, bias)).collect(),
             allowed_token_ids: raw(rules.allowed().unwrap_or_default()),
             bad_words: rules.bad_words().iter().map(|word| worker::TokenIds { ids: raw(word) }).collect(),
-            constraint: None,
         }
     }
 }
 
-/// `None` for one that constrains nothing.
-fn constraint(wire: v1::Constraint) -> Option<Constraint> {
+/// The form of an answer's text as a caller gave it; `None` for one that asks nothing.
+#[must_use]
+pub fn constraint(wire: v1::Constraint) -> Option<Constraint> {
     use v1::constraint::Form;
     match wire.form? {
         Form::Json(schema) => Some(Constraint::Json(schema)),
         Form::Regex(regex) => Some(Constraint::Regex(regex)),
         Form::Choice(v1::Choices { choices }) => Some(Constraint::Choice(choices)),
-        Form::Grammar(grammar) => Some(Constraint::Grammar(grammar)),
-        Form::JsonObject(wanted) => wanted.then_some(Constraint::JsonObject),
-        Form::StructuralTag(tag) => Some(Constraint::StructuralTag(tag)),
-    }
-}
-
-/// `None` for one that constrains nothing.
-fn worker_constraint(wire: worker::Constraint) -> Option<Constraint> {
-    use worker::constraint::Form;
-    match wire.form? {
-        Form::Json(schema) => Some(Constraint::Json(schema)),
-        Form::Regex(regex) => Some(Constraint::Regex(regex)),
-        Form::Choice(worker::Choices { choices }) => Some(Constraint::Choice(choices)),
         Form::Grammar(grammar) => Some(Constraint::Grammar(grammar)),
         Form::JsonObject(wanted) => wanted.then_some(Constraint::JsonObject),
         Form::StructuralTag(tag) => Some(Constraint::StructuralTag(tag)),

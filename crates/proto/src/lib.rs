@@ -13,9 +13,9 @@ mod prompt;
 mod status;
 mod timeout;
 
-pub use convert::{GenerationFields, bad_words, priority, stop_strings};
+pub use convert::{GenerationFields, bad_words, constraint, priority, stop_strings};
 pub use phase::Phase;
-pub use prompt::{Chat, Message, Prompt, Role};
+pub use prompt::{Chat, Message, Prompt, Role, ToolChoice};
 pub use status::{Failure, RETRY_AFTER, Violation};
 pub use timeout::timeout;
 

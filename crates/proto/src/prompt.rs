@@ -28,6 +28,46 @@ pub struct Chat {
     pub documents: Vec<String>,
     /// Further variables for the template, a JSON object; `None` for none.
     pub template_arguments: Option<String>,
+    /// Which tools are called.
+    pub tool_choice: ToolChoice,
+    /// Whether one answer may call several tools; `None` for yes.
+    pub parallel_tool_calls: Option<bool>,
+    /// Whether the arguments of every call are held to the schema of its tool.
+    pub strict_tools: bool,
+}
+
+/// Which tools a model must call.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// As it likes.
+    #[default]
+    Auto,
+    /// None: it is not told of any.
+    None,
+    /// At least one.
+    Required,
+    /// The one of this name.
+    Named(String),
+}
+
+impl TryFrom<Option<v1::ToolChoice>> for ToolChoice {
+    type Error = Violation;
+
+    fn try_from(wire: Option<v1::ToolChoice>) -> Result<Self, Violation> {
+        use v1::tool_choice::{Choice, Mode};
+        let refuse = |reason: String| Err(Violation::new("chat.tool_choice", reason));
+        match wire.and_then(|wire| wire.choice) {
+            None => Ok(Self::Auto),
+            Some(Choice::Name(name)) if name.is_empty() => refuse("names no tool".to_owned()),
+            Some(Choice::Name(name)) => Ok(Self::Named(name)),
+            Some(Choice::Mode(mode)) => match Mode::try_from(mode) {
+                Ok(Mode::Unspecified | Mode::Auto) => Ok(Self::Auto),
+                Ok(Mode::None) => Ok(Self::None),
+                Ok(Mode::Required) => Ok(Self::Required),
+                Err(_) => refuse(format!("has mode {mode}, which is unknown")),
+            },
+        }
+    }
 }
 
 /// One turn of a conversation.
@@ -199,15 +239,19 @@ impl TryFrom<v1::ChatPrompt> for Chat {
         for (index, message) in chat.messages.into_iter().enumerate() {
             messages.extend(Message::from_wire(message, index, &mut wrong));
         }
-        if !wrong.is_empty() {
+        let tool_choice = ToolChoice::try_from(chat.tool_choice).map_err(|violation| wrong.push(violation));
+        let (Ok(tool_choice), true) = (tool_choice, wrong.is_empty()) else {
             return Err(Failure::Invalid(wrong));
-        }
+        };
         Ok(Self {
             messages,
             reasoning: chat.reasoning,
-            tools: chat.tools,
+            tools: if tool_choice == ToolChoice::None { Vec::new() } else { chat.tools },
             documents: chat.documents,
             template_arguments: Some(chat.template_arguments).filter(|json| !json.is_empty()),
+            tool_choice,
+            parallel_tool_calls: chat.parallel_tool_calls,
+            strict_tools: chat.strict_tools,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! What comes over the wire becomes our types, or is refused by the name its caller used.
 
-use proto::{Failure, GenerationFields, Prompt, Role, priority, stop_strings, v1, worker};
+use proto::{Failure, GenerationFields, Prompt, Role, constraint, priority, stop_strings, v1, worker};
 use types::limits::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 use types::{Constraint, GenerationSpec, Priority};
 
@@ -58,6 +58,7 @@ fn a_public_request_keeps_every_generation_field() {
             stop: Vec::new(),
             stop_token_ids: vec![4, 5],
             ignore_eos: true,
+            thinking_tokens_max: None,
         }),
         response: Some(v1::Response {
             logprobs: Some(1),
@@ -89,7 +90,8 @@ fn a_refused_field_is_named_as_each_api_names_it() {
         n: Some(0),
         presence_penalty: Some(3.0),
         bad_words: vec![vec![]],
-        constraint: Some(Constraint::JsonObject),
+        guided: true,
+        ignore_eos: true,
         ..GenerationSpec::default()
     };
     let public = GenerationFields::Public.refuse(bad().validate(0, 10).unwrap_err());
@@ -99,7 +101,7 @@ fn a_refused_field_is_named_as_each_api_names_it() {
         "stopping.max_tokens",
         "response.logprobs",
         "sampling.n",
-        "constraint.json_object",
+        "stopping.ignore_eos",
         "sampling.bad_words",
     ];
     assert_eq!(fields(public), expected);
@@ -124,8 +126,11 @@ fn a_callers_lowest_priority_is_the_engines_highest() {
 fn a_constraint_keeps_its_form() {
     use v1::constraint::Form;
     let read = |form| {
-        let constraint = Some(v1::Constraint { form: Some(form) });
-        GenerationSpec::from(&v1::GenerateRequest { constraint, ..v1::GenerateRequest::default() }).constraint
+        let wire = v1::Constraint { form: Some(form) };
+        let ours = constraint(wire.clone());
+        let request = v1::GenerateRequest { constraint: Some(wire), ..v1::GenerateRequest::default() };
+        assert_eq!(GenerationSpec::from(&request).guided, ours.is_some());
+        ours
     };
     assert_eq!(read(Form::Regex("a+".into())), Some(Constraint::Regex("a+".into())));
     let choices = vec!["a".to_owned(), "b".to_owned()];

@@ -108,6 +108,7 @@ fn render(template: String, chat: InChat) -> Result<String, Error> {
         tools: raw(chat.tools),
         documents: raw(chat.documents),
         template_arguments: serde_json::to_string(&chat.template_arguments)?,
+        ..v1::ChatPrompt::default()
     };
     let chat = Chat::try_from(wire)?;
     let conversation = Conversation::try_from(&chat).map_err(Failure::from)?;

@@ -21,15 +21,15 @@ pub(crate) struct Answer {
     call: Call,
     counted: Counted,
     work: Work,
-    sequences: Vec<Sequence>,
-    replay: Replay,
     permit: Option<Permit>,
 }
 
-enum Work {
-    /// One stream, or one for each sequence that was resumed.
-    Open(SelectAll<Chunks>),
-    Done,
+/// What is generated for a request.
+struct Work {
+    /// One stream, or one for each sequence that was resumed; `None` when nothing more is to come.
+    streams: Option<SelectAll<Chunks>>,
+    sequences: Vec<Sequence>,
+    replay: Replay,
 }
 
 /// One of the answers.
@@ -47,9 +47,9 @@ impl Answer {
         permit: Permit,
     ) -> Self {
         let (placed, replay) = way;
-        let work = Work::Open(SelectAll::from_iter([replay.start(placed)]));
+        let streams = Some(SelectAll::from_iter([replay.start(placed)]));
         let sequences = assemblers.map(|assembler| Sequence { assembler, tokens: Vec::new() }).collect();
-        Self { call, counted, work, sequences, replay, permit: Some(permit) }
+        Self { call, counted, work: Work { streams, sequences, replay }, permit: Some(permit) }
     }
 
     /// The messages, the last of each answer with `finish`, or a failure.
@@ -65,7 +65,7 @@ impl Answer {
     /// # Errors
     /// What any of them failed with.
     pub(crate) async fn collect(mut self) -> Result<Vec<v1::GenerateOnceResponse>, Failure> {
-        let mut all = vec![v1::GenerateOnceResponse::default(); self.sequences.len()];
+        let mut all = vec![v1::GenerateOnceResponse::default(); self.work.sequences.len()];
         while let Some(message) = self.next().await {
             let message = message?;
             let Some(whole) = all.get_mut(message.index as usize) else { continue };
@@ -86,17 +86,14 @@ impl Answer {
     }
 
     async fn next(&mut self) -> Option<Result<v1::GenerateResponse, Failure>> {
-        if matches!(self.work, Work::Done) {
-            return None;
-        }
-        let call = self.call.clone();
-        let result = call.within(self.step()).await;
+        self.work.streams.as_ref()?;
+        let result = self.call.within(self.work.step()).await;
         if let Ok(message) = &result {
             self.counted.message(message);
         }
-        if result.is_err() || self.sequences.iter().all(|one| one.assembler.ended) {
+        if result.is_err() || self.work.is_done() {
             // Leaving the stream cancels what the group still does for it, as after a stop string.
-            self.work = Work::Done;
+            self.work.streams = None;
             self.permit = None;
             self.counted.ended(result.as_ref().err());
             match &result {
@@ -106,11 +103,18 @@ impl Answer {
         }
         Some(result)
     }
+}
 
+impl Work {
+    fn is_done(&self) -> bool {
+        self.sequences.iter().all(|one| one.assembler.ended)
+    }
+
+    /// The next message.
     async fn step(&mut self) -> Result<v1::GenerateResponse, Failure> {
         let internal = |why: String| Failure::Internal { why };
         loop {
-            let Work::Open(streams) = &mut self.work else {
+            let Some(streams) = &mut self.streams else {
                 return Err(internal("read past the end of an answer".to_owned()));
             };
             let Some(piece) = streams.next().await else {
@@ -141,7 +145,7 @@ impl Answer {
     /// Lets go of a sequence that a stop string ended and its group goes on with. The end of the last one ends the
     /// stream, which says it too.
     fn leave(&self, group: usize, index: u32) {
-        if !self.sequences.iter().all(|one| one.assembler.ended) {
+        if !self.is_done() {
             self.replay.cancel(group, index);
         }
     }
@@ -151,7 +155,7 @@ impl Answer {
     /// # Errors
     /// Why it broke, when that is not possible.
     fn recover(&mut self, broken: &Broken) -> Result<(), Failure> {
-        let Work::Open(streams) = &mut self.work else { return Err(broken.failure.clone()) };
+        let Some(streams) = &mut self.streams else { return Err(broken.failure.clone()) };
         let of_stream = (0..).zip(&mut self.sequences).filter(|(index, _)| broken.sequences.contains(index));
         let left: Vec<(u32, &mut Sequence)> = of_stream.filter(|(_, one)| !one.assembler.ended).collect();
         if left.is_empty() {

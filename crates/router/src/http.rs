@@ -6,6 +6,7 @@ mod cohere;
 mod completions;
 mod error;
 mod fields;
+mod form;
 mod generation;
 mod listen;
 mod stream;
@@ -31,6 +32,7 @@ use crate::call::{Call, REQUEST_ID};
 use crate::metrics;
 use crate::pipeline::Shared;
 use crate::service::VERSION;
+use crate::text::Text;
 use crate::workers::Progress;
 
 use error::ApiError;
@@ -104,6 +106,21 @@ async fn chat_completions(State(context): State<Context>, request: Request) -> R
     generate(&context.shared, &headers, Api::Chat, (common, requests)).await
 }
 
+/// The body of a `/v1/chat/completions` request as our own message; `text` is that of the served checkpoint. What the
+/// listener does with every such body, by itself.
+///
+/// # Errors
+/// The refusal in words: every field that is wrong.
+pub fn read_chat(body: &[u8], text: Option<&Text>) -> Result<v1::GenerateRequest, String> {
+    let read = || {
+        let mut fields = Fields::read(body)?;
+        let common = chat::take(&mut fields, text);
+        fields.finish()?;
+        Ok(common.request)
+    };
+    read().map_err(|error: ApiError| error.message().to_owned())
+}
+
 async fn plain_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
     let (headers, mut fields) = read(&context.shared, request).await?;
     let (common, prompts) = completions::take(&mut fields);
@@ -130,7 +147,8 @@ async fn generate(
         if several {
             call.request_id = format!("{}-{index}", call.request_id);
         }
-        answers.push(shared.generate(call, request).await?);
+        let answer = shared.generate(call, request).await;
+        answers.push(answer.map_err(|failure| common.named(failure))?);
     }
     let view = view(shared, api, &call, &common)?;
     let per_prompt = common.count();

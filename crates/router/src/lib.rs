@@ -1,7 +1,7 @@
 //! The router: text in, text out. It admits a request, renders and tokenizes it, places it at a worker group, and
 //! turns the token ids that come back into text. Strings never pass below this crate.
 //!
-//! [`serve`] runs one; [`text`] can be used by itself.
+//! [`serve`] runs one; [`text`] and [`read_chat`] can be used by themselves.
 #![forbid(unsafe_code)]
 
 mod answer;
@@ -23,4 +23,5 @@ mod workers;
 
 pub use config::{Config, HttpPatience, Limits, ModelFiles};
 pub use error::Error;
+pub use http::read_chat;
 pub use serve::{Bound, serve};

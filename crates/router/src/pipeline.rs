@@ -17,7 +17,7 @@ use crate::forward::Placed;
 use crate::metrics::{Counted, Metrics};
 use crate::resume::Replay;
 use crate::running::Running;
-use crate::text::Text;
+use crate::text::{Text, Vocabulary, Wanted};
 use crate::workers::{Facts, Groups};
 
 /// Places among the admitted requests, one for each answer, given back when the last holder is done: the answers, or
@@ -54,11 +54,14 @@ struct Admitted {
     bad_words: Vec<String>,
     options: Options,
     form: Form,
+    wanted: Wanted,
 }
 
 /// A request whose prompt fits the model.
 struct Tokenized {
     permit: Permit,
+    /// What a leader is told of the answer's form.
+    guide: Option<worker::Guide>,
     prompt: Vec<TokenId>,
     generation: Generation,
     eos_token_ids: Vec<u32>,
@@ -227,7 +230,7 @@ impl Shared {
         // The same draw wherever the request goes.
         let seed = *spec.seed.get_or_insert_with(random_u64);
         let response = request.response.unwrap_or_default();
-        let stop = request.stopping.take().unwrap_or_default().stop;
+        let v1::Stopping { stop, thinking_tokens_max, .. } = request.stopping.take().unwrap_or_default();
         let mut wrong = Vec::new();
         let prompt = Prompt::try_from(request.prompt.take()).and_then(|prompt| {
             if let Prompt::TokenIds(ids) = &prompt {
@@ -236,6 +239,9 @@ impl Shared {
             Ok(prompt)
         });
         let prompt = unless_invalid(prompt, &mut wrong)?;
+        let wanted = wanted(&request, thinking_tokens_max, prompt.as_ref());
+        let wanted = unless_invalid(wanted, &mut wrong)?.unwrap_or_default();
+        spec.guided = wanted.constraint.is_some() || wanted.calls.is_some();
         let checked = spec.clone().validate(seed, facts.vocab_size);
         unless_invalid(checked.map_err(|error| GenerationFields::Public.refuse(error)), &mut wrong)?;
         let words = request.sampling.take().unwrap_or_default().bad_words;
@@ -259,6 +265,9 @@ impl Shared {
         if parse != Parse::No {
             self.text("response.parse")?;
         }
+        if !wanted.is_nothing() {
+            self.text("a form of the answer")?;
+        }
         let cites = match &prompt {
             Prompt::Chat(chat) => {
                 !chat.documents.is_empty() || chat.messages.iter().any(|message| message.role == Role::Tool)
@@ -266,11 +275,11 @@ impl Shared {
             Prompt::Text(_) | Prompt::TokenIds(_) => false,
         };
         let form = Form { stop, keep_special: response.keep_special_tokens, parse, cites };
-        Ok(Admitted { permit, facts, prompt, spec, bad_words: words, options, form })
+        Ok(Admitted { permit, facts, prompt, spec, bad_words: words, options, form, wanted })
     }
 
     async fn tokenize_admitted(&self, admitted: Admitted) -> Result<Tokenized, Failure> {
-        let Admitted { permit, facts, prompt, mut spec, bad_words, options, form } = admitted;
+        let Admitted { permit, facts, prompt, mut spec, bad_words, options, form, wanted } = admitted;
         // Held by the tokenizing thread too, should the caller leave meanwhile.
         let (_, prompt) = self.tokenize(prompt, &permit).await?;
         spec.bad_words.extend(self.tokenize_bad_words(bad_words, &permit).await?);
@@ -295,8 +304,33 @@ impl Shared {
         let generation = spec.validate(seed, facts.vocab_size);
         let generation = generation.map_err(|error| GenerationFields::Public.refuse(error))?;
         check_prompt_logprobs(&generation, tokens)?;
+        let (guide, prompt) = self.guide(wanted, prompt, &facts, &permit).await?;
         let (generation, eos_token_ids) = (generation.limited_to(room), facts.eos_token_ids);
-        Ok(Tokenized { permit, prompt, generation, eos_token_ids, options, form })
+        Ok(Tokenized { permit, guide, prompt, generation, eos_token_ids, options, form })
+    }
+
+    /// What a leader must be told of the answer's form, compiled on a thread that may block.
+    async fn guide(
+        &self,
+        wanted: Wanted,
+        prompt: Vec<TokenId>,
+        facts: &Facts,
+        permit: &Permit,
+    ) -> Result<(Option<worker::Guide>, Vec<TokenId>), Failure> {
+        if wanted.is_nothing() {
+            return Ok((None, prompt));
+        }
+        let (text, permit) = (self.text("a form of the answer")?.clone(), Arc::clone(permit));
+        let eos = facts.eos_token_ids.iter().copied().map(TokenId).collect();
+        let vocabulary = Vocabulary { eos, size: facts.vocab_size };
+        let work = tokio::task::spawn_blocking(move || {
+            let guide = text.guide(&wanted, &prompt, &vocabulary);
+            drop(permit);
+            guide.map(|guide| (Some(guide), prompt))
+        });
+        work.await.unwrap_or_else(|error| {
+            Err(Failure::Internal { why: format!("compiling the form of the answer failed: {error}") })
+        })
     }
 
     async fn tokenize_bad_words(
@@ -329,6 +363,7 @@ impl Shared {
             bypass_prefix_cache,
             // Never 0, which names nothing.
             key: random_u64() | 1,
+            guide: tokenized.guide.clone(),
             ..worker::GenerateRequest::default()
         };
         let request = Arc::new(request);
@@ -361,6 +396,26 @@ impl Shared {
             .map(|index| Assembler::new(request_id.clone(), index, &prompt, reading()));
         Answer::new((call, counted), way, assemblers, permit)
     }
+}
+
+/// What a request asks of its answer's form.
+fn wanted(
+    request: &v1::GenerateRequest,
+    thinking_tokens_max: Option<u32>,
+    prompt: Option<&Prompt>,
+) -> Result<Wanted, Failure> {
+    let constraint = request.constraint.clone().and_then(proto::constraint);
+    let calls = match prompt {
+        Some(Prompt::Chat(chat)) => Wanted::calls(chat, constraint.is_some())?,
+        Some(Prompt::Text(_) | Prompt::TokenIds(_)) | None => None,
+    };
+    let allowed = request.sampling.as_ref().is_some_and(|sampling| !sampling.allowed_token_ids.is_empty());
+    if thinking_tokens_max.is_some() && allowed {
+        let reason =
+            "cannot be combined with sampling.allowed_token_ids, which may not allow the end of reasoning";
+        return Err(Violation::new("stopping.thinking_tokens_max", reason).into());
+    }
+    Ok(Wanted { constraint, calls, thinking_tokens_max })
 }
 
 impl Options {

@@ -6,7 +6,7 @@ use crate::limits::{
     BAD_WORD_TOKENS_MAX, BAD_WORDS_MAX, LOGIT_BIAS_ABS_MAX, LOGIT_BIAS_MAX, MAX_TOKENS_DEFAULT,
     PENALTY_ABS_MAX, REPETITION_PENALTY_MAX, SEQUENCES_MAX, STOP_TOKENS_MAX, TEMPERATURE_MAX, TOP_K_MAX,
 };
-use crate::{Constraint, Error, FieldViolation, Generation, Logprobs, SamplingParams, TokenId, TokenRules};
+use crate::{Error, FieldViolation, Generation, Logprobs, SamplingParams, TokenId, TokenRules};
 
 /// Generation fields as they came over the wire: nothing has been checked.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -47,8 +47,8 @@ pub struct GenerationSpec {
     pub allowed_token_ids: Vec<u32>,
     /// Runs of tokens that must not be generated.
     pub bad_words: Vec<Vec<u32>>,
-    /// The form the answer must have.
-    pub constraint: Option<Constraint>,
+    /// Whether a grammar says what may be drawn, and so where the sequence ends.
+    pub guided: bool,
 }
 
 impl GenerationSpec {
@@ -69,8 +69,8 @@ impl GenerationSpec {
         if !(1..=SEQUENCES_MAX).contains(&sequences) {
             checks.refuse("n", format!("must be between 1 and {SEQUENCES_MAX}, not {sequences}"));
         }
-        if let Some(constraint) = &self.constraint {
-            checks.refuse(constraint.field(), "is not supported");
+        if self.guided {
+            checks.guided(&self);
         }
         let rules = checks.rules(self.logit_bias, self.allowed_token_ids, self.bad_words);
         if !checks.wrong.is_empty() {
@@ -167,6 +167,21 @@ impl Checks {
             self.refuse("stop_token_ids", format!("has {} entries; at most {STOP_TOKENS_MAX}", stops.len()));
         }
         self.in_vocabulary("stop_token_ids", stops.iter().copied());
+    }
+
+    /// Refuses what would take from a grammar the only tokens it allows.
+    fn guided(&mut self, spec: &GenerationSpec) {
+        const REASON: &str =
+            "cannot be combined with a form of the answer, which says what may be drawn and where it ends";
+        if spec.min_tokens.unwrap_or(0) > 0 {
+            self.refuse("min_tokens", REASON);
+        }
+        if spec.ignore_eos {
+            self.refuse("ignore_eos", REASON);
+        }
+        if !spec.allowed_token_ids.is_empty() {
+            self.refuse("allowed_token_ids", REASON);
+        }
     }
 
     fn in_vocabulary(&mut self, field: &'static str, mut ids: impl Iterator<Item = u32>) {
@@ -307,12 +322,16 @@ mod tests {
     }
 
     #[test]
-    fn a_constraint_is_refused_by_its_name() {
-        let refuse = |constraint| {
-            refused(GenerationSpec { constraint: Some(constraint), ..GenerationSpec::default() })
+    fn what_would_starve_a_grammar_is_refused_by_its_name() {
+        let spec = GenerationSpec {
+            guided: true,
+            min_tokens: Some(1),
+            ignore_eos: true,
+            allowed_token_ids: vec![4],
+            ..GenerationSpec::default()
         };
-        assert_eq!(refuse(Constraint::JsonObject), ["json_object"]);
-        assert_eq!(refuse(Constraint::Regex("a".into())), ["regex"]);
+        assert_eq!(refused(spec), ["min_tokens", "ignore_eos", "allowed_token_ids"]);
+        assert!(refused(GenerationSpec { guided: true, ..GenerationSpec::default() }).is_empty());
     }
 
     #[test]

@@ -34,6 +34,7 @@ fn config(running: u32) -> Config {
         step_tokens_max: 1 << 16,
         logit_rows_max: running,
         running_max: running,
+        data_parallel: 1,
         waiting_requests_max: running,
         waiting_tokens_max: 1 << 20,
     }

@@ -89,6 +89,7 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
         step_tokens_max: limits.step_tokens_max,
         logit_rows_max: LOGIT_ROWS_MAX.max(limits.running_max),
         running_max: limits.running_max,
+        data_parallel: 1,
         waiting_requests_max: limits.waiting_requests_max,
         waiting_tokens_max: limits.waiting_tokens_max.max(model.context_tokens_max),
     };

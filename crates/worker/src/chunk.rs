@@ -96,6 +96,10 @@ pub(crate) fn finish(origin: &Origin, finish: Finish) -> Result<GenerateChunk, F
         Finish::Length => (worker::FinishReason::Length, None),
         Finish::Cancelled => return Err(Failure::Cancelled),
         Finish::DeadlineExceeded => return Err(Failure::DeadlineExceeded),
+        Finish::NoToken => {
+            let why = "the form of the answer leaves no token to go on with: its grammar became too large to follow";
+            return Err(Failure::Internal { why: why.into() });
+        }
         Finish::NotANumber => {
             let why =
                 "a logit is not a number: the weights are damaged, or the computation overflowed".into();

@@ -1,12 +1,13 @@
 //! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
 
-use engine::{Drawn, RowOutput, RowPurpose, SlotTables, Step, StepPlan};
+use engine::{Drawn, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
 use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};
 
 use crate::Error;
 use crate::device::RankModel;
+use crate::guide::{Choice, Guides};
 
 /// A rank's model with the block tables its plans refer to.
 pub(crate) struct Executor {
@@ -32,8 +33,8 @@ impl Executor {
         Ok(())
     }
 
-    /// The leader's part of a step: one result for each piece of its work.
-    pub(crate) fn lead(&mut self, step: &Step) -> Result<Vec<RowOutput>, Error> {
+    /// The leader's part of a step: one result for each piece of its work, of which `guides` say what may be drawn.
+    pub(crate) fn lead(&mut self, step: &Step, guides: &Guides) -> Result<Vec<RowOutput>, Error> {
         let Step { plan, work } = step;
         self.prepare(plan)?;
         assert_eq!(work.len(), self.batch.logit_rows.len(), "each logit row has work");
@@ -41,7 +42,7 @@ impl Executor {
         let mut outputs = Vec::with_capacity(work.len());
         self.model.step(&self.batch, |first, logits| {
             for (i, row) in logits.chunks_exact(vocab).enumerate() {
-                outputs.push(row_output(first + i, row, &work[first + i].purpose));
+                outputs.push(row_output(first + i, row, &work[first + i], guides));
             }
             Ok(())
         })?;
@@ -79,17 +80,28 @@ impl Executor {
     }
 }
 
-fn row_output(row: usize, logits: &[f32], purpose: &RowPurpose) -> RowOutput {
+fn row_output(row: usize, logits: &[f32], work: &RowWork, guides: &Guides) -> RowOutput {
     let Ok(logits) = Logits::new(row, logits) else {
         return RowOutput::NotANumber;
     };
-    match purpose {
+    match &work.purpose {
         RowPurpose::Sample { params, rules, history, stream, position, banned, logprobs } => {
-            let draw = Draw { params, rules, stream: *stream, position: *position, banned };
+            let choice = guides.choice(work.seq, *position);
+            let mask = match &choice {
+                Ok(Choice::Any) => None,
+                Ok(Choice::Of(mask)) if mask.leaves(banned) => Some(mask),
+                Ok(Choice::Of(_)) => return RowOutput::NoToken,
+                Err(error) => {
+                    tracing::warn!(seq = %work.seq, %error, "a sequence is ended");
+                    return RowOutput::NoToken;
+                }
+            };
+            let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask };
             let token = match history {
                 Some(history) => history.draw(|history| logits.sample(&draw, history)),
                 None => logits.sample(&draw, &History::default()),
             };
+            guides.drew(work.seq, *position, token);
             let logprob = logprobs.map(|asked| ours(logits.logprob(token, asked.top())));
             RowOutput::Sampled { token, logprob }
         }

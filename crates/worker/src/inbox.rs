@@ -9,6 +9,7 @@ use proto::worker::GenerateChunk;
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use crate::guide::Guide;
 use crate::pipeline::Job;
 
 /// Messages that may lie unread: the engine thread reads all of them between two steps.
@@ -52,6 +53,8 @@ pub(crate) struct Submission {
     pub(crate) sink: Sink,
     /// What a cancel calls it; 0 for nothing.
     pub(crate) key: u64,
+    /// One for each of its sequences; empty when they may draw what they like.
+    pub(crate) guides: Vec<Guide>,
 }
 
 /// The way in, for any number of threads.

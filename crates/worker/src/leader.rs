@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 
 use crate::follower::END;
+use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
 use crate::metrics::EngineCounters;
 use crate::numerics::Numerics;
@@ -63,6 +64,7 @@ pub(crate) struct Leader {
     counters: EngineCounters,
     clock: Instant,
     open: Streams,
+    guides: Arc<Guides>,
     next_id: u64,
     frame: Vec<u8>,
     effects: Vec<Effect>,
@@ -71,6 +73,7 @@ pub(crate) struct Leader {
 /// What a leader is made of once the group has booted.
 pub(crate) struct Seat {
     pub(crate) engine: engine::Config,
+    pub(crate) guides: Arc<Guides>,
     pub(crate) plans: Plans,
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
@@ -90,7 +93,8 @@ impl Leader {
             state: seat.state,
             counters: seat.counters,
             clock: Instant::now(),
-            open: Streams::default(),
+            open: Streams::new(Arc::clone(&seat.guides)),
+            guides: seat.guides,
             next_id: 0,
             frame: Vec::new(),
             effects: Vec::new(),
@@ -120,7 +124,7 @@ impl Leader {
             options: engine::RequestOptions::default(),
         };
         let (sink, mut answers) = tokio::sync::mpsc::channel(8);
-        self.submit(Submission { request, deadline: None, sink, key: 0 });
+        self.submit(Submission { request, deadline: None, sink, key: 0, guides: Vec::new() });
         self.turn()?;
         while self.is_busy() && self.wait()? {
             self.turn()?;
@@ -136,6 +140,10 @@ impl Leader {
         let outcome = self.serve(config, shutdown).and_then(|()| self.settle());
         let GapSummary { steps, p50_us, p99_us } = self.pipeline.gaps().summary();
         tracing::info!(steps, p50_us, p99_us, "host gap between steps");
+        let [ready, late] = self.guides.counts();
+        if ready + late > 0 {
+            tracing::info!(ready, late, "masks that were ready when the sampler came, and that were not");
+        }
         let why = match &outcome {
             Ok(()) => {
                 Failure::Unavailable { why: "the group is stopping".into(), retry_after: proto::RETRY_AFTER }
@@ -233,12 +241,15 @@ impl Leader {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { mut request, deadline, sink, key } = submission;
+        let Submission { mut request, deadline, sink, key, guides } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         self.counters.submitted(request.prompt.len());
         let seq = SeqId(self.next_id);
         self.next_id += u64::from(request.generation.sequences());
         self.open.open(seq..SeqId(self.next_id), request.options.first_stream, key, &sink);
+        for (own, guide) in (seq.0..).map(SeqId).zip(guides) {
+            self.guides.open(own, guide);
+        }
         self.apply(Event::Submit { seq, request });
     }
 

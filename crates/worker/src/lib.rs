@@ -12,6 +12,7 @@ mod executor;
 mod fit;
 mod follower;
 mod gap;
+mod guide;
 mod host;
 mod inbox;
 mod leader;

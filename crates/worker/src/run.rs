@@ -12,6 +12,7 @@ use types::Bytes;
 
 use crate::boot::{self, Booted, Facts};
 use crate::executor::Executor;
+use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
 use crate::metrics::{EngineCounters, Metrics};
@@ -117,8 +118,10 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
     let numerics = model.numerics();
     let executor = Executor::new(config.rank, model, &engine)?;
     let plans = Plans::new(config.rank, plans);
-    let counters = counters.clone();
-    let seat = Seat { engine, plans: plans.clone(), outlet, state: Arc::clone(state), counters };
+    let guides = Guides::start().map_err(|source| Error::Start { what: "the mask threads", source })?;
+    let guides = Arc::new(guides);
+    let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters.clone());
+    let seat = Seat { engine, guides: own, plans: plans.clone(), outlet, state, counters };
     let (mut leader, steps) = Leader::new(config.rank, seat)?;
     leader.explain_with(numerics);
     let ended = CancellationToken::new();
@@ -136,14 +139,19 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         let engine = std::thread::Builder::new().name("engine".into()).spawn_scoped(scope, decide);
         let engine = engine.map_err(|source| Error::Start { what: "the engine's thread", source })?;
         // The model stays on the thread it was loaded on.
-        let executed = execute(executor, steps, &plans, inbox);
+        let executed = execute(executor, steps, &plans, (inbox, &guides));
         let decided = engine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         executed.and(decided)
     })
 }
 
 /// Runs the engine's steps until it has no more, and tells it when that cannot go on.
-fn execute(mut executor: Executor, steps: Steps, plans: &Plans, inbox: &Inbox) -> Result<(), Error> {
+fn execute(
+    mut executor: Executor,
+    steps: Steps,
+    plans: &Plans,
+    (inbox, guides): (&Inbox, &Guides),
+) -> Result<(), Error> {
     /// Tells the engine's thread, which would otherwise wait for ever, however this thread ends.
     struct Stopped<'a>(&'a Inbox, String);
     impl Drop for Stopped<'_> {
@@ -154,7 +162,7 @@ fn execute(mut executor: Executor, steps: Steps, plans: &Plans, inbox: &Inbox) -
     let mut stopped = Stopped(inbox, "the executor panicked".into());
     let mut frame = Vec::new();
     let run = |step: &Step| {
-        let rows = executor.lead(step)?;
+        let rows = executor.lead(step, guides)?;
         plans.drawn(&mut frame, &executor.drawn)?;
         Ok(rows)
     };

@@ -13,6 +13,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use types::limits::MESSAGE_BYTES_MAX;
 
+use crate::guide::Kitchen;
 use crate::inbox::Inbox;
 use crate::metrics::{self, Metrics};
 use crate::service::Service;
@@ -66,7 +67,9 @@ impl GrpcServer {
             let served = (Arc::clone(&metrics), Arc::clone(&state));
             runtime.spawn(async move { metrics::serve(into_tokio(listener), served.0, served.1).await });
         }
-        let service = Service { inbox, state: Arc::clone(&state), metrics, closing: closing.clone() };
+        let kitchen = Arc::new(Kitchen::new(config.model.clone()));
+        let service =
+            Service { inbox, state: Arc::clone(&state), metrics, kitchen, closing: closing.clone() };
         let served = serve(listener, service, state, closing.clone());
         let task = runtime.spawn(served);
         Ok(Self { runtime, task, closing, address })

@@ -18,6 +18,7 @@ use tonic::{Request, Response, Status};
 use types::{GenerationSpec, Priority, TokenId};
 
 use crate::chunk;
+use crate::guide::{Guidance, Guide, Kitchen};
 use crate::inbox::{Inbox, Submission};
 use crate::metrics::{Asked, Metered, Metrics};
 use crate::state::StatePublisher;
@@ -27,6 +28,7 @@ pub(crate) struct Service {
     pub(crate) inbox: Inbox,
     pub(crate) state: Arc<StatePublisher>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) kitchen: Arc<Kitchen>,
     /// Ends the watch streams, which otherwise would keep the server from closing.
     pub(crate) closing: CancellationToken,
 }
@@ -58,11 +60,14 @@ impl Worker for Service {
             let percent = state.percent;
             return Err(Failure::NotServing { phase, percent, retry_after: RETRY_AFTER }.into());
         }
-        let vocab_size = state.model.map_or(0, |model| model.vocab_size);
+        let facts = state.model.unwrap_or_default();
+        let vocab_size = facts.vocab_size;
         let Some(generation) = request.generation.take() else {
             return Err(Failure::from(Violation::new("generation", "is missing")).into());
         };
-        let generation = GenerationSpec::from(generation)
+        let guide = request.guide.take().unwrap_or_default();
+        let guided = !guide.grammar.is_empty();
+        let generation = GenerationSpec { guided, ..GenerationSpec::from(generation) }
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
         let key = request.key;
@@ -71,6 +76,7 @@ impl Worker for Service {
             max_tokens: generation.max_tokens(),
             sequences: generation.sequences(),
         };
+        let guidance = self.kitchen.guidance(guide, facts).await?;
         let (sink, stream) = mpsc::channel(chunk::messages_max(request.prompt.len(), &generation));
         let request = engine::Request {
             options: options(&request)?,
@@ -79,8 +85,9 @@ impl Worker for Service {
             deadline: None,
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let guides = guidance.map_or_else(|| Ok(Vec::new()), |guidance| guides(&guidance, &request))?;
         self.inbox
-            .submit(Submission { request, deadline, sink, key })
+            .submit(Submission { request, deadline, sink, key, guides })
             .inspect_err(|failure| self.metrics.rejected(failure))?;
         Ok(Response::new(Metered::new(ReceiverStream::new(stream), Arc::clone(&self.metrics), asked)))
     }
@@ -90,6 +97,13 @@ impl Worker for Service {
         self.inbox.cancel(key, index);
         Ok(Response::new(CancelResponse {}))
     }
+}
+
+/// A guide for each sequence of a request, behind what was generated already.
+fn guides(guidance: &Guidance, request: &engine::Request) -> Result<Vec<Guide>, Failure> {
+    let resumed = &request.options.resume_tokens;
+    let refuse = |error: grammar::Error| Violation::new("resume_tokens", error.to_string()).into();
+    (0..request.generation.sequences()).map(|_| guidance.resume(resumed).map_err(refuse)).collect()
 }
 
 /// What a request says beside its prompt and generation.

@@ -2,19 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use engine::{Effect, Finish};
 use proto::Failure;
 use types::SeqId;
 
 use crate::chunk::{self, Origin};
+use crate::guide::Guides;
 use crate::inbox::Sink;
 use crate::numerics::Numerics;
 
 /// Open sequences. Bounded by the engine's queue and batch.
-#[derive(Default)]
 pub(crate) struct Streams {
     open: BTreeMap<SeqId, Open>,
+    /// Closed with the sequences.
+    guides: Arc<Guides>,
     /// What every layer was found to hold, when that is looked at.
     numerics: Option<Numerics>,
 }
@@ -28,6 +31,10 @@ struct Open {
 }
 
 impl Streams {
+    pub(crate) const fn new(guides: Arc<Guides>) -> Self {
+        Self { open: BTreeMap::new(), guides, numerics: None }
+    }
+
     /// Opens the stream of a request's sequences, which are numbered from `first_stream` on.
     pub(crate) fn open(&mut self, sequences: Range<SeqId>, first_stream: u32, key: u64, sink: &Sink) {
         for (index, id) in (0..).zip(sequences.start.0..sequences.end.0) {
@@ -82,6 +89,7 @@ impl Streams {
             }
             Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
             Effect::Finished { seq, finish, .. } => {
+                self.guides.close(seq);
                 if let Some(Open { sink, origin, .. }) = self.open.remove(&seq) {
                     let end = match (finish, &self.numerics) {
                         (Finish::NotANumber, Some(numerics)) => Err(numerics.failure()),
@@ -91,6 +99,7 @@ impl Streams {
                 }
             }
             Effect::Refused { seq, refusal } => {
+                self.guides.close(seq);
                 if let Some(Open { sink, .. }) = self.open.remove(&seq) {
                     let _ = sink.try_send(Err(chunk::refusal(&refusal).into()));
                 }

@@ -220,13 +220,13 @@ impl<S: tracing::Subscriber> Layer<S> for Preemptions {
 #[test]
 fn after_preemptions() {
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Preemptions)).unwrap();
-    // One request, so that all its sequences are there at once. They share the prompt's two full blocks and grow to
-    // three more each: 20, when there are 14.
+    // One request, so that all its sequences are there at once. They share the prompt's ten full blocks and grow to
+    // six more each: 46, when there are 40.
     let mut request = featured(1);
     request.generation.as_mut().unwrap().n = Some(6);
-    let [roomy, tight] = [8192, 16 * 14].map(|kv_tokens| {
+    let [roomy, tight] = [8192, 4 * 40].map(|kv_tokens| {
         let group = Group::start(1, |limits| {
-            limits.block_size = BlockSize::new(16).unwrap();
+            limits.block_size = BlockSize::new(4).unwrap();
             limits.kv_tokens = kv_tokens;
         });
         let chunks = group.client.generate(request.clone()).unwrap();

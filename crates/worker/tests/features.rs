@@ -5,10 +5,7 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use proto::worker::{
-    CancelRequest, Constraint, FinishReason, GenerateChunk, GenerateRequest, Generation, TokenIds,
-    constraint::Form,
-};
+use proto::worker::{CancelRequest, FinishReason, GenerateChunk, GenerateRequest, Generation, TokenIds};
 use support::{Client, Rank, config, request};
 use tonic::Code;
 
@@ -218,10 +215,6 @@ fn what_cannot_be_done_is_refused_by_its_name() {
                 g.min_tokens = Some(2);
             }),
             "generation.min_tokens",
-        ),
-        (
-            with(plain(), |g| g.constraint = Some(Constraint { form: Some(Form::Regex("a".into())) })),
-            "generation.regex",
         ),
     ];
     for (request, field) in table {

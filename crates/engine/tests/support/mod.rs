@@ -32,6 +32,7 @@ pub fn config() -> Config {
         step_tokens_max: 16,
         logit_rows_max: 16,
         running_max: 4,
+        data_parallel: 1,
         waiting_requests_max: 8,
         waiting_tokens_max: 256,
     }

@@ -126,6 +126,7 @@ fn config(random: &mut Random) -> Config {
         _ => [random.range(4, 40), random.range(4, 40)],
     };
     let context_tokens_max = random.range(8, 48);
+    let data_parallel = [1, 1, 2, 4][random.range(0, 3) as usize];
     Config {
         block_size: BlockSize::new(random.range(1, 5)).unwrap(),
         blocks,
@@ -136,6 +137,7 @@ fn config(random: &mut Random) -> Config {
         step_tokens_max: running_max + random.range(0, 12),
         logit_rows_max: running_max + random.range(0, 6),
         running_max,
+        data_parallel,
         waiting_requests_max: random.range(1, 8),
         waiting_tokens_max: context_tokens_max * random.range(1, 4),
     }
@@ -333,8 +335,13 @@ impl World {
             return false;
         }
         self.counts.planned_ahead += u64::from(ahead);
-        assert!(step.plan.inputs().len() <= self.config.step_tokens_max as usize, "rows within the budget");
-        assert!(step.work.len() <= self.config.logit_rows_max as usize, "logit rows within the budget");
+        for index in 0..self.config.data_parallel {
+            let own = step.plan.sequences().filter(|one| self.config.sub_group(one.slot) == index);
+            let (rows, logits) =
+                own.fold((0, 0), |(rows, logits), one| (rows + one.rows.len(), logits + one.logit_rows));
+            assert!(rows <= self.config.step_tokens_max as usize, "rows within the budget");
+            assert!(logits <= self.config.logit_rows_max, "logit rows within the budget");
+        }
         self.mirror.apply(&step.plan).unwrap();
         self.engine.check_mirror(&self.mirror);
         let mut bytes = Vec::new();
@@ -452,7 +459,7 @@ impl World {
                 );
                 assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
             }
-            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length => {
+            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length | Finish::NoToken => {
                 let prompt_logprobs = one.prompt_logprobs.clone();
                 let got = Expected { tokens, logprobs, prompt_logprobs, finish: Some(finish) };
                 assert_eq!(got, expected, "{seq}");

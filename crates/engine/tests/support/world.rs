@@ -25,7 +25,8 @@ struct Cached {
 pub struct FakeRank {
     config: Config,
     pub tables: SlotTables,
-    caches: [Vec<Cached>; 2],
+    /// Of each sub-group.
+    caches: Vec<[Vec<Cached>; 2]>,
     /// What the last step drew, and as it was sent.
     drawn: Drawn,
     bytes: Vec<u8>,
@@ -37,7 +38,9 @@ impl FakeRank {
         let entries = |group: KvGroup| (config.blocks[group.index()] * config.block_size.tokens()) as usize;
         Self {
             tables: SlotTables::new(config).unwrap(),
-            caches: KvGroup::ALL.map(|group| vec![Cached::default(); entries(group)]),
+            caches: (0..config.data_parallel)
+                .map(|_| KvGroup::ALL.map(|group| vec![Cached::default(); entries(group)]))
+                .collect(),
             config: config.clone(),
             drawn: Drawn::default(),
             bytes: Vec::new(),
@@ -82,7 +85,8 @@ impl FakeRank {
             for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
                 let at = self.address(sequence, group, position);
                 let cached = Cached { position, token: token.0, written: true, spoiled };
-                self.caches[group.index()][at] = cached;
+                let index = self.config.sub_group(sequence.slot) as usize;
+                self.caches[index][group.index()][at] = cached;
             }
         }
     }
@@ -96,7 +100,7 @@ impl FakeRank {
                 let first = (sequence.start.0 / size - table.first) as usize;
                 for block in &table.blocks[first..] {
                     assert_eq!(
-                        self.users(group, *block),
+                        self.users(group, *block, self.config.sub_group(sequence.slot)),
                         [sequence.slot],
                         "{group} block {block} is written"
                     );
@@ -105,8 +109,9 @@ impl FakeRank {
         }
     }
 
-    fn users(&self, group: KvGroup, block: BlockId) -> Vec<SlotId> {
-        let slots = (0..self.config.running_max).map(SlotId);
+    fn users(&self, group: KvGroup, block: BlockId, sub_group: u32) -> Vec<SlotId> {
+        let slots = (0..self.config.slots()).map(SlotId);
+        let slots = slots.filter(|&slot| self.config.sub_group(slot) == sub_group);
         slots.filter(|&slot| self.tables.tables(slot)[group.index()].blocks.contains(&block)).collect()
     }
 
@@ -124,7 +129,8 @@ impl FakeRank {
         let mut spoiled = false;
         for group in KvGroup::ALL.into_iter().filter(|&group| self.config.has(group)) {
             for seen in visible(&self.config, group, position) {
-                let cached = self.caches[group.index()][self.address(sequence, group, seen)];
+                let index = self.config.sub_group(sequence.slot) as usize;
+                let cached = self.caches[index][group.index()][self.address(sequence, group, seen)];
                 assert!(cached.written && cached.position == seen, "{group} position {seen} holds another's");
                 spoiled |= cached.spoiled;
                 state.add(cached.token);

@@ -10,6 +10,7 @@ pub(super) fn adjusted(logits: &[f32], draw: &Draw<'_>, history: &History) -> Ve
     bias(&mut out, draw);
     penalise(&mut out, draw, history);
     exclude_unallowed(&mut out, draw);
+    exclude_masked(&mut out, draw);
     exclude(&mut out, draw.banned.iter().copied());
     let before_bad_words = out.clone();
     exclude(&mut out, bad_word_ends(draw, history));
@@ -46,6 +47,22 @@ fn exclude_unallowed(out: &mut [f32], draw: &Draw<'_>) {
     for (id, logit) in (0_u32..).zip(out) {
         if next.next_if_eq(&&TokenId(id)).is_none() {
             *logit = f32::NEG_INFINITY;
+        }
+    }
+}
+
+fn exclude_masked(out: &mut [f32], draw: &Draw<'_>) {
+    let Some(mask) = draw.mask else { return };
+    // A vocabulary may be padded beyond the last word.
+    let words = mask.words().iter().copied().chain(std::iter::repeat(0));
+    for (word, logits) in words.zip(out.chunks_mut(32)) {
+        if word == u32::MAX {
+            continue;
+        }
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word & (1 << bit) == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
         }
     }
 }

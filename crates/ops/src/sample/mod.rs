@@ -4,7 +4,8 @@
 //! The order, of which a request uses what it asks for:
 //! 1. logit bias is added;
 //! 2. repetition penalty (tokens of prompt and output), then frequency and presence penalty (tokens of the output);
-//! 3. tokens that are not allowed, that would end the sequence too early, or would complete a bad word are excluded;
+//! 3. tokens that are not allowed (by the request or by its grammar), that would end the sequence too early, or would
+//!    complete a bad word are excluded;
 //! 4. greedy: the largest logit, lowest id on a tie. Otherwise: logits / temperature → softmax → top-k → top-p → min-p
 //!    → renormalise → draw by one uniform number.
 //!
@@ -18,7 +19,7 @@ mod generator;
 
 use std::borrow::Cow;
 
-use types::{History, SamplingParams, TokenId, TokenRules};
+use types::{History, SamplingParams, TokenId, TokenMask, TokenRules};
 
 use crate::Error;
 use crate::candidates::{Candidates, best_first};
@@ -49,12 +50,14 @@ pub struct Draw<'a> {
     pub position: u32,
     /// Tokens that must not be drawn now (stop tokens before `min_tokens`).
     pub banned: &'a [TokenId],
+    /// The only tokens that may be drawn now, when a grammar says; it must leave one that is not banned.
+    pub mask: Option<&'a TokenMask>,
 }
 
 impl Draw<'_> {
     /// Whether the logits are used as they are.
     fn is_plain(&self) -> bool {
-        self.banned.is_empty() && self.rules.is_empty() && !self.params.has_penalties()
+        self.mask.is_none() && self.banned.is_empty() && self.rules.is_empty() && !self.params.has_penalties()
     }
 }
 

@@ -12,9 +12,8 @@ use super::generation::Common;
 use crate::text::Text;
 
 const TOP_LOGPROBS_MAX: u32 = 20;
-const WITHOUT_EFFECT: [(&str, &str); 5] = [
+const WITHOUT_EFFECT: [(&str, &str); 4] = [
     ("best_of", "1"),
-    ("parallel_tool_calls", "true"),
     ("add_generation_prompt", "true"),
     ("continue_final_message", "false"),
     ("modalities", "[\"text\"]"),
@@ -105,9 +104,12 @@ pub(super) fn take_prompt(fields: &mut Fields, text: Option<&Text>) -> v1::ChatP
     let mut chat = v1::ChatPrompt {
         messages,
         reasoning: None,
-        tools: take_tools(fields),
+        tools: take_definitions(fields),
         documents: texts(fields.take("documents")),
         template_arguments: fields.raw("chat_template_kwargs").unwrap_or_default(),
+        tool_choice: take_choice(fields),
+        parallel_tool_calls: fields.take("parallel_tool_calls"),
+        strict_tools: false,
     };
     if let Some(effort) = fields.take::<String>("reasoning_effort") {
         apply_effort(fields, text, &effort, &mut chat);
@@ -159,18 +161,43 @@ pub(super) fn take_definitions(fields: &mut Fields) -> Vec<String> {
     tools
 }
 
-/// The tools the model is offered: none when it must not call any.
-fn take_tools(fields: &mut Fields) -> Vec<String> {
-    let tools = take_definitions(fields);
-    match fields.take::<Value>("tool_choice") {
-        None => tools,
-        Some(choice) if choice == "auto" => tools,
-        Some(choice) if choice == "none" => Vec::new(),
-        Some(_) => {
-            fields.refuse("tool_choice", "only auto and none are supported");
-            tools
-        }
-    }
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "must be auto, none, required or {\"type\": \"function\", \"function\": {\"name\": …}}"
+)]
+enum Choice {
+    Mode(Mode),
+    Tool {
+        #[serde(rename = "type")]
+        _kind: Function,
+        function: Chosen,
+    },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    Auto,
+    None,
+    Required,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Chosen {
+    name: String,
+}
+
+fn take_choice(fields: &mut Fields) -> Option<v1::ToolChoice> {
+    use v1::tool_choice::{Choice as Wire, Mode as WireMode};
+    let choice = match fields.take::<Choice>("tool_choice")? {
+        Choice::Mode(Mode::Auto) => Wire::Mode(WireMode::Auto.into()),
+        Choice::Mode(Mode::None) => Wire::Mode(WireMode::None.into()),
+        Choice::Mode(Mode::Required) => Wire::Mode(WireMode::Required.into()),
+        Choice::Tool { function, .. } => Wire::Name(function.name),
+    };
+    Some(v1::ToolChoice { choice: Some(choice) })
 }
 
 /// `none` is an answer without reasoning; every other effort is one with it. A template that knows efforts is told.

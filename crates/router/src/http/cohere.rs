@@ -90,7 +90,10 @@ fn named(failure: Failure) -> ApiError {
             "sampling.top_k" => "k".to_owned(),
             "chat.reasoning" => "thinking".to_owned(),
             "response.logprobs" => "logprobs".to_owned(),
+            "stopping.thinking_tokens_max" => "thinking.token_budget".to_owned(),
+            "constraint.json_object" => "response_format".to_owned(),
             other => other
+                .replace("constraint.json", "response_format.json_schema")
                 .replace("chat.template_arguments.grounding", "citation_options")
                 .replace("chat.template_arguments.", "")
                 .replace("stopping.stop[", "stop_sequences[")

@@ -109,6 +109,7 @@ fn renamed(violation: Violation) -> Violation {
         "text" => "prompt".to_owned(),
         "chat" => "messages".to_owned(),
         "template_arguments" => "chat_template_kwargs".to_owned(),
+        "thinking_tokens_max" => "thinking_token_budget".to_owned(),
         name => name
             .replace("token_ids.ids", "prompt")
             .replace("template_arguments.", "chat_template_kwargs.")

@@ -2,24 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use proto::v1;
+use proto::{Failure, Violation, v1};
 use serde::Deserialize;
 
 use super::fields::Fields;
+use super::form::{self, AskedBy};
 
 /// Most answers to one request: each holds a place among the admitted ones.
 pub(super) const CHOICES_MAX: usize = 128;
 
 /// Fields that have no effect at this value. A field without a value is always refused.
-const WITHOUT_EFFECT: [(&str, &str); 9] = [
-    ("response_format", "{\"type\":\"text\"}"),
+const WITHOUT_EFFECT: [(&str, &str); 7] = [
     ("store", "false"),
     ("metadata", "{}"),
     ("service_tier", "\"auto\""),
     ("use_beam_search", "false"),
     ("length_penalty", "1"),
     ("spaces_between_special_tokens", "true"),
-    ("structured_outputs", ""),
     ("session_id", ""),
 ];
 
@@ -56,6 +55,8 @@ pub(super) struct Common {
     /// Whether log-probabilities are shown.
     pub(super) logprobs: bool,
     pub(super) shown: Shown,
+    /// Which field asked for the form of the text.
+    pub(super) asked_by: AskedBy,
 }
 
 impl Common {
@@ -66,6 +67,7 @@ impl Common {
         if options.is_some() && !stream {
             fields.refuse("stream_options", "is for streams; set stream as well");
         }
+        let (constraint, asked_by) = form::take(fields);
         let request = v1::GenerateRequest {
             request_id: fields.take("request_id").unwrap_or_default(),
             model: fields.take("model").unwrap_or_default(),
@@ -80,7 +82,7 @@ impl Common {
             priority: fields.take("priority").unwrap_or_default(),
             cache_salt: take_salt(fields),
             bypass_prefix_cache: fields.take("bypass_prefix_cache").unwrap_or(false),
-            constraint: None,
+            constraint,
         };
         if stream && request.response.is_some_and(|response| response.prompt_logprobs.is_some()) {
             fields.refuse("prompt_logprobs", "is not for streams");
@@ -97,7 +99,17 @@ impl Common {
             best: None,
         };
         fields.without_effect(&WITHOUT_EFFECT);
-        Self { request, stream, logprobs: false, shown }
+        Self { request, stream, logprobs: false, shown, asked_by }
+    }
+
+    /// A refusal of the form with the name of the field that asked for it.
+    pub(super) fn named(&self, failure: Failure) -> Failure {
+        let Failure::Invalid(wrong) = failure else { return failure };
+        let rename = |violation: Violation| match self.asked_by.rename(&violation.field) {
+            Some(field) => Violation::new(field, violation.reason),
+            None => violation,
+        };
+        Failure::Invalid(wrong.into_iter().map(rename).collect())
     }
 
     /// Answers to each prompt.
@@ -177,5 +189,6 @@ fn take_stopping(fields: &mut Fields) -> v1::Stopping {
         },
         stop_token_ids: fields.take("stop_token_ids").unwrap_or_default(),
         ignore_eos: fields.take("ignore_eos").unwrap_or(false),
+        thinking_tokens_max: fields.take("thinking_token_budget"),
     }
 }

@@ -1,6 +1,7 @@
 //! Text in, text out: tokenizer, chat template, incremental detokenisation and stop strings.
 
 mod detokenize;
+mod form;
 mod json;
 mod parser;
 mod reads;
@@ -10,6 +11,7 @@ mod template;
 mod tokenizer;
 
 pub use detokenize::Detokenizer;
+pub use form::{Vocabulary, Wanted};
 pub use json::to_python_json;
 pub use parser::{CallPiece, Citation, Cited, CitedSource, Markers, Parsed, Parser};
 pub use stop::{Matched, StopStrings};
@@ -30,6 +32,7 @@ pub struct Text {
     tokenizer: Arc<Tokenizer>,
     markers: Arc<Markers>,
     template: Option<Arc<Template>>,
+    compilers: Arc<form::Compilers>,
 }
 
 impl Text {
@@ -42,7 +45,7 @@ impl Text {
         let tokenizer = Arc::new(Tokenizer::from_bytes(tokenizer)?);
         let markers = Arc::new(Markers::of(&tokenizer)?);
         let template = Template::load(files)?.map(Arc::new);
-        Ok(Some(Self { tokenizer, markers, template }))
+        Ok(Some(Self { tokenizer, markers, template, compilers: Arc::default() }))
     }
 
     /// The tokenizer.

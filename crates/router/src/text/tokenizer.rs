@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use tokenizers::DecoderWrapper;
+use grammar::TokenTable;
 use types::TokenId;
 
 use super::Detokenizer;
@@ -13,10 +13,7 @@ const FILE: &str = "tokenizer.json";
 /// Text to token ids, and token ids to the bytes they stand for.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The bytes of all tokens one after another; token `i` is `ends[i - 1]..ends[i]`.
-    bytes: Vec<u8>,
-    ends: Vec<u32>,
-    special: Vec<bool>,
+    table: TokenTable,
 }
 
 impl Tokenizer {
@@ -31,27 +28,11 @@ impl Tokenizer {
         // A file may ask for padding or truncation to a training length; a prompt is never changed silently.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| refuse(error.to_string()))?;
-        match inner.get_decoder() {
-            Some(DecoderWrapper::ByteLevel(_)) => {}
-            Some(other) => {
-                let name = format!("{other:?}");
-                let name = name.split(['(', ' ']).next().unwrap_or_default();
-                return Err(refuse(format!("decoder `{name}` is not supported; use ByteLevel")));
-            }
-            None => return Err(refuse("has no decoder; ByteLevel is needed".to_owned())),
-        }
-        let added = inner.get_added_tokens_decoder();
-        let last = inner.get_vocab(true).into_values().max().unwrap_or(0);
-        let mut table = Self { inner, bytes: Vec::new(), ends: Vec::new(), special: Vec::new() };
-        for id in 0..=last {
-            if let Some(token) = table.inner.id_to_token(id) {
-                push_bytes(&token, &mut table.bytes);
-            }
-            let end = u32::try_from(table.bytes.len()).map_err(|error| refuse(error.to_string()))?;
-            table.ends.push(end);
-            table.special.push(added.get(&id).is_some_and(|token| token.special));
-        }
-        Ok(table)
+        let table = TokenTable::of(&inner).map_err(|error| match error {
+            grammar::Error::Tokenizer { reason } => refuse(reason),
+            other => refuse(other.to_string()),
+        })?;
+        Ok(Self { inner, table })
     }
 
     /// The token ids of `text`; with `add_special`, the tokens the tokenizer puts around a text (BOS) are added.
@@ -75,16 +56,16 @@ impl Tokenizer {
         text
     }
 
+    /// Every token as the bytes it stands for.
+    #[must_use]
+    pub const fn table(&self) -> &TokenTable {
+        &self.table
+    }
+
     /// The bytes token `id` stands for; nothing for an id the tokenizer does not have (a padded vocabulary).
     #[must_use]
     pub fn token_bytes(&self, id: TokenId) -> &[u8] {
-        let index = id.0 as usize;
-        let Some(&end) = self.ends.get(index) else { return &[] };
-        let start = match index {
-            0 => 0,
-            _ => self.ends[index - 1],
-        };
-        &self.bytes[start as usize..end as usize]
+        self.table.bytes(id)
     }
 
     /// The id of the token whose text is `text`, if there is one.
@@ -95,46 +76,18 @@ impl Tokenizer {
 
     /// The texts of all special tokens, in the order of their ids.
     pub fn special_tokens(&self) -> impl Iterator<Item = &str> {
-        let special = (0..).map(TokenId).zip(&self.special).filter(|(_, special)| **special);
-        special.filter_map(|(id, _)| std::str::from_utf8(self.token_bytes(id)).ok())
+        self.table.special_tokens()
     }
 
     /// Whether token `id` is a marker such as `<|END_TEXT|>`, left out of text unless asked for.
     #[must_use]
     pub fn is_special(&self, id: TokenId) -> bool {
-        self.special.get(id.0 as usize).copied().unwrap_or(false)
+        self.table.is_special(id)
     }
 }
 
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokenizer").field("tokens", &self.ends.len()).finish_non_exhaustive()
-    }
-}
-
-/// Appends what `token` stands for: in the byte-level alphabet each character is one byte; a token with a character
-/// outside it (an added token with a space, say) is itself.
-fn push_bytes(token: &str, out: &mut Vec<u8>) {
-    let start = out.len();
-    for c in token.chars() {
-        match byte_of(c) {
-            Some(byte) => out.push(byte),
-            None => {
-                out.truncate(start);
-                out.extend_from_slice(token.as_bytes());
-                return;
-            }
-        }
-    }
-}
-
-/// GPT-2's alphabet: the printable bytes of Latin-1 are themselves; the 68 others are, in order, U+0100 to U+0143.
-fn byte_of(c: char) -> Option<u8> {
-    match u32::from(c) {
-        code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => u8::try_from(code).ok(),
-        code @ 0x100..=0x120 => u8::try_from(code - 0x100).ok(),
-        code @ 0x121..=0x142 => u8::try_from(code - 0x121 + 0x7F).ok(),
-        0x143 => Some(0xAD),
-        _ => None,
+        f.debug_struct("Tokenizer").field("tokens", &self.table.len()).finish_non_exhaustive()
     }
 }

@@ -61,6 +61,17 @@ impl Refused {
         }
     }
 
+    /// -1 is no limit.
+    fn budget(&mut self, given: Option<i64>) -> Option<u32> {
+        let given = given.filter(|&budget| budget != -1)?;
+        let budget = u32::try_from(given).ok();
+        if budget.is_none() {
+            let reason = format!("must be at least 0, or -1 for no limit, not {given}");
+            self.0.push(Violation::new("stopping.thinking_token_budget", reason));
+        }
+        budget
+    }
+
     fn logprobs(
         &mut self,
         field: &'static str,
@@ -101,8 +112,7 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
         let decoding = wire.decoding.unwrap_or_default();
         let random = wire.sampling.unwrap_or_default();
         let stopping = wire.stopping.unwrap_or_default();
-        let budget = stopping.thinking_token_budget.filter(|&budget| budget != -1);
-        refused.unsupported("stopping.thinking_token_budget", budget.is_some());
+        let budget = refused.budget(stopping.thinking_token_budget);
         let asked = wire.response.unwrap_or_default();
         let prompt = Part {
             text: false,
@@ -140,7 +150,7 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
             bypass_prefix_cache: kv.bypass_prefix_cache,
             constraint: decoding.structured_output.clone().map(constraint),
             sampling: Some(sampling(wire.temperature, random, decoding)),
-            stopping: Some(ours_stopping(stopping)),
+            stopping: Some(ours_stopping(stopping, budget)),
             response: Some(v1::Response {
                 logprobs: output.logprobs.map(Logprobs::asked),
                 prompt_logprobs: prompt.logprobs.map(Logprobs::asked),
@@ -175,7 +185,7 @@ fn sampling(
     }
 }
 
-fn ours_stopping(stopping: vllm::StoppingCriteria) -> v1::Stopping {
+fn ours_stopping(stopping: vllm::StoppingCriteria, thinking_tokens_max: Option<u32>) -> v1::Stopping {
     let most = match stopping.max_new_tokens {
         0 => MAX_TOKENS_DEFAULT,
         most => most,
@@ -186,6 +196,7 @@ fn ours_stopping(stopping: vllm::StoppingCriteria) -> v1::Stopping {
         stop: stopping.stop_strings,
         stop_token_ids: stopping.stop_token_ids,
         ignore_eos: stopping.ignore_eos,
+        thinking_tokens_max,
     }
 }
 
@@ -231,6 +242,7 @@ pub(super) fn renamed(failure: Failure) -> Failure {
                 "sampling.n" => "sampling.num_sequences".to_owned(),
                 "sampling.bad_words" => "decoding.bad_words_token_ids".to_owned(),
                 "cache_salt" => "kv.cache_salt".to_owned(),
+                "stopping.thinking_tokens_max" => "stopping.thinking_token_budget".to_owned(),
                 "stopping.max_tokens" => "stopping.max_new_tokens".to_owned(),
                 "stopping.min_tokens" => "stopping.min_new_tokens".to_owned(),
                 "response.logprobs" => "response.output_candidates".to_owned(),

@@ -4,6 +4,7 @@
 mod support;
 
 mod admission;
+mod any_input;
 mod bad_requests;
 mod cancel;
 mod cohere_chat;
@@ -21,6 +22,7 @@ mod http_probes;
 mod http_tokens;
 mod metrics;
 mod no_tokenizer;
+mod obedient;
 mod other_group;
 mod parsed_answers;
 mod parsing;
@@ -33,6 +35,7 @@ mod startup;
 mod stop_search;
 mod stop_strings;
 mod streaming;
+mod structured;
 mod templates;
 mod tokenizing;
 mod vllm_api;

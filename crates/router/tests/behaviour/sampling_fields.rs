@@ -118,19 +118,16 @@ async fn wrong_fields_are_named_as_grpc_names_them() {
         bad_words: vec![String::new()],
         ..v1::Sampling::default()
     };
-    let constraint = v1::Constraint { form: Some(v1::constraint::Form::JsonObject(true)) };
     let request = v1::GenerateRequest {
         sampling: Some(wrong),
         priority: -101,
         cache_salt: "s".to_owned(),
         bypass_prefix_cache: true,
-        constraint: Some(constraint),
         ..from_text("x")
     };
     let expected = [
         "sampling.presence_penalty",
         "sampling.n",
-        "constraint.json_object",
         "sampling.logit_bias",
         "sampling.bad_words[0]",
         "priority",

@@ -305,6 +305,17 @@ fn wrong() -> Vec<(vllm::GenerateRequest, &'static str)> {
         (vllm::GenerateRequest { temperature: Some(-1.0), ..from_ids(&[5]) }, "temperature"),
         (vllm::GenerateRequest { priority: 1000, ..from_ids(&[5]) }, "priority"),
         (
+            decoding(vllm::DecodingParameters {
+                structured_output: Some(vllm::decoding_parameters::StructuredOutput::Regex("[a".into())),
+                ..Default::default()
+            }),
+            "decoding.regex",
+        ),
+        (
+            stopping(vllm::StoppingCriteria { thinking_token_budget: Some(-2), ..Default::default() }),
+            "stopping.thinking_token_budget",
+        ),
+        (
             decoding(vllm::DecodingParameters { presence_penalty: 9.0, ..Default::default() }),
             "decoding.presence_penalty",
         ),

@@ -13,9 +13,6 @@ use crate::text::Text;
 /// As Cohere's API has them.
 const TEMPERATURE_DEFAULT: f32 = 0.3;
 const P_DEFAULT: f32 = 0.75;
-const WITHOUT_EFFECT: [(&str, &str); 2] =
-    [("strict_tools", "false"), ("response_format", "{\"type\":\"text\"}")];
-
 /// A request in our terms.
 pub(super) struct Asked {
     pub(super) request: v1::GenerateRequest,
@@ -83,7 +80,9 @@ enum ThinkingKind {
 pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Asked {
     let stream = fields.take("stream").unwrap_or(false);
     let logprobs = fields.take("logprobs").unwrap_or(false);
-    let (chat, mut show) = take_chat(fields, text);
+    let thinking = fields.take::<Thinking>("thinking");
+    let thinking_tokens_max = thinking.as_ref().and_then(|thinking| thinking.token_budget);
+    let (chat, mut show) = take_chat(fields, thinking.map(|thinking| thinking.kind), text);
     show.logprobs = logprobs;
     let sampling = v1::Sampling {
         temperature: Some(fields.take("temperature").unwrap_or(TEMPERATURE_DEFAULT)),
@@ -97,6 +96,7 @@ pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Asked {
     let stopping = v1::Stopping {
         max_tokens: fields.take("max_tokens"),
         stop: fields.take("stop_sequences").unwrap_or_default(),
+        thinking_tokens_max,
         ..v1::Stopping::default()
     };
     let response = v1::Response { logprobs: logprobs.then_some(0), parse: true, ..v1::Response::default() };
@@ -107,14 +107,18 @@ pub(super) fn take(fields: &mut Fields, text: Option<&Text>) -> Asked {
         sampling: Some(sampling),
         stopping: Some(stopping),
         response: Some(response),
+        constraint: fields.take::<ResponseFormat>("response_format").and_then(ResponseFormat::constraint),
         ..v1::GenerateRequest::default()
     };
-    fields.without_effect(&WITHOUT_EFFECT);
     Asked { request, stream, show }
 }
 
 /// Takes what the template renders.
-fn take_chat(fields: &mut Fields, text: Option<&Text>) -> (v1::ChatPrompt, Show) {
+fn take_chat(
+    fields: &mut Fields,
+    thinking: Option<ThinkingKind>,
+    text: Option<&Text>,
+) -> (v1::ChatPrompt, Show) {
     let mut citable = Citable::default();
     let documents: Vec<Box<RawValue>> = fields.take("documents").unwrap_or_default();
     for (index, raw) in documents.iter().enumerate() {
@@ -134,15 +138,12 @@ fn take_chat(fields: &mut Fields, text: Option<&Text>) -> (v1::ChatPrompt, Show)
             Err(why) => fields.refuse(format!("messages[{index}]"), why),
         }
     }
-    chat.tools = take_tools(fields);
+    chat.tools = take_definitions(fields);
+    chat.tool_choice = take_choice(fields);
+    chat.strict_tools = fields.take("strict_tools").unwrap_or(false);
     let reads = |name: &str| text.is_some_and(|text| text.template_reads(name));
     let mut arguments = Map::new();
-    if let Some(thinking) = fields.take::<Thinking>("thinking") {
-        chat.reasoning = Some(thinking.kind == ThinkingKind::Enabled);
-        if thinking.token_budget.is_some() {
-            fields.refuse("thinking", "token_budget is not supported");
-        }
-    }
+    chat.reasoning = thinking.map(|kind| kind == ThinkingKind::Enabled);
     let thoughts = match chat.reasoning {
         Some(true) => Thoughts::Content,
         None if reads("reasoning") || chat.tools.is_empty() => Thoughts::Content,
@@ -157,16 +158,39 @@ fn take_chat(fields: &mut Fields, text: Option<&Text>) -> (v1::ChatPrompt, Show)
     (chat, Show { thoughts, citable, citations, logprobs: false })
 }
 
-/// The tools the model is offered: none when it must not call any.
-fn take_tools(fields: &mut Fields) -> Vec<String> {
-    let tools = take_definitions(fields);
-    match fields.take::<String>("tool_choice").as_deref() {
-        None => tools,
-        Some("NONE") => Vec::new(),
-        Some(_) => {
-            fields.refuse("tool_choice", "only NONE is supported");
-            tools
+/// Cohere's API has no tool named by its caller, and leaves the choice to the model by saying nothing.
+fn take_choice(fields: &mut Fields) -> Option<v1::ToolChoice> {
+    use v1::tool_choice::{Choice, Mode};
+    let mode = match fields.take::<String>("tool_choice")?.as_str() {
+        "NONE" => Mode::None,
+        "REQUIRED" => Mode::Required,
+        other => {
+            fields.refuse("tool_choice", format!("must be NONE or REQUIRED, not `{other}`"));
+            return None;
         }
+    };
+    Some(v1::ToolChoice { choice: Some(Choice::Mode(mode.into())) })
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+enum ResponseFormat {
+    Text {},
+    JsonObject {
+        #[serde(alias = "schema")]
+        json_schema: Option<Box<RawValue>>,
+    },
+}
+
+impl ResponseFormat {
+    fn constraint(self) -> Option<v1::Constraint> {
+        use v1::constraint::Form;
+        let form = match self {
+            Self::Text {} => return None,
+            Self::JsonObject { json_schema: None } => Form::JsonObject(true),
+            Self::JsonObject { json_schema: Some(schema) } => Form::Json(schema.get().to_owned()),
+        };
+        Some(v1::Constraint { form: Some(form) })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use grammar::{Begin, Marks};
 use types::TokenId;
 
 use crate::Error;
@@ -63,6 +64,8 @@ pub struct Markers {
     /// Whether a marker begins with this byte.
     begins: Vec<bool>,
     structural: BTreeMap<TokenId, Kind>,
+    /// Those that an answer's form is made of.
+    marks: Option<Marks>,
 }
 
 impl Markers {
@@ -92,7 +95,7 @@ impl Markers {
                 texts.insert(text.to_owned(), kind);
             }
         }
-        Ok(Self::new(texts, structural))
+        Ok(Self { marks: marks(tokenizer), ..Self::new(texts, structural) })
     }
 
     fn new(sorted: BTreeMap<String, Kind>, structural: BTreeMap<TokenId, Kind>) -> Self {
@@ -107,11 +110,27 @@ impl Markers {
         for (text, _) in &texts {
             begins[usize::from(text.as_bytes()[0])] = true;
         }
-        Self { texts, begins, structural }
+        Self { texts, begins, structural, marks: None }
     }
 
     pub(super) const fn is_empty(&self) -> bool {
         self.texts.is_empty()
+    }
+
+    /// The markers that an answer's form is made of; `None` for a tokenizer that is not of Cohere's chat format.
+    pub(in crate::text) const fn marks(&self) -> Option<&Marks> {
+        self.marks.as_ref()
+    }
+
+    /// Where a prompt leaves the model.
+    pub(in crate::text) fn begin_behind(&self, prompt: &[TokenId]) -> Begin {
+        match self.last_in(prompt) {
+            None | Some(Kind::StartAction | Kind::Other) => Begin::Plain,
+            Some(Kind::StartThinking) => Begin::Thinking,
+            Some(Kind::StartText) => Begin::Text,
+            Some(Kind::EndThinking | Kind::EndText | Kind::EndAction) => Begin::Answer,
+            Some(Kind::Turn) => Begin::Turn,
+        }
     }
 
     /// The last structural marker among `tokens`.
@@ -139,6 +158,16 @@ impl Markers {
         }
         Found::Nothing
     }
+}
+
+/// The pairs of markers around the parts of an answer, those of both generations where a tokenizer has both.
+fn marks(tokenizer: &Tokenizer) -> Option<Marks> {
+    let pair = |[start, end]: [&str; 2]| Some([tokenizer.id_of(start)?, tokenizer.id_of(end)?]);
+    Some(Marks {
+        thinking: pair(["<|START_THINKING|>", "<|END_THINKING|>"])?,
+        text: NEEDED_PAIRS.into_iter().filter_map(pair).collect(),
+        action: pair(["<|START_ACTION|>", "<|END_ACTION|>"])?,
+    })
 }
 
 fn lacks(what: &str) -> Error {
