@@ -1,6 +1,8 @@
 //! What a cluster answers is what the reference answers (transformers 5.23.0, float32): 30 conversations, through
 //! the chat template, the tokenizer, gRPC, the scheduler and two tensor-parallel processes.
 
+use std::process::Command;
+
 use proto::v1::{ChatMessage, ChatPrompt, GenerateRequest, Response, generate_request};
 use serde_json::Value;
 
@@ -64,6 +66,27 @@ fn two_ranks_with_whole_experts_give_the_references_tokens_and_log_probabilities
 #[test]
 fn two_ranks_that_send_rows_to_their_experts_give_the_references_tokens_and_log_probabilities() {
     check(&Cluster::up(&["--tensor-parallel=2", "--experts=expert", "--dispatch=all-to-all"]));
+}
+
+#[test]
+fn four_ranks_with_copies_of_experts_where_a_file_says_give_the_references_tokens_and_log_probabilities() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("placement.json");
+    let out = format!("--placement-out={}", file.display());
+    let plan = [
+        "plan",
+        "--tensor-parallel=4",
+        "--experts=expert",
+        "--expert-load=zipf:3",
+        "--expert-replicas=1",
+        &out,
+    ];
+    let planned = Command::new(env!("CARGO_BIN_EXE_cohort")).args(plan).output().unwrap();
+    assert!(planned.status.success(), "{planned:?}");
+    let placement = format!("--expert-placement={}", file.display());
+    for dispatch in ["--dispatch=replicated", "--dispatch=all-to-all"] {
+        check(&Cluster::up(&["--tensor-parallel=4", "--experts=expert", dispatch, &placement]));
+    }
 }
 
 #[test]

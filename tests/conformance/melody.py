@@ -73,6 +73,7 @@ def chat_of(config: dict) -> dict:
         marks = message.get("citations", [])
         of = lambda thinking: [mark for mark in marks if mark["is_thinking"] == thinking]
         text = cited("".join(part["text"] for part in content if part["type"] == "text"), of(False))
+        text = escaped(text, table)
         thinking = cited("".join(part["thinking"] for part in content if part["type"] == "thinking"), of(True))
         if role == "tool":
             ours["tool_call_id"] = message["tool_call_id"]
@@ -99,8 +100,8 @@ def chat_of(config: dict) -> dict:
     for theirs, name in (("dev_instruction", "developer_instruction"), ("platform_instruction", "platform_instruction_override")):
         if config.get(theirs) is not None:
             arguments[name] = config[theirs]
-    if config.get("grounding"):
-        arguments["grounding"] = config["grounding"]
+    # The package grounds answers unless it is told not to.
+    arguments["grounding"] = config.get("grounding", "enabled")
     if config.get("json_schema"):
         arguments["response_format"] = {"type": "json_object", "json_schema": config["json_schema"]}
     elif config.get("json_mode"):
@@ -126,7 +127,10 @@ def prompts(cohort: Cohort, sdist: pathlib.Path) -> int:
             same += 1
             continue
         wrong += 1
-        print(f"  differs: {pair.name}\n    expected {expected!r}\n    got      {got}")
+        own = got.get("rendered", str(got))
+        at = next((at for at, (a, b) in enumerate(zip(expected, own)) if a != b), min(len(expected), len(own)))
+        around = slice(max(at - 60, 0), at + 120)
+        print(f"  differs: {pair.name}, at {at}\n    expected {expected[around]!r}\n    got      {own[around]!r}")
     print(f"prompts: {same} of {len(pairs)} pairs are the same, {wrong} differ")
     return wrong
 

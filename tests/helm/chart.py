@@ -31,6 +31,7 @@ CHART_OWNED = [
     ("router", "http_listen"),
     ("router", "workers"),
     ("group", "metrics_listen"),
+    ("group", "hosts"),
 ]
 # The committed names of metrics.
 GOLDEN_METRICS = [

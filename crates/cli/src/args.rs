@@ -110,16 +110,24 @@ pub struct ComputeFlags {
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 #[command(next_help_heading = "Worker group")]
 pub struct GroupFlags {
-    /// Ranks that share the model [default: 1]
+    /// Ranks that share attention, dense layers and vocabulary and see the same rows [default: 1]
     #[arg(long, value_name = "N")]
     pub tensor_parallel: Option<u32>,
+    /// Sub-groups of so many ranks, each with sequences and a KV cache of its own; all ranks share the routed experts.
+    /// More than one needs --experts expert [default: 1]
+    #[arg(long, value_name = "N")]
+    pub data_parallel: Option<u32>,
     /// How the routed experts are shared out: tensor (a part of each) or expert (some of them whole) [default: tensor]
     #[arg(long, value_parser = ["tensor", "expert"])]
     pub experts: Option<String>,
     /// How rows reach their experts: replicated (every rank has all rows), all-to-all (rows are sent to the ranks that
-    /// hold their experts; needs --experts expert) or auto [default: auto, which is replicated]
+    /// hold their experts; needs --experts expert) or auto [default: auto: replicated in one sub-group, all-to-all in
+    /// several]
     #[arg(long, value_parser = ["auto", "replicated", "all-to-all"])]
     pub dispatch: Option<String>,
+    /// File that says which experts each rank holds, as `cohort plan --expert-load` writes it [default: in order]
+    #[arg(long, value_name = "FILE")]
+    pub expert_placement: Option<String>,
     /// CPU threads of each rank [default: the machine's cores shared among the ranks]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -231,8 +239,10 @@ impl ConfigFlags for GroupFlags {
     fn flags(&self) -> Vec<Flag> {
         [
             given("--tensor-parallel", "group.tensor_parallel", self.tensor_parallel.as_ref()),
+            given("--data-parallel", "group.data_parallel", self.data_parallel.as_ref()),
             given("--experts", "group.experts", self.experts.as_ref()),
             given("--dispatch", "group.dispatch", self.dispatch.as_ref()),
+            given("--expert-placement", "group.expert_placement", self.expert_placement.as_ref()),
             given("--threads", "group.threads", self.threads.as_ref()),
             given("--kv-tokens", "group.kv_tokens", self.kv_tokens.as_ref()),
             given("--block-size", "group.block_size", self.block_size.as_ref()),
@@ -303,8 +313,10 @@ impl From<&Settings> for GroupFlags {
         let group = &settings.group;
         Self {
             tensor_parallel: Some(group.tensor_parallel.get()),
+            data_parallel: Some(group.data_parallel),
             experts: Some(group.experts.name().to_owned()),
             dispatch: Some(group.dispatch.name().to_owned()),
+            expert_placement: group.expert_placement.as_ref().map(|file| file.display().to_string()),
             threads: group.threads,
             kv_tokens: Some(group.kv_tokens),
             block_size: Some(group.block_size.tokens()),

@@ -35,12 +35,17 @@ pub(crate) fn reachable(bound: SocketAddr) -> SocketAddr {
 
 /// A channel to `server`, given as `http://host:port` or `host:port`.
 pub(crate) async fn channel(server: &str) -> anyhow::Result<Channel> {
+    channel_of("--server", server).await
+}
+
+/// As [`channel`], for another flag than `--server`.
+pub(crate) async fn channel_of(flag: &str, server: &str) -> anyhow::Result<Channel> {
     let address = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
     if !address.starts_with("http://") {
-        bail!("--server {server}: only http:// is spoken");
+        bail!("{flag} {server}: only http:// is spoken");
     }
     let endpoint = Endpoint::from_shared(address.clone())
-        .map_err(|error| anyhow!("--server {server}: {error}; use an address such as {SERVER_DEFAULT}"))?;
+        .map_err(|error| anyhow!("{flag} {server}: {error}; use an address such as {SERVER_DEFAULT}"))?;
     let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
     endpoint
         .connect()

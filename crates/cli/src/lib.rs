@@ -8,6 +8,7 @@ mod client;
 pub mod command;
 mod embedded;
 pub mod generation;
+pub mod hosts;
 mod out;
 mod progress;
 pub mod report;

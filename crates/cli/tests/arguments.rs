@@ -4,7 +4,6 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use ::worker::HostPort;
 use clap::{CommandFactory, Parser};
 use cli::args::{
     ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, LogFormat, ModelFlags, RouterFlags,
@@ -26,15 +25,6 @@ fn refused(argv: &[&str]) -> String {
 
 fn address() -> impl Strategy<Value = SocketAddr> {
     any::<([u8; 4], u16)>().prop_map(SocketAddr::from)
-}
-
-fn host() -> impl Strategy<Value = HostPort> {
-    prop_oneof![
-        address().prop_map(HostPort::from),
-        ("[a-z][a-z0-9.-]{0,20}", any::<u16>())
-            .prop_map(|(host, port)| format!("{host}:{port}").parse().unwrap()),
-        any::<([u16; 8], u16)>().prop_map(|(ip, port)| SocketAddr::from((ip, port)).into()),
-    ]
 }
 
 fn http() -> impl Strategy<Value = HttpListen> {
@@ -73,15 +63,18 @@ fn compute() -> impl Strategy<Value = ComputeFlags> {
 
 fn group_flags() -> impl Strategy<Value = GroupFlags> {
     let seconds = || of(0.0..1e6_f64);
-    let counts = any::<([Option<u32>; 7], Option<usize>)>();
+    let counts = any::<([Option<u32>; 8], Option<usize>)>();
     let experts = of(prop_oneof![Just("tensor".to_owned()), Just("expert".to_owned())]);
     let dispatch =
         of(prop_oneof![Just("auto"), Just("replicated"), Just("all-to-all")].prop_map(str::to_owned));
-    let (experts, spans) = ((experts, dispatch, of(http())), (seconds(), seconds(), seconds()));
+    let (experts, spans) =
+        ((experts, dispatch, of("[ -~]{1,12}"), of(http())), (seconds(), seconds(), seconds()));
     (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain))| GroupFlags {
         tensor_parallel: counts[0],
+        data_parallel: counts[7],
         experts: experts.0,
         dispatch: experts.1,
+        expert_placement: experts.2,
         threads,
         kv_tokens: counts[1],
         block_size: counts[2],
@@ -89,7 +82,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         running_max: counts[4],
         waiting_requests_max: counts[5],
         waiting_tokens_max: counts[6],
-        metrics_listen: experts.2,
+        metrics_listen: experts.3,
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
@@ -127,10 +120,11 @@ proptest! {
 
     #[test]
     fn a_worker_reads_back_what_it_was_started_with(
-        file in file(), rank: u32, rendezvous in host(), listen in address(), model in model(),
+        file in file(), rank: u32, rendezvous in address(), listen in address(), model in model(),
         compute in compute(), group in group_flags(), supervised: bool,
     ) {
-        let args = worker::Args { file, rank, rendezvous, listen, model, compute, group, supervised };
+        let leader = Some(format!("leader.of.group:{}", listen.port()));
+        let args = worker::Args { file, rank, rendezvous, leader, listen, model, compute, group, supervised };
         let Command::Worker(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -141,7 +135,10 @@ proptest! {
         group in group_flags(),
         supervised: bool,
     ) {
-        let args = group::Args { file, rendezvous, listen, model, compute, group, supervised };
+        let (hosts, host_index) = (vec!["10.0.0.1:7070".to_owned(), "other".to_owned()], Some(1));
+        let args = group::Args {
+            file, rendezvous, hosts, host_index, listen, model, compute, group, supervised
+        };
         let Command::Group(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -188,12 +185,13 @@ fn every_flag_names_a_key_that_exists() {
     settings.model.layers = Some(1);
     settings.model.window_keys = Some(1);
     settings.group.threads = Some(1);
+    settings.group.expert_placement = Some("p".into());
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
     flags.extend(RouterFlags::from(&settings).flags());
-    // All but the two that are not flags of a child: the router's workers and the number of groups.
-    assert_eq!(flags.len(), keys.len() - 2);
+    // All but the three that are not flags of a child: the router's workers, the group's hosts and the number of groups.
+    assert_eq!(flags.len(), keys.len() - 3);
     for flag in flags {
         assert!(keys.contains(flag.key), "{flag:?}");
     }

@@ -30,6 +30,7 @@ fn group(
     let scripts = scripts.to_vec();
     Group {
         size: TpSize::new(u32::try_from(scripts.len()).unwrap()).unwrap(),
+        ranks: 0..u32::try_from(scripts.len()).unwrap(),
         leader_grace: Duration::from_secs(5),
         spec: move |rank, address: Option<SocketAddr>| {
             let script = scripts[rank as usize].replace("READY", &saying(&ready())).replace("WAIT", WAIT);

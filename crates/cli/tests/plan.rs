@@ -88,3 +88,66 @@ fn a_checkpoint_is_planned_from_its_config_alone() {
     assert!(told.contains("computed in f32, weights in bf16"), "{told}");
     assert!(told.contains("7 all-reduces, 1 all-gather"), "{told}");
 }
+
+#[test]
+fn subgroups_are_planned_with_all_their_ranks() {
+    let line = "--preset north-mini-code --tensor-parallel 2 --data-parallel 2 --experts expert --memory 139GiB --json";
+    let plan = json(&plan(line));
+    assert_eq!((plan["fits"].as_bool(), plan["data_parallel"].as_u64()), (Some(true), Some(2)));
+    assert_eq!(plan["dispatch"], "all-to-all");
+    assert_eq!(plan["ranks"].as_array().unwrap().len(), 4);
+    assert_eq!(plan["kv_tokens"].as_u64(), plan["kv_tokens_per_subgroup"].as_u64().map(|each| 2 * each));
+    let costs = &plan["collectives"];
+    assert_eq!(costs["all_reduces_per_layer"], 1);
+    assert_eq!(costs["all_to_all_messages_per_layer"], 2 * 3);
+    // Routed experts over four ranks, attention over two.
+    let alone = json(&self::plan("--preset north-mini-code --tensor-parallel 2 --memory 139GiB --json"));
+    let weights = |plan: &Value, kind: &str| plan["ranks"][0]["weights"][kind].as_u64().unwrap();
+    assert_eq!(weights(&plan, "attention"), weights(&alone, "attention"));
+    assert_eq!(2 * weights(&plan, "experts"), weights(&alone, "experts"));
+}
+
+#[test]
+fn subgroups_that_cannot_work_are_refused_with_the_numbers() {
+    let parts = stderr(&plan("--preset north-mini-code --data-parallel 2"));
+    assert!(parts.contains("2 sub-groups share whole experts"), "{parts}");
+    let line = "--preset north-mini-code --data-parallel 2 --experts expert --dispatch replicated";
+    let replicated = stderr(&plan(line));
+    assert!(replicated.contains("the rows of 2 sub-groups differ"), "{replicated}");
+    let many =
+        stderr(&plan("--preset north-mini-code --tensor-parallel 64 --data-parallel 4 --experts expert"));
+    assert!(many.contains("4 sub-groups of 64 ranks are more than the 128"), "{many}");
+}
+
+/// Counts of a model of 48 sparse layers after a dense one, in which few experts have most of the choices.
+fn skewed() -> String {
+    let layer: Vec<u64> = (0..128).map(|expert| 1_000_000 / (expert + 1)).collect();
+    let mut layers = vec![serde_json::json!([])];
+    layers.extend((0..48).map(|_| serde_json::json!(layer)));
+    serde_json::json!({ "format": "cohort-expert-load-1", "layers": layers }).to_string()
+}
+
+#[test]
+fn a_placement_is_proposed_written_and_planned_with() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name).display().to_string();
+    let (load, out) = (file("load.json"), file("placement.json"));
+    std::fs::write(&load, skewed()).unwrap();
+    let group = "--preset north-mini-code --tensor-parallel 4 --experts expert --json";
+    let line = format!("{group} --expert-load {load} --expert-replicas 2 --placement-out {out}");
+    let proposed = json(&plan(&line));
+    let of = |when: &str| proposed["placement"][when]["worst_max_over_mean"].as_f64().unwrap();
+    // In order, the first rank has the first 32 of 128 experts: most of a harmonic sum.
+    assert!(of("before") > 2.5 && of("after") < 1.02, "{proposed}");
+    assert_eq!(proposed["placement"]["experts_per_rank"], 34);
+    let placed = json(&plan(&format!("{group} --expert-placement {out}")));
+    let experts = |plan: &Value| plan["ranks"][0]["weights"]["experts"].as_u64().unwrap();
+    assert_eq!(experts(&placed), experts(&proposed));
+    assert_eq!(experts(&placed) * 32, experts(&json(&plan(group))) * 34);
+    let other = plan(&format!(
+        "--preset north-mini-code --tensor-parallel 8 --experts expert --expert-placement {out}"
+    ));
+    assert!(stderr(&other).contains("it is for 4 ranks, not 8"), "{other:?}");
+    let parts = plan(&format!("--preset north-mini-code --tensor-parallel 4 --expert-load {load}"));
+    assert!(stderr(&parts).contains("add --experts expert"), "{parts:?}");
+}

@@ -2,7 +2,7 @@
 
 use types::TpRank;
 
-use crate::Error;
+use crate::{Counters, Error};
 
 /// What the ranks of one group say to each other about buffers of type `T`.
 ///
@@ -48,6 +48,22 @@ pub trait Collective<T: ?Sized> {
         recv_counts: &[usize],
     ) -> Result<(), Error>;
 
+    /// As [`Collective::all_to_all_v`] for a rank that does not know what comes: each message tells its own count. From
+    /// rank `r` come at most `room[r]` elements, a rank that sends more is an error that names it. `came[r]` becomes
+    /// what did come, and `recv` (at least `room.sum()` elements) holds it from its start on, in rank order, without
+    /// gaps.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn all_to_all_open(
+        &mut self,
+        send: &T,
+        send_counts: &[usize],
+        recv: &mut T,
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error>;
+
     /// Replaces `data` on every rank by rank `root`'s.
     ///
     /// # Errors
@@ -59,6 +75,9 @@ pub trait Collective<T: ?Sized> {
     /// # Errors
     /// As [`Collective::all_reduce_sum`].
     fn barrier(&mut self) -> Result<(), Error>;
+
+    /// What this rank has done so far.
+    fn counters(&self) -> Counters;
 
     /// Makes every pending and later operation on every rank fail soon with [`Error::Aborted`] or
     /// [`Error::PeerLost`] instead of waiting for its deadline. An operation this rank has completed may still end

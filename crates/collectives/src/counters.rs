@@ -60,6 +60,8 @@ impl fmt::Display for Op {
 pub struct Traffic {
     /// Operations completed.
     pub ops: u64,
+    /// Messages given to other ranks, empty ones included.
+    pub messages_sent: u64,
     /// Payload bytes given to other ranks; framing not counted.
     pub bytes_sent: u64,
     /// Payload bytes taken from other ranks; framing not counted.
@@ -73,6 +75,12 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// The costs of each kind, in the order of [`Op::ALL`].
+    #[must_use]
+    pub const fn new(by_op: [Traffic; Op::ALL.len()]) -> Self {
+        Self { by_op }
+    }
+
     /// The cost of the operations of kind `op`.
     #[must_use]
     pub const fn of(&self, op: Op) -> Traffic {
@@ -85,11 +93,55 @@ impl Counters {
         self.by_op.iter().map(|traffic| traffic.ops).sum()
     }
 
-    /// Notes one completed operation; sizes in bytes.
-    pub(crate) fn note(&mut self, op: Op, sent: usize, received: usize) {
+    /// Messages of all kinds given to other ranks.
+    #[must_use]
+    pub fn messages_sent(&self) -> u64 {
+        self.by_op.iter().map(|traffic| traffic.messages_sent).sum()
+    }
+
+    /// Payload bytes of all kinds given to other ranks.
+    #[must_use]
+    pub fn bytes_sent(&self) -> u64 {
+        self.by_op.iter().map(|traffic| traffic.bytes_sent).sum()
+    }
+
+    /// What was done since `earlier`, an earlier state of the same counters.
+    #[must_use]
+    pub fn since(mut self, earlier: &Self) -> Self {
+        for (now, then) in self.by_op.iter_mut().zip(&earlier.by_op) {
+            now.ops -= then.ops;
+            now.messages_sent -= then.messages_sent;
+            now.bytes_sent -= then.bytes_sent;
+            now.bytes_received -= then.bytes_received;
+        }
+        self
+    }
+
+    /// Both together: of a rank that speaks in two groups.
+    #[must_use]
+    pub fn plus(mut self, other: &Self) -> Self {
+        for (sum, more) in self.by_op.iter_mut().zip(&other.by_op) {
+            sum.ops += more.ops;
+            sum.messages_sent += more.messages_sent;
+            sum.bytes_sent += more.bytes_sent;
+            sum.bytes_received += more.bytes_received;
+        }
+        self
+    }
+
+    /// Notes one completed operation of `messages` messages.
+    pub(crate) fn note(&mut self, op: Op, messages: u64, moved: Moved) {
         let traffic = &mut self.by_op[op as usize];
         traffic.ops += 1;
-        traffic.bytes_sent += sent as u64;
-        traffic.bytes_received += received as u64;
+        traffic.messages_sent += messages;
+        traffic.bytes_sent += (moved.sent * size_of::<f32>()) as u64;
+        traffic.bytes_received += (moved.received * size_of::<f32>()) as u64;
     }
+}
+
+/// Elements that one operation moved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Moved {
+    pub(crate) sent: usize,
+    pub(crate) received: usize,
 }

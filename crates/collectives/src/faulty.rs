@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use types::TpRank;
 
-use crate::{Collective, Error, Op};
+use crate::{Collective, Counters, Error, Op};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,6 +142,23 @@ impl<C: Collective<[f32]>> Collective<[f32]> for Faulty<C> {
         }
     }
 
+    fn all_to_all_open(
+        &mut self,
+        send: &[f32],
+        send_counts: &[usize],
+        recv: &mut [f32],
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error> {
+        let me = self.rank.as_usize();
+        match self.step(Op::AllToAll)? {
+            Step::Usual(inner) => inner.all_to_all_open(send, send_counts, recv, room, came),
+            Step::OneMore(inner) => {
+                inner.all_to_all_open(&longer(send), &more(send_counts, me), recv, room, came)
+            }
+        }
+    }
+
     fn broadcast(&mut self, root: u32, data: &mut [f32]) -> Result<(), Error> {
         match self.step(Op::Broadcast)? {
             Step::Usual(inner) => inner.broadcast(root, data),
@@ -154,6 +171,10 @@ impl<C: Collective<[f32]>> Collective<[f32]> for Faulty<C> {
             Step::Usual(inner) => inner.barrier(),
             Step::OneMore(inner) => inner.broadcast(0, &mut [0.0]),
         }
+    }
+
+    fn counters(&self) -> Counters {
+        self.inner.as_ref().map(Collective::counters).unwrap_or_default()
     }
 
     fn abort(&mut self) {

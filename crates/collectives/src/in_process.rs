@@ -7,13 +7,18 @@ use std::time::{Duration, Instant};
 
 use types::{TpRank, TpSize};
 
+use crate::counters::Moved;
 use crate::sum::add;
 use crate::{Cause, Collective, Counters, Error, Op, check, socket};
 
-/// One rank of a group of threads. Dropping it is leaving: the others get [`Error::PeerLost`].
+/// One rank of a group of threads, or of a sub-group of it. Dropping it is leaving: the others get
+/// [`Error::PeerLost`].
 #[derive(Debug)]
 pub struct InProcess {
+    /// In this group.
     rank: TpRank,
+    /// The whole group and its sub-groups, which end together.
+    family: Arc<Mutex<Vec<Arc<Shared>>>>,
     deadline: Duration,
     sequence: u64,
     shared: Arc<Shared>,
@@ -23,6 +28,9 @@ pub struct InProcess {
 
 #[derive(Debug)]
 struct Shared {
+    /// Rank 0 of this group in the whole one; its ranks follow each other.
+    first: u32,
+    size: TpSize,
     /// `[sequence % 2][rank]`.
     slots: [Vec<RwLock<Slot>>; 2],
     group: Mutex<Group>,
@@ -34,7 +42,7 @@ struct Group {
     /// The last operation each rank has arrived at.
     arrived: Vec<u64>,
     left: Vec<bool>,
-    /// The first rank that gave up, and why.
+    /// The first rank that gave up (in the whole group), and why.
     failure: Option<(u32, Cause)>,
 }
 
@@ -62,28 +70,52 @@ impl InProcess {
     /// A group of `size` ranks, in rank order; an operation fails when a rank does not come within `deadline`.
     #[must_use]
     pub fn group(size: TpSize, deadline: Duration) -> Vec<Self> {
-        let ranks = size.as_usize();
-        let slots = || (0..ranks).map(|_| RwLock::new(Slot::empty())).collect();
-        let shared = Arc::new(Shared {
-            slots: [slots(), slots()],
-            group: Mutex::new(Group { arrived: vec![0; ranks], left: vec![false; ranks], failure: None }),
-            changed: Condvar::new(),
-        });
-        let member = |rank| Self {
-            rank,
-            deadline,
-            sequence: 0,
-            shared: Arc::clone(&shared),
-            counters: Counters::default(),
-            failed: None,
-        };
-        size.ranks().map(member).collect()
+        let shared = Arc::new(Shared::new(0, size));
+        let family = Arc::new(Mutex::new(vec![Arc::clone(&shared)]));
+        size.ranks().map(|rank| Self::member(rank, deadline, &shared, &family)).collect()
     }
 
-    /// What this rank has done so far.
-    #[must_use]
-    pub const fn counters(&self) -> Counters {
-        self.counters
+    /// This rank's part in the sub-group of `size` ranks it belongs to: ranks 0 to `size - 1` are the first, and so on.
+    /// Sub-groups may run different operations at the same time, and end with the group. Errors name ranks by their
+    /// number in the whole group. Every rank splits a group the same way, and once.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when this group does not divide into sub-groups of `size`.
+    pub fn split(&self, size: TpSize) -> Result<Self, Error> {
+        let (rank, first) = check::subgroup(self.rank, size)?;
+        let first = self.shared.first + first as u32;
+        let mut family = self.family.lock().unwrap_or_else(PoisonError::into_inner);
+        // The whole group is the first entry, and is not its own sub-group.
+        let there = family[1..].iter().find(|shared| (shared.first, shared.size) == (first, size)).cloned();
+        let shared = there.unwrap_or_else(|| {
+            let shared = Arc::new(Shared::new(first, size));
+            shared.lock().failure = self.shared.lock().failure;
+            family.push(Arc::clone(&shared));
+            shared
+        });
+        Ok(Self::member(rank, self.deadline, &shared, &self.family))
+    }
+
+    fn member(
+        rank: TpRank,
+        deadline: Duration,
+        shared: &Arc<Shared>,
+        family: &Arc<Mutex<Vec<Arc<Shared>>>>,
+    ) -> Self {
+        Self {
+            rank,
+            family: Arc::clone(family),
+            deadline,
+            sequence: 0,
+            shared: Arc::clone(shared),
+            counters: Counters::default(),
+            failed: None,
+        }
+    }
+
+    /// This rank's number in the whole group.
+    fn global(&self) -> u32 {
+        self.shared.first + self.rank.index()
     }
 
     /// Deposits `data`, waits for all ranks and checks that they are in the same operation. Returns what each rank
@@ -93,7 +125,7 @@ impl InProcess {
         let slots = &self.shared.slots[(self.sequence % 2) as usize];
         slots[self.rank.as_usize()].write().unwrap_or_else(PoisonError::into_inner).fill(call, data);
         self.arrive(call.op)?;
-        for (peer, slot) in slots.iter().enumerate() {
+        for (peer, slot) in (self.shared.first..).zip(slots) {
             read(slot).compare(call, peer)?;
         }
         Ok(slots)
@@ -113,12 +145,12 @@ impl InProcess {
             }
             let gone = |(at, left): (&u64, &bool)| *left && *at < self.sequence;
             if let Some(lost) = group.arrived.iter().zip(&group.left).position(gone) {
-                return Err(Error::PeerLost { rank: lost as u32, collective: op.name() });
+                return Err(Error::PeerLost { rank: self.shared.first + lost as u32, collective: op.name() });
             }
             let now = Instant::now();
             if now >= until {
                 return Err(Error::Deadline {
-                    rank: missing as u32,
+                    rank: self.shared.first + missing as u32,
                     collective: op.name(),
                     sequence: self.sequence,
                     after: self.deadline,
@@ -130,12 +162,7 @@ impl InProcess {
     }
 
     /// Runs one operation: fails at once after an earlier failure, notes what moved, tells the others of an error.
-    /// `work` returns the bytes sent and received.
-    fn run(
-        &mut self,
-        op: Op,
-        work: impl FnOnce(&mut Self) -> Result<(usize, usize), Error>,
-    ) -> Result<(), Error> {
+    fn run(&mut self, op: Op, work: impl FnOnce(&mut Self) -> Result<Moved, Error>) -> Result<(), Error> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -145,8 +172,8 @@ impl InProcess {
             None => work(self),
         };
         match outcome {
-            Ok((sent, received)) => {
-                self.counters.note(op, sent * size_of::<f32>(), received * size_of::<f32>());
+            Ok(moved) => {
+                self.counters.note(op, self.others() as u64, moved);
                 Ok(())
             }
             Err(error) => {
@@ -157,10 +184,12 @@ impl InProcess {
     }
 
     fn fail(&mut self, error: Error) {
-        let cause = error.cause();
+        let failure = (self.global(), error.cause());
         self.failed = Some(error);
-        self.shared.lock().failure.get_or_insert((self.rank.index(), cause));
-        self.shared.changed.notify_all();
+        for shared in self.family.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            shared.lock().failure.get_or_insert(failure);
+            shared.changed.notify_all();
+        }
     }
 
     const fn others(&self) -> usize {
@@ -168,11 +197,28 @@ impl InProcess {
     }
 }
 
+fn other_count(rank: u32, ours: String, theirs: usize) -> Error {
+    let (collective, what) = (Op::AllToAll.name(), "count");
+    Error::Mismatch { rank, collective, what, ours, theirs: theirs.to_string() }
+}
+
 fn read(slot: &RwLock<Slot>) -> RwLockReadGuard<'_, Slot> {
     slot.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
+    fn new(first: u32, size: TpSize) -> Self {
+        let ranks = size.as_usize();
+        let slots = || (0..ranks).map(|_| RwLock::new(Slot::empty())).collect();
+        Self {
+            first,
+            size,
+            slots: [slots(), slots()],
+            group: Mutex::new(Group { arrived: vec![0; ranks], left: vec![false; ranks], failure: None }),
+            changed: Condvar::new(),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Group> {
         self.group.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -193,15 +239,9 @@ impl Slot {
         self.data.extend_from_slice(data);
     }
 
-    fn compare(&self, ours: Call<'_>, peer: usize) -> Result<(), Error> {
+    fn compare(&self, ours: Call<'_>, peer: u32) -> Result<(), Error> {
         let differs = |what, ours_is: String, theirs: String| {
-            Err(Error::Mismatch {
-                rank: peer as u32,
-                collective: ours.op.name(),
-                what,
-                ours: ours_is,
-                theirs,
-            })
+            Err(Error::Mismatch { rank: peer, collective: ours.op.name(), what, ours: ours_is, theirs })
         };
         if self.op != ours.op {
             return differs("operation", ours.op.to_string(), self.op.to_string());
@@ -233,7 +273,7 @@ impl Collective<[f32]> for InProcess {
                 if peer == 0 { data.copy_from_slice(part) } else { add(data, part) }
             }
             let moved = data.len() * this.others();
-            Ok((moved, moved))
+            Ok(Moved { sent: moved, received: moved })
         })
     }
 
@@ -249,7 +289,7 @@ impl Collective<[f32]> for InProcess {
                 let part = &read(slot).data[start..start + mine];
                 if peer == 0 { own.copy_from_slice(part) } else { add(own, part) }
             }
-            Ok((total - mine, mine * this.others()))
+            Ok(Moved { sent: total - mine, received: mine * this.others() })
         })
     }
 
@@ -265,7 +305,7 @@ impl Collective<[f32]> for InProcess {
                 all[start..start + count].copy_from_slice(&read(slot).data);
                 start += count;
             }
-            Ok((mine * this.others(), total - mine))
+            Ok(Moved { sent: mine * this.others(), received: total - mine })
         })
     }
 
@@ -284,24 +324,48 @@ impl Collective<[f32]> for InProcess {
             check::length(Op::AllToAll, "length of the output", receives, recv.len())?;
             check::length(Op::AllToAll, "count from this rank to itself", send_counts[me], recv_counts[me])?;
             let call = Call { op: Op::AllToAll, root: 0, total: 0, counts: send_counts };
-            let mut start = 0;
+            let (mut start, first) = (0, this.shared.first);
             for (peer, slot) in this.meet(call, send)?.iter().enumerate() {
                 let slot = read(slot);
                 let (ours, theirs) = (recv_counts[peer], slot.counts[me]);
                 if ours != theirs {
-                    return Err(Error::Mismatch {
-                        rank: peer as u32,
-                        collective: Op::AllToAll.name(),
-                        what: "count",
-                        ours: ours.to_string(),
-                        theirs: theirs.to_string(),
-                    });
+                    return Err(other_count(first + peer as u32, ours.to_string(), theirs));
                 }
                 let from: usize = slot.counts[..me].iter().sum();
                 recv[start..start + ours].copy_from_slice(&slot.data[from..from + ours]);
                 start += ours;
             }
-            Ok((sends - send_counts[me], receives - recv_counts[me]))
+            Ok(Moved { sent: sends - send_counts[me], received: receives - recv_counts[me] })
+        })
+    }
+
+    fn all_to_all_open(
+        &mut self,
+        send: &[f32],
+        send_counts: &[usize],
+        recv: &mut [f32],
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error> {
+        self.run(Op::AllToAll, |this| {
+            let me = this.rank.as_usize();
+            let open =
+                check::Open { send: send.len(), send_counts, recv: recv.len(), room, came: came.len() };
+            open.check(this.rank)?;
+            let call = Call { op: Op::AllToAll, root: 0, total: 0, counts: send_counts };
+            let (mut start, first) = (0, this.shared.first);
+            for (peer, slot) in this.meet(call, send)?.iter().enumerate() {
+                let slot = read(slot);
+                let count = slot.counts[me];
+                if count > room[peer] {
+                    return Err(other_count(first + peer as u32, format!("at most {}", room[peer]), count));
+                }
+                let from: usize = slot.counts[..me].iter().sum();
+                recv[start..start + count].copy_from_slice(&slot.data[from..from + count]);
+                start += count;
+                came[peer] = count;
+            }
+            Ok(Moved { sent: send.len() - send_counts[me], received: start - came[me] })
         })
     }
 
@@ -314,7 +378,12 @@ impl Collective<[f32]> for InProcess {
             if !is_root {
                 data.copy_from_slice(&read(&slots[root as usize]).data);
             }
-            Ok(if is_root { (data.len() * this.others(), 0) } else { (0, data.len()) })
+            let len = data.len();
+            Ok(if is_root {
+                Moved { sent: len * this.others(), received: 0 }
+            } else {
+                Moved { sent: 0, received: len }
+            })
         })
     }
 
@@ -322,13 +391,17 @@ impl Collective<[f32]> for InProcess {
         self.run(Op::Barrier, |this| {
             let call = Call { op: Op::Barrier, root: 0, total: 0, counts: &[] };
             this.meet(call, &[])?;
-            Ok((0, 0))
+            Ok(Moved::default())
         })
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters
     }
 
     fn abort(&mut self) {
         if self.failed.is_none() {
-            self.fail(Error::Aborted { rank: self.rank.index(), cause: Cause::Asked });
+            self.fail(Error::Aborted { rank: self.global(), cause: Cause::Asked });
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use types::{TpRank, TpSize};
 
+use crate::counters::Moved;
 use crate::{Cause, Collective, Counters, Error, Op, check};
 
 /// The only rank of a group of one: every sum is its own data.
@@ -18,10 +19,12 @@ impl Solo {
         Self::default()
     }
 
-    /// What has been done so far; no bytes ever move.
-    #[must_use]
-    pub const fn counters(&self) -> Counters {
-        self.counters
+    /// The only sub-group: another group of one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `size` is not 1.
+    pub fn split(&self, size: TpSize) -> Result<Self, Error> {
+        check::subgroup(TpRank::SOLO, size).map(|_| Self::new())
     }
 
     fn run(&mut self, op: Op, work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
@@ -29,7 +32,7 @@ impl Solo {
             return Err(error.clone());
         }
         match work() {
-            Ok(()) => self.counters.note(op, 0, 0),
+            Ok(()) => self.counters.note(op, 0, Moved::default()),
             Err(error) => {
                 self.failed = Some(error.clone());
                 return Err(error);
@@ -79,12 +82,35 @@ impl Collective<[f32]> for Solo {
         })
     }
 
+    fn all_to_all_open(
+        &mut self,
+        send: &[f32],
+        send_counts: &[usize],
+        recv: &mut [f32],
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error> {
+        self.run(Op::AllToAll, || {
+            let open =
+                check::Open { send: send.len(), send_counts, recv: recv.len(), room, came: came.len() };
+            open.check(TpRank::SOLO)?;
+            recv[..send.len()].copy_from_slice(send);
+            came[0] = send.len();
+            Ok(())
+        })
+    }
+
     fn broadcast(&mut self, root: u32, _data: &mut [f32]) -> Result<(), Error> {
         self.run(Op::Broadcast, || check::root(root, TpSize::ONE))
     }
 
     fn barrier(&mut self) -> Result<(), Error> {
         self.run(Op::Barrier, || Ok(()))
+    }
+
+    /// No bytes ever move.
+    fn counters(&self) -> Counters {
+        self.counters
     }
 
     fn abort(&mut self) {

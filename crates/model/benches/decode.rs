@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         plan,
         backend,
         comm: HostCollective(Solo::new()),
+        subgroup: None,
         weights,
         dispatch: types::Dispatch::Replicated,
     };

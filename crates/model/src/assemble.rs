@@ -164,7 +164,7 @@ impl Assembler<'_> {
             self.piece(names.fused_gate_up(layer), expert, rows, 0..hidden)
         };
         let both = |expert| [(expert, (0, "gate")), (expert, (1, "up"))];
-        shard.experts.clone().flat_map(both).map(piece).collect()
+        self.plan.held(layer).flat_map(both).map(piece).collect()
     }
 
     fn experts_down(&self, layer: usize) -> Vec<Piece> {
@@ -179,7 +179,7 @@ impl Assembler<'_> {
             };
             self.piece(tensor, matrix, 0..self.config.hidden_size, shard.width.clone())
         };
-        shard.experts.clone().map(piece).collect()
+        self.plan.held(layer).map(piece).collect()
     }
 
     /// Whole rows, all as wide as the residual stream.

@@ -8,18 +8,19 @@ mod measure;
 
 use std::ops::Range;
 
-use collectives::Collective;
-use ops::{Backend, Batch, KvGroup, KvLayerSpec, Window};
-use types::{BlockSize, Dispatch};
+use collectives::{Collective, Counters};
+use ops::{Backend, Batch, ExpertSlots, KvGroup, KvLayerSpec, Window};
+use types::{BlockSize, Dispatch, TokenId};
 
-use crate::dispatch::{self, Routed, Sizes};
+use crate::activity::{self, Activity};
+use crate::dispatch::{self, Counts, Routed, Sizes};
 use crate::partial::{Partial, Reduced};
 use crate::weights::{GatedMlp, LayerWeights, MlpWeights, Weights};
-use crate::{Attention, Combination, Error, LayerConfig, ModelConfig, MoeConfig, ShardPlan};
+use crate::{Attention, Combination, Error, LayerConfig, Mlp, ModelConfig, MoeConfig, ShardPlan};
 
 /// Rows whose logits are made at once: bounds the memory of a prompt's log-probabilities (64 rows of a 262,144-entry
 /// vocabulary are 64 MiB) whatever the prompt's length.
-const LOGIT_ROWS_MAX: usize = 64;
+pub(crate) const LOGIT_ROWS_MAX: usize = 64;
 
 /// One rank's model: weights and KV cache on its device, and the line to the other ranks.
 pub struct Model<B: Backend, C> {
@@ -27,9 +28,12 @@ pub struct Model<B: Backend, C> {
     plan: ShardPlan,
     backend: B,
     comm: C,
+    subgroup: Option<C>,
     weights: Weights<B>,
     dispatch: Dispatch,
     kv: Vec<B::KvLayer>,
+    counts: Counts,
+    activity: Activity,
 }
 
 /// Sizes of the paged KV cache.
@@ -49,22 +53,28 @@ pub struct Parts<B: Backend, C> {
     pub plan: ShardPlan,
     /// The device.
     pub backend: B,
-    /// The other ranks.
+    /// All ranks of the group.
     pub comm: C,
+    /// The ranks of this rank's sub-group, when there are several: those see the same rows.
+    pub subgroup: Option<C>,
     /// The slice's weights, on the device.
     pub weights: Weights<B>,
     /// How rows reach their experts; the same on every rank.
     pub dispatch: Dispatch,
 }
 
-/// What a layer's MLP runs with: the rank's parts, and the rows of the step.
+/// What a layer's MLP runs with: the rank's parts, and the rows of each sub-group in this step.
 struct Ranked<'a, B, C> {
     backend: &'a mut B,
     comm: &'a mut C,
     config: &'a ModelConfig,
     plan: &'a ShardPlan,
     dispatch: Dispatch,
-    rows: usize,
+    counts: &'a mut Counts,
+    /// By expert: rows that chose it so far.
+    chosen: &'a mut [u64],
+    layer: usize,
+    rows: &'a [usize],
 }
 
 impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
@@ -72,14 +82,17 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     ///
     /// # Errors
     /// When the cache does not fit in the device's memory; [`Error::Dispatch`] when rows are to be sent to experts
-    /// that no rank holds whole.
+    /// that no rank holds whole, [`Error::Subgroups`] when sub-groups are to work without sending rows.
     pub fn new(parts: Parts<B, C>, budget: KvBudget) -> Result<Self, Error> {
-        let Parts { config, plan, mut backend, comm, weights, dispatch } = parts;
+        let Parts { config, plan, mut backend, comm, subgroup, weights, dispatch } = parts;
+        if plan.subgroups() > 1 && (dispatch == Dispatch::Replicated || subgroup.is_none()) {
+            return Err(Error::Subgroups { rank: plan.whole, subgroups: plan.subgroups() });
+        }
         if let (Dispatch::AllToAll, Some(moe), Some(shard)) = (dispatch, &config.moe, &plan.experts)
             && shard.width.len() != moe.intermediate_size
         {
             let (held, experts) = (shard.experts.len(), moe.experts);
-            return Err(Error::Dispatch { rank: plan.rank, held, experts });
+            return Err(Error::Dispatch { rank: plan.whole, held, experts });
         }
         let kv = config.layers.iter().map(|layer| {
             let group = layer.attention.kv_group();
@@ -94,10 +107,17 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
             backend.kv_layer(&spec)
         });
         let kv = kv.collect::<Result<Vec<_>, ops::Error>>()?;
-        Ok(Self { config, plan, backend, comm, weights, dispatch, kv })
+        let experts = |layer: &LayerConfig| match (layer.mlp, config.moe) {
+            (Mlp::Sparse, Some(moe)) => vec![0; moe.experts],
+            (Mlp::Sparse, None) | (Mlp::Dense, _) => Vec::new(),
+        };
+        let activity =
+            Activity { chosen: config.layers.iter().map(experts).collect(), ..Activity::default() };
+        let counts = Counts::default();
+        Ok(Self { config, plan, backend, comm, subgroup, weights, dispatch, kv, counts, activity })
     }
 
-    /// Runs one step. Every rank calls it with the same batch; `sink` gets the logits [rows, vocabulary] of some of
+    /// Runs one step of a group of one sub-group. Every rank calls it with the same batch; `sink` gets the logits [rows, vocabulary] of some of
     /// the batch's logit rows at a time (first row's number, then the rows), in order.
     ///
     /// # Errors
@@ -107,77 +127,246 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         batch: &Batch,
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.step_observed(batch, sink, |_, _, _| Ok(()))
+        self.step_among(batch, &[batch.tokens.len()], sink)
     }
 
-    /// As [`Model::step`]; `observe` sees the residual stream after the embedding (0) and after each layer (1…).
+    /// Runs one step of a group of several sub-groups. Every rank calls it, the ranks of a sub-group with the same batch
+    /// and all with the same `rows`: the rows of each sub-group's batch, in order. Those of a sub-group with nothing to do
+    /// bring an empty batch, and work for the others' rows.
     ///
     /// # Errors
-    /// As [`Model::step`], and whatever the closures return.
+    /// As [`Model::step`]; [`Error::Rows`] when `rows` does not fit the batch or the plan.
+    pub fn step_among(
+        &mut self,
+        batch: &Batch,
+        rows: &[usize],
+        sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let before = self.begin(batch, rows)?;
+        let x = self.hidden(batch, rows)?;
+        self.sink_logits(batch, &x, sink)?;
+        self.count(batch, &before);
+        Ok(())
+    }
+
+    /// As [`Model::step_among`]; `observe` sees the residual stream after the embedding (0) and after each layer (1…).
+    ///
+    /// # Errors
+    /// As [`Model::step_among`], and whatever the closures return.
     pub fn step_observed(
         &mut self,
         batch: &Batch,
-        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+        rows: &[usize],
+        sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
         mut observe: impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        let before = self.begin(batch, rows)?;
         self.backend.begin_step(batch)?;
-        let mut x = self.embed()?;
-        observe(&mut self.backend, 0, &x)?;
-        for index in 0..self.config.layers.len() {
-            x = self.layer(index, x, batch.tokens.len()).map_err(|e| e.in_layer(index))?;
-            observe(&mut self.backend, index + 1, &x)?;
+        let x = self.layers(rows, &mut observe)?;
+        self.sink_logits(batch, &x, sink)?;
+        self.count(batch, &before);
+        Ok(())
+    }
+
+    /// As [`Model::step`], for steps that need no more of the logits than each row's most likely token (the lowest on a
+    /// tie); `None` for a row with a logit that is not a number.
+    ///
+    /// # Errors
+    /// As [`Model::step`].
+    pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
+        let rows = [batch.tokens.len()];
+        let before = self.begin(batch, &rows)?;
+        let x = self.hidden(batch, &rows)?;
+        let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));
+        while first < batch.logit_rows.len() {
+            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
+            let vocab = self.config.vocab_size;
+            if self.comm.rank().size().as_usize() == 1 {
+                let logits = self.own_logits(&x, first..end)?;
+                chosen.extend(self.backend.largest(&logits, vocab, self.config.logit_scale)?);
+            } else {
+                let logits = self.logits(&x, first..end)?;
+                chosen.extend(logits.chunks_exact(vocab).map(|row| ops::largest(row, 1.0)));
+            }
+            first = end;
         }
+        self.count(batch, &before);
+        Ok(chosen)
+    }
+
+    /// Checks a step before any rank sends anything; returns what was sent before it.
+    fn begin(&self, batch: &Batch, rows: &[usize]) -> Result<Counters, Error> {
+        let (subgroup, subgroups, got) = (self.plan.subgroup(), self.plan.subgroups(), batch.tokens.len());
+        if rows.len() == subgroups && rows[subgroup] == got {
+            return Ok(self.counters());
+        }
+        Err(Error::Rows { rank: self.plan.whole, subgroup, subgroups, got, rows: rows.to_vec() })
+    }
+
+    fn count(&mut self, batch: &Batch, before: &Counters) {
+        self.activity.steps += 1;
+        self.activity.rows += batch.tokens.len() as u64;
+        self.activity.collectives = self.activity.collectives.plus(&self.counters().since(before));
+    }
+
+    fn counters(&self) -> Counters {
+        let whole = self.comm.counters();
+        self.subgroup.as_ref().map_or(whole, |subgroup| whole.plus(&subgroup.counters()))
+    }
+
+    fn sink_logits(
+        &mut self,
+        batch: &Batch,
+        x: &B::Tensor,
+        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let mut first = 0;
         while first < batch.logit_rows.len() {
             let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
-            sink(first, &self.logits(&x, first..end)?)?;
+            sink(first, &self.logits(x, first..end)?)?;
             first = end;
         }
         Ok(())
     }
 
-    fn embed(&mut self) -> Result<B::Tensor, Error> {
-        let rows = Partial::new(self.backend.embed(&self.weights.embed, self.plan.first_token())?);
-        let whole = rows.reduce(&mut self.comm)?;
-        Ok(self.backend.round(whole.into_inner())?)
+    /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless
+    /// other ranks have a part in it: collectives and what depends on their sizes run anew each time.
+    fn hidden(&mut self, batch: &Batch, rows: &[usize]) -> Result<B::Tensor, Error> {
+        if self.comm.rank().size().as_usize() > 1 || self.dispatch == Dispatch::AllToAll {
+            self.backend.begin_step(batch)?;
+            return self.layers(rows, &mut |_, _, _| Ok(()));
+        }
+        if let Some(x) = self.backend.begin_or_repeat(batch)? {
+            return Ok(x);
+        }
+        let x = self.layers(rows, &mut |_, _, _| Ok(()))?;
+        Ok(self.backend.keep(x)?)
     }
 
-    fn layer(&mut self, index: usize, x: B::Tensor, rows: usize) -> Result<B::Tensor, Error> {
-        let Self { config, plan, backend, comm, weights, dispatch, kv } = self;
-        let (layer, weights) = (config.layers[index], &weights.layers[index]);
-        let n = backend.norm(&x, &weights.norm, config.norm)?;
-        let attended = attention(backend, config, layer, weights, &mut kv[index], &n)?;
-        let mut ranked = Ranked { backend, comm, config, plan, dispatch: *dispatch, rows };
-        let sum = ranked.mlp(&weights.mlp, &n, attended)?;
-        let sum: Reduced<B::Tensor> = sum.reduce(comm)?;
-        Ok(backend.residual_add(x, sum.get())?)
+    fn layers(
+        &mut self,
+        rows: &[usize],
+        observe: &mut impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
+    ) -> Result<B::Tensor, Error> {
+        let mut x = self.embed(rows[self.plan.subgroup()])?;
+        observe(&mut self.backend, 0, &x)?;
+        let mut n = None;
+        for index in 0..self.config.layers.len() {
+            (x, n) = self.layer(index, (x, n), rows).map_err(|e| e.in_layer(index))?;
+            observe(&mut self.backend, index + 1, &x)?;
+        }
+        Ok(x)
     }
 
-    /// Logits [which, vocabulary], scaled; equal on all ranks.
+    /// The rows of the step in the compute dtype; none in a sub-group with nothing to do.
+    fn embed(&mut self, rows: usize) -> Result<B::Tensor, Error> {
+        if rows == 0 {
+            return Ok(self.backend.buffer(0, self.config.hidden_size)?);
+        }
+        let Self { plan, backend, comm, subgroup, weights, .. } = self;
+        let parts = Partial::new(backend.embed(&weights.embed, plan.first_token())?);
+        let whole = parts.reduce(backend, subgroup.as_mut().unwrap_or(comm))?.whole(backend)?;
+        Ok(backend.round(whole)?)
+    }
+
+    /// Takes the residual stream and its norm, when the layer before has made it; returns the next layer's.
+    fn layer(
+        &mut self,
+        index: usize,
+        (x, n): (B::Tensor, Option<B::Tensor>),
+        rows: &[usize],
+    ) -> Result<(B::Tensor, Option<B::Tensor>), Error> {
+        let Self { config, plan, backend, comm, subgroup, weights, dispatch, kv, counts, activity } = self;
+        let (layer, own) = (config.layers[index], &weights.layers[index]);
+        let chosen = &mut activity.chosen[index];
+        let idle = rows[plan.subgroup()] == 0;
+        let mut ranked =
+            Ranked { backend, comm, config, plan, dispatch: *dispatch, counts, chosen, layer: index, rows };
+        if idle {
+            ranked.serve(&own.mlp, &x)?;
+            return Ok((x, None));
+        }
+        let n = match n {
+            Some(n) => n,
+            None => ranked.backend.norm(&x, &own.norm, config.norm)?,
+        };
+        if *dispatch == Dispatch::Replicated {
+            ranked.backend.fork()?;
+        }
+        let attended = attention(ranked.backend, config, layer, own, &mut kv[index], &n)?;
+        let sum = ranked.mlp(&own.mlp, &n, attended)?;
+        drop(n);
+        let sum: Reduced<B::Tensor> = sum.reduce(backend, subgroup.as_mut().unwrap_or(comm))?;
+        match weights.layers.get(index + 1) {
+            Some(next) => {
+                let (sum, more) = sum.parts();
+                let more = more.as_ref().map(|(more, scale)| (more, *scale));
+                let (x, n) = backend.residual_norm(x, (sum, more), (&next.norm, config.norm))?;
+                Ok((x, Some(n)))
+            }
+            None => {
+                let sum = sum.whole(backend)?;
+                Ok((backend.residual_add(x, &sum)?, None))
+            }
+        }
+    }
+
+    /// Logits [which, vocabulary], scaled; equal on all ranks of the sub-group.
     fn logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<Vec<f32>, Error> {
         let rows = which.len();
-        let Self { config, plan, backend, comm, weights, .. } = self;
-        let x = backend.logit_rows(x, which)?;
-        let n = backend.norm(&x, &weights.final_norm, config.norm)?;
-        let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
-        let ranks = comm.rank().size().as_usize();
-        let mut logits = if ranks == 1 {
-            backend.read(&own)?
-        } else {
-            let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
-            comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
-            let by_rank = backend.read(&all)?;
-            interleave(&by_rank, rows, plan.vocab_rows, config.vocab_size)
-        };
+        let all = self.own_logits(x, which)?;
+        let Self { config, plan, backend, .. } = self;
+        let mut logits = backend.read(&all)?;
+        if plan.rank.size().as_usize() > 1 {
+            logits = interleave(&logits, rows, plan.vocab_rows, config.vocab_size);
+        }
         if config.logit_scale != 1.0 {
             logits.iter_mut().for_each(|l| *l *= config.logit_scale);
         }
         Ok(logits)
     }
 
-    /// The line to the other ranks, for barriers and counters.
+    /// Logits on the device: [which, vocabulary] of a rank that is alone in its sub-group, else
+    /// [ranks, which, rows of a rank].
+    fn own_logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<B::Tensor, Error> {
+        let rows = which.len();
+        let Self { config, plan, backend, comm, subgroup, weights, .. } = self;
+        let comm = subgroup.as_mut().unwrap_or(comm);
+        let x = backend.logit_rows(x, which)?;
+        let n = backend.norm(&x, &weights.final_norm, config.norm)?;
+        let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
+        let ranks = comm.rank().size().as_usize();
+        if ranks == 1 {
+            return Ok(own);
+        }
+        let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
+        comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
+        Ok(all)
+    }
+
+    /// The line to all other ranks, for barriers and counters.
     pub fn comm_mut(&mut self) -> &mut C {
         &mut self.comm
+    }
+
+    /// The device.
+    pub const fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// What this rank has done in its steps so far.
+    pub fn activity(&self) -> Activity {
+        let Counts { rows_sent, rows_received, .. } = self.counts;
+        Activity { rows_sent, rows_received, ..self.activity.clone() }
+    }
+
+    /// Every rank's [`Model::activity`] in rank order. All ranks call it together, between two steps.
+    ///
+    /// # Errors
+    /// When a rank is lost or late, or the device fails.
+    pub fn gather_activity(&mut self) -> Result<Vec<Activity>, Error> {
+        let own = self.activity();
+        activity::gather(&mut self.backend, &mut self.comm, &own)
     }
 
     /// What the checkpoint computes.
@@ -204,7 +393,7 @@ fn attention<B: Backend>(
     Ok(Partial::new(backend.linear_partial(&heads, &weights.o)?))
 }
 
-impl<B: Backend, C: Collective<B::Tensor>> Ranked<'_, B, C> {
+impl<'a, B: Backend, C: Collective<B::Tensor>> Ranked<'a, B, C> {
     /// Adds the MLP's part to the attention's.
     fn mlp(
         &mut self,
@@ -214,23 +403,24 @@ impl<B: Backend, C: Collective<B::Tensor>> Ranked<'_, B, C> {
     ) -> Result<Partial<B::Tensor>, Error> {
         match weights {
             MlpWeights::Dense(mlp) => {
+                self.backend.other_branch()?;
                 let own = gated(self.backend, mlp, n)?;
-                attended.plus(self.backend, &own, 1.0)
+                self.backend.join()?;
+                attended.plus(self.backend, own, 1.0)
             }
             MlpWeights::Sparse { router, gate_up, down, shared } => {
-                let Some(moe) = &self.config.moe else {
-                    unreachable!("a sparse layer's weights are loaded by its expert configuration")
-                };
+                let moe = self.moe();
                 let scale = match moe.shared.as_ref().map(|s| s.combination) {
                     Some(Combination::Average) => 0.5,
                     Some(Combination::Sum) | None => 1.0,
                 };
-                let routed = Routed { router, gate_up, down };
-                let sum = self.routed(moe, &routed, n, (attended, scale))?;
+                let slots = self.slots();
+                let routed = Routed { router, gate_up, down, slots };
+                let sum = self.routed(&routed, n, (attended, scale))?;
                 match shared {
                     Some(shared) => {
                         let shared = gated(self.backend, shared, n)?;
-                        sum.plus(self.backend, &shared, scale)
+                        sum.plus(self.backend, shared, scale)
                     }
                     None => Ok(sum),
                 }
@@ -238,28 +428,59 @@ impl<B: Backend, C: Collective<B::Tensor>> Ranked<'_, B, C> {
         }
     }
 
+    /// Works for the rows of other sub-groups in a step that has none of this one's: `x` has no rows.
+    fn serve(&mut self, weights: &MlpWeights<B>, x: &B::Tensor) -> Result<(), Error> {
+        if let MlpWeights::Sparse { router, gate_up, down, .. } = weights {
+            let routed = Routed { router, gate_up, down, slots: self.slots() };
+            self.exchange(&routed, x)?;
+        }
+        Ok(())
+    }
+
+    const fn moe(&self) -> &'a MoeConfig {
+        match &self.config.moe {
+            Some(moe) => moe,
+            None => panic!("a sparse layer's weights are loaded by its expert configuration"),
+        }
+    }
+
+    fn slots(&self) -> Option<&'a ExpertSlots> {
+        self.plan.placement.as_ref().and_then(|placement| placement.slots(self.layer))
+    }
+
+    fn exchange(&mut self, weights: &Routed<'_, B>, n: &B::Tensor) -> Result<B::Tensor, Error> {
+        let sizes =
+            Sizes { moe: self.moe(), plan: self.plan, rows: self.rows, hidden: self.config.hidden_size };
+        let Self { backend, comm, counts, chosen, .. } = self;
+        dispatch::exchange((*backend, *comm), weights, &sizes, (*counts, *chosen), n)
+    }
+
     /// Adds the routed experts' part, times `scale`.
     fn routed(
         &mut self,
-        moe: &MoeConfig,
         weights: &Routed<'_, B>,
         n: &B::Tensor,
         (attended, scale): (Partial<B::Tensor>, f32),
     ) -> Result<Partial<B::Tensor>, Error> {
-        let Self { backend, comm, plan, rows, .. } = self;
         match self.dispatch {
             Dispatch::Replicated => {
+                let moe = self.moe();
+                let Self { backend, plan, chosen, .. } = self;
                 let first_expert = plan.experts.as_ref().map_or(0, |shard| shard.experts.start);
-                let logits = backend.linear(n, weights.router)?;
-                let routed = backend.route(&logits, moe.routing)?;
+                backend.other_branch()?;
+                let mut routed = backend.router(n, weights.router, moe.routing)?;
+                backend.count_choices(&routed, chosen)?;
+                if let Some(slots) = weights.slots {
+                    routed = backend.place(routed, slots, 0)?;
+                }
                 let own = backend.routed_experts(n, &routed, weights.gate_up, weights.down, first_expert)?;
-                attended.plus(*backend, &Partial::new(own), scale)
+                backend.join()?;
+                attended.plus(*backend, Partial::new(own), scale)
             }
             Dispatch::AllToAll => {
-                let sizes = Sizes { moe, plan, rows: *rows, hidden: self.config.hidden_size };
-                let own = dispatch::exchange(*backend, *comm, weights, &sizes, n)?;
-                let first_row = dispatch::slice(plan.rank, *rows).start;
-                attended.plus_rows(*backend, (first_row, &own), scale)
+                let own = self.exchange(weights, n)?;
+                let first_row = dispatch::slice(self.plan.rank, self.rows[self.plan.subgroup()]).start;
+                attended.plus_rows(self.backend, (first_row, &own), scale)
             }
         }
     }

@@ -124,15 +124,58 @@ pub enum Error {
         /// Experts of a layer.
         experts: usize,
     },
-    /// A rank that announced an impossible number of rows.
-    #[error("{from} announced {count} rows for this rank's experts; it has {most} rows to send")]
+    /// A rank that sent something that is not whole rows.
+    #[error("rank {from} sent {count} numbers for this rank's experts; a row has {width}")]
     DispatchCount {
-        /// The rank to look at.
-        from: TpRank,
-        /// What it announced.
-        count: f32,
-        /// Rows of its slice of the step.
-        most: usize,
+        /// The rank to look at, among all ranks of the group.
+        from: u32,
+        /// What it sent.
+        count: usize,
+        /// Numbers of a row: its values, its experts and their weights.
+        width: usize,
+    },
+    /// Sub-groups with rows of their own that the experts' ranks cannot be sent.
+    #[error(
+        "{rank} belongs to one of {subgroups} data-parallel sub-groups, whose rows differ; they need all-to-all dispatch \
+         (--dispatch all-to-all)"
+    )]
+    Subgroups {
+        /// Who reports it.
+        rank: TpRank,
+        /// Sub-groups of the group.
+        subgroups: usize,
+    },
+    /// A step whose row counts contradict the batch or the plan.
+    #[error(
+        "{rank} was given {got} rows for the step, and row counts {rows:?} of the sub-groups; this is sub-group {subgroup} of {subgroups}"
+    )]
+    Rows {
+        /// Who reports it.
+        rank: TpRank,
+        /// Its sub-group.
+        subgroup: usize,
+        /// Sub-groups of the group.
+        subgroups: usize,
+        /// Rows of its batch.
+        got: usize,
+        /// Rows of each sub-group, as it was told.
+        rows: Vec<usize>,
+    },
+    /// A placement of experts that cannot be used.
+    #[error("expert placement {}: {}", origin, listed(problems))]
+    Placement {
+        /// The file, or where else it comes from.
+        origin: String,
+        /// Everything that is wrong with it.
+        problems: Vec<String>,
+    },
+    /// Counts of chosen experts that cannot be used.
+    #[error("expert load {origin}: {reason}")]
+    ExpertLoad {
+        /// The file, or where else they come from.
+        origin: String,
+        /// What is wrong with them.
+        reason: String,
     },
     /// A backend that did not take a weight.
     #[error("loading {weight}: {source}")]

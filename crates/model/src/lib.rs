@@ -3,7 +3,9 @@
 //! collective.
 #![forbid(unsafe_code)]
 
+mod activity;
 mod assemble;
+mod balance;
 mod catalogue;
 mod checkpoint;
 mod cohere_moe;
@@ -16,11 +18,15 @@ mod layout;
 mod load;
 mod memory;
 mod partial;
+mod placement;
 mod preset;
 mod shard;
 mod strict_json;
+mod traffic;
 mod weights;
 
+pub use activity::Activity;
+pub use balance::ExpertLoad;
 pub use catalogue::Catalogue;
 pub use checkpoint::{Block, Checkpoint, Element, Files, HEADER_BYTES_MAX, Header, TensorEntry};
 pub use cohere_moe::{KvBudget, Model, Parts};
@@ -31,6 +37,8 @@ pub use identity::{config_hash, dummy_hash};
 pub use load::{LoadSummary, Progress, load, load_dummy};
 pub use memory::{WeightBytes, kv_bytes_per_block, kv_bytes_per_token};
 pub use partial::{Partial, Reduced};
+pub use placement::Placement;
 pub use preset::Preset;
-pub use shard::{ExpertShard, ShardPlan};
+pub use shard::{ExpertShard, ShardPlan, Sharing};
+pub use traffic::{StepRows, step_traffic};
 pub use weights::{GatedMlp, LayerWeights, MlpWeights, Weights};

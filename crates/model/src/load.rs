@@ -127,7 +127,7 @@ impl Meter<'_> {
 
 /// The biases this rank checks: the ranks share them out, so that together they read each once.
 fn own_biases<'a>(catalogue: &'a Catalogue, plan: &ShardPlan) -> Vec<&'a str> {
-    let (first, step) = (plan.rank.as_usize(), plan.size().as_usize());
+    let (first, step) = (plan.whole.as_usize(), plan.whole.size().as_usize());
     catalogue.biases().iter().skip(first).step_by(step).map(String::as_str).collect()
 }
 

@@ -5,27 +5,28 @@ use ops::Backend;
 
 use crate::Error;
 
-/// This rank's summand of a tensor that is the sum over all ranks.
+/// This rank's summand of a tensor that is the sum over all ranks, in one piece or as `0 + scale · 1`: the last sum
+/// waits, since what comes next may do it on the way.
 #[must_use = "a partial sum means nothing until it is reduced"]
-pub struct Partial<T>(T);
+pub struct Partial<T>(T, Option<(T, f32)>);
 
-/// A tensor that is whole and equal on every rank.
-pub struct Reduced<T>(T);
+/// A tensor that is whole and equal on every rank; as [`Partial`], the last sum may wait.
+pub struct Reduced<T>(T, Option<(T, f32)>);
 
 impl<T> Partial<T> {
     /// Marks the result of a row-parallel product, or of a lookup in this rank's rows.
     pub(crate) const fn new(tensor: T) -> Self {
-        Self(tensor)
+        Self(tensor, None)
     }
 
     /// `self + scale · other`, still without the other ranks' parts.
     pub(crate) fn plus<B: Backend<Tensor = T>>(
         self,
         backend: &mut B,
-        other: &Self,
+        other: Self,
         scale: f32,
     ) -> Result<Self, Error> {
-        Ok(Self(backend.add_scaled(self.0, &other.0, scale)?))
+        Ok(Self(self.whole(backend)?, Some((other.whole(backend)?, scale))))
     }
 
     /// `self` with `scale · rows` added from row `first_row` on, still without the other ranks' parts.
@@ -35,24 +36,42 @@ impl<T> Partial<T> {
         (first_row, rows): (usize, &T),
         scale: f32,
     ) -> Result<Self, Error> {
-        Ok(Self(backend.add_rows(self.0, first_row, rows, scale)?))
+        let whole = self.whole(backend)?;
+        Ok(Self::new(backend.add_rows(whole, first_row, rows, scale)?))
+    }
+
+    fn whole<B: Backend<Tensor = T>>(self, backend: &mut B) -> Result<T, Error> {
+        match self.1 {
+            Some((more, scale)) => Ok(backend.add_scaled(self.0, &more, scale)?),
+            None => Ok(self.0),
+        }
     }
 
     /// The sum over all ranks: the one all-reduce.
-    pub(crate) fn reduce<C: Collective<T>>(mut self, comm: &mut C) -> Result<Reduced<T>, Error> {
-        comm.all_reduce_sum(&mut self.0)?;
-        Ok(Reduced(self.0))
+    pub(crate) fn reduce<B: Backend<Tensor = T>, C: Collective<T>>(
+        self,
+        backend: &mut B,
+        comm: &mut C,
+    ) -> Result<Reduced<T>, Error> {
+        if comm.rank().size().as_usize() == 1 {
+            let Self(mut sum, more) = self;
+            comm.all_reduce_sum(&mut sum)?;
+            return Ok(Reduced(sum, more));
+        }
+        let mut whole = self.whole(backend)?;
+        comm.all_reduce_sum(&mut whole)?;
+        Ok(Reduced(whole, None))
     }
 }
 
 impl<T> Reduced<T> {
-    /// The whole tensor.
-    pub(crate) const fn get(&self) -> &T {
-        &self.0
+    /// The summand, and what is still to be added to it, times a factor.
+    pub(crate) fn parts(self) -> (T, Option<(T, f32)>) {
+        (self.0, self.1)
     }
 
-    /// The whole tensor, by value.
-    pub(crate) fn into_inner(self) -> T {
-        self.0
+    /// The whole tensor.
+    pub(crate) fn whole<B: Backend<Tensor = T>>(self, backend: &mut B) -> Result<T, Error> {
+        Partial(self.0, self.1).whole(backend)
     }
 }

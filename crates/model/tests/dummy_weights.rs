@@ -35,7 +35,7 @@ fn rank_logits(config: &ModelConfig, (rank, comm): (TpRank, InProcess), experts:
     let mut backend = CpuBackend::new(DType::F32, 1).unwrap();
     let (weights, _) = load_dummy(config, &plan, &mut backend, &()).unwrap();
     let (comm, dispatch) = (HostCollective(comm), Dispatch::Replicated);
-    let parts = Parts { config: config.clone(), plan, backend, comm, weights, dispatch };
+    let parts = Parts { config: config.clone(), plan, backend, comm, subgroup: None, weights, dispatch };
     let budget = KvBudget { block_size: BlockSize::new(4).unwrap(), blocks: [2; 2] };
     let table = || BlockTable { first: 0, blocks: vec![BlockId(0), BlockId(1)] };
     let batch = Batch {

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use half::bf16;
 use ops::{
-    Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm,
-    Packed, Rope, Routing, Window,
+    Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, ExpertSlots, HostTensor,
+    KvLayerSpec, Norm, Packed, Rope, Routing, Window,
 };
 use rayon::prelude::*;
 use types::{DType, TokenId};
@@ -235,12 +235,35 @@ impl Backend for CpuBackend {
         routed_experts(&self.threads, x, routed, &stack, self.dtype)
     }
 
+    fn place(&mut self, mut routed: Routed, slots: &ExpertSlots, first_row: usize) -> Result<Routed, Error> {
+        let rows = first_row..first_row + routed.experts.len() / routed.top_k.max(1);
+        let (Some(tokens), Some(positions)) =
+            (self.tokens.get(rows.clone()), self.positions.get(rows.clone()))
+        else {
+            let detail = format!("rows {rows:?} in a step of {}", self.tokens.len());
+            return Err(Error::Shape { op: "place", detail });
+        };
+        dispatch::place(&mut routed, slots, tokens.iter().copied().zip(positions.iter().copied()))?;
+        Ok(routed)
+    }
+
+    fn count_choices(&mut self, routed: &Routed, counts: &mut [u64]) -> Result<bool, Error> {
+        for &expert in routed.experts.iter() {
+            let Some(count) = counts.get_mut(expert as usize) else {
+                let detail = format!("expert {expert} of {} that are counted", counts.len());
+                return Err(Error::Shape { op: "count_choices", detail });
+            };
+            *count += 1;
+        }
+        Ok(true)
+    }
+
     fn slice_rows(&mut self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, Error> {
         let width = x.width();
         let Some(wanted) = x.as_slice().get(rows.start * width..rows.end * width) else {
             return Err(Error::Shape { op: "slice_rows", detail: format!("rows {rows:?} of {}", x.rows()) });
         };
-        Tensor::new(width, wanted.to_vec())
+        Ok(Tensor::copied(width, wanted))
     }
 
     fn pack(&mut self, x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
@@ -286,8 +309,9 @@ impl Backend for CpuBackend {
             let detail = format!("rows {which:?} of {} that have logits", self.logit_rows.len());
             return Err(Error::Shape { op: "logit_rows", detail });
         };
-        let rows = wanted.iter().flat_map(|&row| x.row(row as usize)).copied();
-        Tensor::new(x.width(), rows.collect())
+        Ok(Tensor::collect(x.width(), wanted.len() * x.width(), |data| {
+            wanted.iter().for_each(|&row| data.extend_from_slice(x.row(row as usize)));
+        }))
     }
 
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {

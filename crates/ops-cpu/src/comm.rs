@@ -1,6 +1,6 @@
 //! Host collectives on this backend's tensors.
 
-use collectives::{Collective, Error};
+use collectives::{Collective, Counters, Error};
 use types::TpRank;
 
 use crate::tensor::Tensor;
@@ -36,12 +36,27 @@ impl<C: Collective<[f32]>> Collective<Tensor> for HostCollective<C> {
         self.0.all_to_all_v(send.as_slice(), send_counts, recv.as_mut_slice(), recv_counts)
     }
 
+    fn all_to_all_open(
+        &mut self,
+        send: &Tensor,
+        send_counts: &[usize],
+        recv: &mut Tensor,
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error> {
+        self.0.all_to_all_open(send.as_slice(), send_counts, recv.as_mut_slice(), room, came)
+    }
+
     fn broadcast(&mut self, root: u32, data: &mut Tensor) -> Result<(), Error> {
         self.0.broadcast(root, data.as_mut_slice())
     }
 
     fn barrier(&mut self) -> Result<(), Error> {
         self.0.barrier()
+    }
+
+    fn counters(&self) -> Counters {
+        self.0.counters()
     }
 
     fn abort(&mut self) {

@@ -1,6 +1,7 @@
 //! Rows on their way to the ranks that hold their experts, and back.
 
-use ops::{Error, ExpertOwners, Packed};
+use ops::{Error, ExpertOwners, ExpertSlots, Packed};
+use types::TokenId;
 
 use crate::route::Routed;
 use crate::tensor::Tensor;
@@ -12,6 +13,24 @@ fn rows_for(routed: &Routed, owners: ExpertOwners, owner: usize) -> impl Iterato
     rows.filter(move |(_, chosen)| chose(chosen)).map(|(row, _)| row)
 }
 
+/// See [`ops::Backend::place`]; `rows` are the token and position of each row.
+pub(crate) fn place(
+    routed: &mut Routed,
+    slots: &ExpertSlots,
+    rows: impl Iterator<Item = (TokenId, u32)>,
+) -> Result<(), Error> {
+    for (chosen, (token, position)) in routed.experts.chunks_exact_mut(routed.top_k).zip(rows) {
+        for expert in chosen {
+            if *expert as usize >= slots.experts() {
+                let detail = format!("expert {expert} of {} that have slots", slots.experts());
+                return Err(Error::Shape { op: "place", detail });
+            }
+            *expert = slots.of_row(*expert as usize, token, position);
+        }
+    }
+    Ok(())
+}
+
 /// See [`ops::Backend::pack`].
 pub(crate) fn pack(x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
     let k = routed.top_k;
@@ -20,19 +39,21 @@ pub(crate) fn pack(x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<
         return Err(Error::Shape { op: "pack", detail });
     }
     let width = x.width() + 2 * k;
-    let mut data = Vec::with_capacity(routed.experts.len().min(x.rows() * owners.ranks) * width);
+    let most = routed.experts.len().min(x.rows() * owners.ranks) * width;
     let mut counts = Vec::with_capacity(owners.ranks);
-    for owner in 0..owners.ranks {
-        let before = data.len();
-        for row in rows_for(routed, owners, owner) {
-            data.extend_from_slice(x.row(row));
-            // Expert numbers are far below 2^24, so fp32 holds them exactly.
-            data.extend(routed.experts[row * k..(row + 1) * k].iter().map(|&expert| expert as f32));
-            data.extend_from_slice(&routed.weights[row * k..(row + 1) * k]);
+    let rows = Tensor::collect(width, most, |data| {
+        for owner in 0..owners.ranks {
+            let before = data.len();
+            for row in rows_for(routed, owners, owner) {
+                data.extend_from_slice(x.row(row));
+                // Expert numbers are far below 2^24, so fp32 holds them exactly.
+                data.extend(routed.experts[row * k..(row + 1) * k].iter().map(|&expert| expert as f32));
+                data.extend_from_slice(&routed.weights[row * k..(row + 1) * k]);
+            }
+            counts.push((data.len() - before) / width);
         }
-        counts.push((data.len() - before) / width);
-    }
-    Ok(Packed { rows: Tensor::new(width, data)?, counts })
+    });
+    Ok(Packed { rows, counts })
 }
 
 /// See [`ops::Backend::unpack`].
@@ -43,20 +64,17 @@ pub(crate) fn unpack(packed: &Tensor, hidden: usize) -> Result<(Tensor, Routed),
     };
     let top_k = extra / 2;
     let rows = packed.rows();
-    let mut x = Vec::with_capacity(rows * hidden);
-    let mut routed = Routed {
-        top_k,
-        experts: Vec::with_capacity(rows * top_k),
-        weights: Vec::with_capacity(rows * top_k),
-    };
-    for row in packed.as_slice().chunks_exact(packed.width()) {
-        let (values, chosen) = row.split_at(hidden);
-        let (experts, weights) = chosen.split_at(top_k);
-        x.extend_from_slice(values);
-        routed.experts.extend(experts.iter().map(|&expert| expert as u32));
-        routed.weights.extend_from_slice(weights);
-    }
-    Ok((Tensor::new(hidden, x)?, routed))
+    let mut routed = Routed::with_room(rows, top_k);
+    let x = Tensor::collect(hidden, rows * hidden, |x| {
+        for row in packed.as_slice().chunks_exact(packed.width()) {
+            let (values, chosen) = row.split_at(hidden);
+            let (experts, weights) = chosen.split_at(top_k);
+            x.extend_from_slice(values);
+            routed.experts.extend(experts.iter().map(|&expert| expert as u32));
+            routed.weights.extend_from_slice(weights);
+        }
+    });
+    Ok((x, routed))
 }
 
 /// See [`ops::Backend::combine`].

@@ -76,7 +76,7 @@ pub(crate) fn routed_experts(
 
 fn group_by_expert(routed: &Routed, first_expert: usize, experts: usize) -> Vec<Task> {
     let mut by_expert: Vec<Vec<(usize, f32)>> = vec![Vec::new(); experts];
-    for (i, (&expert, &weight)) in routed.experts.iter().zip(&routed.weights).enumerate() {
+    for (i, (&expert, &weight)) in routed.experts.iter().zip(routed.weights.iter()).enumerate() {
         let local = (expert as usize).checked_sub(first_expert).filter(|&e| e < experts);
         if let Some(local) = local {
             by_expert[local].push((i / routed.top_k, weight));

@@ -3,6 +3,7 @@
 use ops::{Error, Routing, Scoring};
 
 use crate::math::{exp, sigmoid};
+use crate::recycle::Recycled;
 use crate::tensor::Tensor;
 
 /// The experts of each row and their weights, best first.
@@ -11,9 +12,17 @@ pub struct Routed {
     /// Experts per row.
     pub top_k: usize,
     /// [T, k] expert numbers.
-    pub experts: Vec<u32>,
+    pub experts: Recycled<u32>,
     /// [T, k] routing weights.
-    pub weights: Vec<f32>,
+    pub weights: Recycled<f32>,
+}
+
+impl Routed {
+    /// No rows yet, with room for `rows` of them.
+    pub(crate) fn with_room(rows: usize, top_k: usize) -> Self {
+        let room = rows * top_k;
+        Self { top_k, experts: Recycled::with_room(room), weights: Recycled::with_room(room) }
+    }
 }
 
 /// Chooses the k largest logits of each row (lowest expert on a tie), then scores the chosen.
@@ -23,12 +32,8 @@ pub(crate) fn route(logits: &Tensor, routing: Routing) -> Result<Routed, Error> 
         let detail = format!("top-{top_k} of {} experts", logits.width());
         return Err(Error::Shape { op: "route", detail });
     }
-    let mut routed = Routed {
-        top_k,
-        experts: Vec::with_capacity(logits.rows() * top_k),
-        weights: Vec::with_capacity(logits.rows() * top_k),
-    };
-    let mut order: Vec<u32> = Vec::with_capacity(logits.width());
+    let mut routed = Routed::with_room(logits.rows(), top_k);
+    let mut order = Recycled::<u32>::with_room(logits.width());
     for row in 0..logits.rows() {
         let logits = logits.row(row);
         order.clear();

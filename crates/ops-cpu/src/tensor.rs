@@ -2,11 +2,13 @@
 
 use ops::Error;
 
+use crate::recycle::Recycled;
+
 /// [rows, width] fp32, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
     width: usize,
-    data: Vec<f32>,
+    data: Recycled<f32>,
 }
 
 impl Tensor {
@@ -19,11 +21,26 @@ impl Tensor {
             let detail = format!("{} elements are not rows of {width}", data.len());
             return Err(Error::Shape { op: "tensor", detail });
         }
-        Ok(Self { width, data })
+        Ok(Self { width, data: data.into() })
     }
 
     pub(crate) fn zeros(rows: usize, width: usize) -> Self {
-        Self { width, data: vec![0.0; rows * width] }
+        let mut data = Recycled::with_room(rows * width);
+        data.resize(rows * width, 0.0);
+        Self { width, data }
+    }
+
+    /// Whole rows of `width`, one after the other, at most `room` elements.
+    pub(crate) fn collect(width: usize, room: usize, rows: impl FnOnce(&mut Vec<f32>)) -> Self {
+        let mut data = Recycled::with_room(room);
+        rows(&mut data);
+        debug_assert!(data.len().is_multiple_of(width), "whole rows");
+        Self { width, data }
+    }
+
+    /// A copy of these whole rows of `width`.
+    pub(crate) fn copied(width: usize, rows: &[f32]) -> Self {
+        Self::collect(width, rows.len(), |data| data.extend_from_slice(rows))
     }
 
     /// Number of rows.

@@ -1,8 +1,8 @@
 //! Prefill and decode of North-Mini-Code's shape on one card, with seeded weights made on the card, against the floor:
 //! the bytes a step must read over the bandwidth at which this card copies, measured in the same run.
 //!
-//! `cargo run --release -p ops-cuda --example decode -- [CONTEXT] [BATCH ...]`; 8192 tokens and batches 1 and 8 by
-//! default. Needs about 75 GB on the card.
+//! `cargo run --release -p ops-cuda --example decode -- [CONTEXT[/CHUNK]] [BATCH ...]`; 8192 tokens in chunks of 2048
+//! and batches 1 and 8 by default. Needs about 75 GB on the card.
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints what it measured")]
 
@@ -32,14 +32,18 @@ const CONFIG: &str = r#"{
     "eos_token_id": 255001, "layer_types": LAYER_TYPES
 }"#;
 const BLOCK: u32 = 16;
-const CHUNK: usize = 2048;
 const WARM_UP: usize = 8;
 const STEPS: usize = 64;
 
 fn main() -> Result<(), Failure> {
-    let numbers = std::env::args().skip(1).map(|a| a.parse()).collect::<Result<Vec<usize>, _>>()?;
-    let context = numbers.first().copied().unwrap_or(8192);
-    let batches = if numbers.len() > 1 { numbers[1..].to_vec() } else { vec![1, 8] };
+    let mut arguments = std::env::args().skip(1);
+    let first = arguments.next().unwrap_or_else(|| "8192".to_owned());
+    let (context, chunk) = first.split_once('/').unwrap_or((&first, "2048"));
+    let (context, chunk): (usize, usize) = (context.parse()?, chunk.parse()?);
+    let mut batches = arguments.map(|a| a.parse()).collect::<Result<Vec<usize>, _>>()?;
+    if batches.is_empty() {
+        batches = vec![1, 8];
+    }
     let most = batches.iter().copied().max().unwrap_or(1);
     let layer_types: Vec<&str> =
         (0..49).map(|i| if i % 4 == 0 { "\"full_attention\"" } else { "\"sliding_attention\"" }).collect();
@@ -47,7 +51,7 @@ fn main() -> Result<(), Failure> {
     let config = ModelConfig::from_json(json.as_bytes(), "config.json", None)?;
     let plan = ShardPlan::new(&config, TpRank::SOLO)?;
     let blocks = (context + STEPS + WARM_UP).div_ceil(BLOCK as usize) + 1;
-    let mut backend = CudaBackend::new(&options(&config, 2 * most * blocks))?;
+    let mut backend = CudaBackend::new(&options(&config, chunk.max(most), 2 * most * blocks))?;
     let copy = backend.copy_bandwidth()?;
     println!("card        {}, copies {:.0} GB/s (read and written)", ops_cuda::probe()?, copy / 1e9);
     let started = Instant::now();
@@ -63,34 +67,24 @@ fn main() -> Result<(), Failure> {
         plan: plan.clone(),
         backend,
         comm: SoloDevice::new(Solo::new())?,
+        subgroup: None,
         weights,
         dispatch: Dispatch::Replicated,
     };
     let pool = u32::try_from(most * blocks)?;
     let budget = KvBudget { block_size: BlockSize::new(BLOCK)?, blocks: [pool; 2] };
     let mut run = Run { model: Model::new(parts, budget)?, blocks };
-    let started = Instant::now();
-    for sequence in 0..most {
-        for start in (0..context).step_by(CHUNK) {
-            run.step(&[(sequence, start, CHUNK.min(context - start))], false)?;
-        }
-    }
-    run.step(&[(0, context, 1)], true)?;
-    let elapsed = started.elapsed().as_secs_f64();
-    println!(
-        "prefill     {:.0} tok/s: {most} prompts of {context} in chunks of {CHUNK}",
-        (most * context) as f64 / elapsed
-    );
+    run.prefill(most, context, chunk)?;
     for batch in batches {
         run.decode(&config, &plan, (batch, context), copy)?;
     }
     Ok(())
 }
 
-fn options(config: &ModelConfig, table_words: usize) -> Options {
+fn options(config: &ModelConfig, rows: usize, table_words: usize) -> Options {
     let moe = config.moe.as_ref();
     let activations = Activations {
-        rows: CHUNK,
+        rows,
         logit_rows: 64,
         hidden: config.hidden_size,
         qkv: (config.query_heads + 2 * config.kv_heads) * config.head_dim,
@@ -148,9 +142,8 @@ struct Run {
 }
 
 impl Run {
-    /// Runs (sequence, start, tokens) parts; returns each sequence's choice when asked for logits, and the seconds
-    /// until everything but the head was queued.
-    fn step(&mut self, parts: &[(usize, usize, usize)], logits: bool) -> Result<(Vec<u32>, f64), Failure> {
+    /// Runs (sequence, start, tokens) parts up to each sequence's choice of the next token.
+    fn step(&mut self, parts: &[(usize, usize, usize)]) -> Result<(), Failure> {
         let mut batch = Batch::default();
         for &(sequence, start, count) in parts {
             let rows = batch.tokens.len()..batch.tokens.len() + count;
@@ -162,30 +155,35 @@ impl Run {
                 first: 0,
                 blocks: (0..used).map(|b| BlockId((sequence * self.blocks + b) as u32)).collect(),
             };
-            if logits {
-                batch.logit_rows.push(rows.end as u32 - 1);
-            }
+            batch.logit_rows.push(rows.end as u32 - 1);
             let start = Position(u32::try_from(start)?);
             batch.sequences.push(BatchSequence { rows, start, tables: [table(), table()] });
         }
-        let (vocab, layers) = (self.model.config().vocab_size, self.model.config().layers.len());
-        let (started, mut queued, mut chosen) = (Instant::now(), 0.0, Vec::new());
-        let sink = |_: usize, rows: &[f32]| {
-            for row in rows.chunks(vocab) {
-                let best =
-                    row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(i, _)| i as u32);
-                chosen.push(best);
+        let chosen = self.model.most_likely(&batch)?;
+        if chosen.iter().any(Option::is_none) {
+            return Err("a logit is not a number".into());
+        }
+        Ok(())
+    }
+
+    fn prefill(&mut self, prompts: usize, context: usize, chunk: usize) -> Result<(), Failure> {
+        let mut times = Vec::new();
+        for sequence in 0..prompts {
+            let started = Instant::now();
+            for start in (0..context).step_by(chunk) {
+                self.step(&[(sequence, start, chunk.min(context - start))])?;
             }
-            Ok(())
-        };
-        let observe = |_: &mut CudaBackend, at: usize, _: &ops_cuda::Tensor| {
-            if at == layers {
-                queued = started.elapsed().as_secs_f64();
-            }
-            Ok(())
-        };
-        self.model.step_observed(&batch, sink, observe)?;
-        Ok((chosen, queued))
+            times.push(started.elapsed().as_secs_f64());
+        }
+        // The first prompt also warms up.
+        times.sort_by(f64::total_cmp);
+        let time = times[times.len() / 2];
+        println!(
+            "prefill     {:.0} tok/s: a prompt of {context} in chunks of {chunk} in {:.1} ms (median of {prompts})",
+            context as f64 / time,
+            time * 1e3
+        );
+        Ok(())
     }
 
     fn decode(
@@ -195,30 +193,30 @@ impl Run {
         (batch, context): (usize, usize),
         bandwidth: f64,
     ) -> Result<(), Failure> {
-        let (mut times, mut queued) = (Vec::new(), Vec::new());
+        let (mut times, mut idle) = (Vec::new(), Vec::new());
         for step in 0..WARM_UP + STEPS {
             let parts: Vec<_> = (0..batch).map(|s| (s, context + step, 1)).collect();
             let started = Instant::now();
-            let (_, host) = self.step(&parts, true)?;
+            self.step(&parts)?;
             if step >= WARM_UP {
                 times.push(started.elapsed().as_secs_f64());
-                queued.push(host);
+                idle.extend(self.model.backend().idle().map(|idle| idle.as_secs_f64()));
             }
         }
         times.sort_by(f64::total_cmp);
-        queued.sort_by(f64::total_cmp);
-        let (time, host) = (times[STEPS / 2], queued[STEPS / 2]);
+        idle.sort_by(f64::total_cmp);
+        let (time, idle) = (times[STEPS / 2], idle.get(idle.len() / 2).copied().unwrap_or(f64::NAN));
         let bytes = step_bytes(config, plan, batch, context);
         let floor = bytes / bandwidth;
         println!(
             "decode      batch {batch}, context {context}: {:.0} tok/s, {:.2} ms a step (median of {STEPS}); floor {:.2} ms \
-             ({:.2} GB): {:.0} %; queued after {:.2} ms",
+             ({:.2} GB): {:.0} %; card idle {:.0} us between steps",
             batch as f64 / time,
             time * 1e3,
             floor * 1e3,
             bytes / 1e9,
             100.0 * floor / time,
-            host * 1e3
+            idle * 1e6
         );
         Ok(())
     }

@@ -6,9 +6,12 @@
 // Split-KV: a block takes one row, one group of heads and a range of keys; its warps keep several independent running
 // softmaxes (LANES lanes each hold one key), merged in shared memory; ranges are merged by a second launch.
 // Bytes of a decode row: 2·keys·K·D·2 (bf16). North, full layer at 8K: 16.8 MB, floor 5.0 us at 3.35 TB/s; sliding
-// layer (4096): 8.4 MB, 2.5 us. bf16 heads of 64 and 128 go through attend_tiles, the rest through attend, which reads
-// a prompt's keys once per row. Measured (North, 8K, both kinds of layer, H100 80GB HBM3, ncu with cold caches,
+// layer (4096): 8.4 MB, 2.5 us. bf16 heads of 64 and 128 go through attend_token and attend_prompt, the rest through
+// attend, which reads a prompt's keys once per row. Measured (North, 8K, both kinds of layer, H100 80GB HBM3, ncu with cold caches,
 // 2026-11-23): decode of one row, attend_tiles 15.3 us on average; a chunk of 2048 rows 1.5 ms on average.
+
+// Position of a row that means nothing: it has no keys, and its result is zero.
+#define PADDING 0xffffffffu
 
 struct AppendParams {
     T* q;                // [T, Q, D] turned
@@ -33,31 +36,36 @@ __device__ __forceinline__ u64 cached(const u32* tables, u32 sequence, u32 posit
     return (((u64)block * heads + head) * block_tokens + position % block_tokens) * D;
 }
 
-// A block per (row, head of q, k or v), a thread per pair of numbers.
+// A block per row and some of its heads (of q, k and v), a thread per pair of numbers: the angle is the same in all.
 extern "C" __global__ void append(const AppendParams p) {
-    u32 row = blockIdx.x, head = blockIdx.y;
-    u32 heads = p.query_heads + 2 * p.kv_heads;
+    u32 row = blockIdx.x, heads = p.query_heads + 2 * p.kv_heads;
+    await_inputs();
     u32 position = p.position[row];
-    bool turned = p.rope && head < p.query_heads + p.kv_heads;
-    T* to;
-    if (head < p.query_heads) {
-        to = p.q + ((u64)row * p.query_heads + head) * D;
-    } else {
-        u32 kv = (head - p.query_heads) % p.kv_heads;
-        T* plane = head < p.query_heads + p.kv_heads ? p.keys : p.values;
-        to = plane + cached(p.tables, p.sequence[row], position, p.block_tokens, p.kv_heads, kv);
-    }
+    if (position == PADDING) return;
     for (u32 i = threadIdx.x; i < D / 2; i += blockDim.x) {
-        u64 at = ((u64)row * heads + head) * D + 2 * i;
-        float a = either(p.qkv, p.qkv_f32, at), b = either(p.qkv, p.qkv_f32, at + 1);
-        if (turned) {
-            float sine, cosine;
+        float sine = 0.0f, cosine = 1.0f;
+        if (p.rope) {
             sincosf((float)position * p.turns[i], &sine, &cosine);
             sine = rounded(sine), cosine = rounded(cosine);
-            float x = a * cosine - b * sine, y = b * cosine + a * sine;
-            a = x, b = y;
         }
-        to[2 * i] = narrow(a), to[2 * i + 1] = narrow(b);
+#pragma unroll 4
+        for (u32 head = blockIdx.y; head < heads; head += gridDim.y) {
+            T* to;
+            if (head < p.query_heads) {
+                to = p.q + ((u64)row * p.query_heads + head) * D;
+            } else {
+                u32 kv = (head - p.query_heads) % p.kv_heads;
+                T* plane = head < p.query_heads + p.kv_heads ? p.keys : p.values;
+                to = plane + cached(p.tables, p.sequence[row], position, p.block_tokens, p.kv_heads, kv);
+            }
+            u64 at = ((u64)row * heads + head) * D + 2 * i;
+            float a = either(p.qkv, p.qkv_f32, at), b = either(p.qkv, p.qkv_f32, at + 1);
+            if (p.rope && head < p.query_heads + p.kv_heads) {
+                float x = a * cosine - b * sine, y = b * cosine + a * sine;
+                a = x, b = y;
+            }
+            to[2 * i] = narrow(a), to[2 * i + 1] = narrow(b);
+        }
     }
 }
 
@@ -75,8 +83,10 @@ struct AttendParams {
     u32 block_tokens;
     u32 window; // keys visible, its own included; 0: all
     u32 ranges;
-    u32 rows;   // T
-    u32 tokens; // rows of one tile (attend_tiles)
+    u32 rows;           // rows that have parts: T, singles, or tiles · TILE_ROWS
+    const u32* singles; // rows that are alone in their sequence (attend_token)
+    const u32* tiles;   // per tile: first row, rows; of one sequence (attend_prompt)
+    u32* arrived;       // [singles, groups], zero (attend_token)
 };
 
 // Where a (row, head) keeps the sums of one range: number of the part, counted in heads.
@@ -246,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const AttendPar
             float sum = 0.0f;
 #pragma unroll
             for (int g = 0; g < GROUP; g++) sum = g == h ? count[g] : sum;
-            p.out[((u64)row * p.query_heads + group * GROUP + h) * D + d] = narrow(merged[h][d] / sum);
+            p.out[((u64)row * p.query_heads + group * GROUP + h) * D + d] = narrow(sum > 0.0f ? merged[h][d] / sum : 0.0f);
         } else {
             p.parts[part_of(p, row, group * GROUP + h, range) * D + d] = merged[h][d];
         }
@@ -260,13 +270,20 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const AttendPar
     }
 }
 
-// Merges the ranges of one (row, head): a block each, its warps share the ranges; at most RANGES_MAX.
+// Merges the ranges of one (row, head), of every row or of every tile's rows: a block each, its warps share the ranges; at most RANGES_MAX.
 #define RANGES_MAX 128
 #define MERGE_WARPS 8
+// Rows of a prompt that a block of attend_prompt takes.
+#define TILE_ROWS 16
 #define COLUMNS ((D + WARP - 1) / WARP)
 extern "C" __global__ void __launch_bounds__(MERGE_WARPS* WARP) merge(const AttendParams p) {
     __shared__ float weights[RANGES_MAX], sums[MERGE_WARPS][D];
-    u32 row = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 row = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, to = row;
+    if (p.tiles) {
+        u32 tile = row / TILE_ROWS, place = row % TILE_ROWS;
+        if (place >= p.tiles[2 * tile + 1]) return;
+        to = p.tiles[2 * tile] + place;
+    }
     // Every warp computes all weights, so that no barrier stands between them and the sums.
     float most = LOWEST, total = 0.0f;
 #pragma unroll
@@ -306,199 +323,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS* WARP) merge(const Atte
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < MERGE_WARPS; w++) sum += sums[w][d];
-        p.out[((u64)row * p.query_heads + head) * D + d] = narrow(sum / total);
+        p.out[((u64)to * p.query_heads + head) * D + d] = narrow(total > 0.0f ? sum / total : 0.0f);
     }
 }
-
-#if BF16 && D % 64 == 0 && D <= 128
-// The same on the tensor cores: a warp takes 16 (row, head) pairs and a range of keys, 16 at a time, and keeps scores
-// and sums in registers. Nothing goes through shared memory: a product does not depend on the order of what it sums,
-// so lanes load whole 16-byte pieces of keys (and of queries in the same order), and of values with the columns of the
-// result in the order that this gives.
-#define KEYS 16
-#define CHUNKS (D / 32)
-#define HALVES (D / 64)
-
-__device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 packed(float first, float second) {
-    return (u32)bf16_bits(first) | (u32)bf16_bits(second) << 16;
-}
-
-__device__ __forceinline__ u32 word(const uint4& v, int at) {
-    return at == 0 ? v.x : at == 1 ? v.y : at == 2 ? v.z : v.w;
-}
-
-// Which keys one of a lane's two rows sees.
-struct Seen {
-    u32 start;
-    u32 end;
-};
-
-struct Sums {
-    float out[HALVES * 8][4];
-    float most[2];
-    float total[2];
-};
-
-// One step of 16 keys from `first` on; `slot` of lane l is the place of key first + l in the cache.
-__device__ __forceinline__ void meet(const AttendParams& p, const u32 (*q)[4], u32 first, u32 slot, const Seen* seen, Sums& sums) {
-    u32 lane = threadIdx.x % WARP, c = lane % 4, r = lane / 4;
-    uint4 k[2][CHUNKS], v[4][HALVES];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const T* key = p.keys + (u64)__shfl_sync(ALL, slot, j * 8 + r) * D + c * 8;
-#pragma unroll
-        for (int n = 0; n < CHUNKS; n++) k[j][n] = load16(key + n * 32);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const T* value = p.values + (u64)__shfl_sync(ALL, slot, j / 2 * 8 + 2 * c + j % 2) * D + r * 8;
-#pragma unroll
-        for (int n = 0; n < HALVES; n++) v[j][n] = load16(value + n * 64);
-    }
-    float scores[2][4] = {};
-#pragma unroll
-    for (int n = 0; n < CHUNKS; n++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                multiply(scores[j], q[n * 2 + half], word(k[j][n], 2 * half), word(k[j][n], 2 * half + 1));
-            }
-        }
-    }
-    const float scale = rsqrtf((float)D) * 1.4426950408889634f;
-    float most[2] = {sums.most[0], sums.most[1]};
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            u32 key = first + j * 8 + 2 * c + e % 2;
-            bool sees = key >= seen[e / 2].start && key < seen[e / 2].end;
-            scores[j][e] = sees ? scores[j][e] * scale : LOWEST;
-            most[e / 2] = fmaxf(most[e / 2], scores[j][e]);
-        }
-    }
-    float shrink[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        most[i] = fmaxf(most[i], __shfl_xor_sync(ALL, most[i], 1));
-        most[i] = fmaxf(most[i], __shfl_xor_sync(ALL, most[i], 2));
-        shrink[i] = exp2f(sums.most[i] - most[i]);
-        sums.most[i] = most[i];
-        sums.total[i] *= shrink[i];
-    }
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            // The weight that the values meet is the one that is counted.
-            float weight = scores[j][e] > LOWEST / 2 ? rounded(exp2f(scores[j][e] - most[e / 2])) : 0.0f;
-            scores[j][e] = weight;
-            sums.total[e / 2] += weight;
-        }
-    }
-    if (__any_sync(ALL, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-#pragma unroll
-        for (int n = 0; n < HALVES * 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) sums.out[n][e] *= shrink[e / 2];
-        }
-    }
-    u32 weights[4] = {packed(scores[0][0], scores[0][1]), packed(scores[0][2], scores[0][3]),
-                      packed(scores[1][0], scores[1][1]), packed(scores[1][2], scores[1][3])};
-#pragma unroll
-    for (int n = 0; n < HALVES; n++) {
-#pragma unroll
-        for (int t = 0; t < 8; t++) {
-            u32 which = t % 2 ? 0x7632 : 0x5410;
-            u32 b0 = __byte_perm(word(v[0][n], t / 2), word(v[1][n], t / 2), which);
-            u32 b1 = __byte_perm(word(v[2][n], t / 2), word(v[3][n], t / 2), which);
-            multiply(sums.out[n * 8 + t], weights, b0, b1);
-        }
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend_tiles(const AttendParams p) {
-    u32 lane = threadIdx.x % WARP, c = lane % 4;
-    u32 unit = blockIdx.x * WARPS + threadIdx.x / WARP, group = blockIdx.y;
-    u32 first_row = unit / p.ranges * p.tokens, range = unit % p.ranges;
-    if (first_row >= p.rows) return;
-    u32 shared = p.query_heads / p.kv_heads, kv = group * GROUP / shared;
-    u32 row[2], head[2], q[CHUNKS * 2][4];
-    bool valid[2];
-    Sums sums = {};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 m = lane / 4 + 8 * i;
-        row[i] = first_row + m / GROUP, head[i] = group * GROUP + m % GROUP;
-        valid[i] = m / GROUP < p.tokens && row[i] < p.rows;
-        const T* from = p.q + ((u64)(valid[i] ? row[i] : first_row) * p.query_heads + head[i]) * D + c * 8;
-        sums.most[i] = LOWEST;
-#pragma unroll
-        for (int n = 0; n < CHUNKS; n++) {
-            uint4 data = load16(from + n * 32);
-            q[n * 2][i] = data.x, q[n * 2][2 + i] = data.y;
-            q[n * 2 + 1][i] = data.z, q[n * 2 + 1][2 + i] = data.w;
-        }
-    }
-    // Rows of one tile are mostly of one sequence; at a border each sequence has a pass of its own.
-    u32 last_row = min(first_row + p.tokens, p.rows) - 1;
-    for (u32 sequence = p.sequence[first_row]; sequence <= p.sequence[last_row]; sequence++) {
-        Seen seen[2];
-        u32 from = 0xffffffffu, to = 0;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            bool mine = valid[i] && p.sequence[row[i]] == sequence;
-            u32 end = mine ? p.position[row[i]] + 1 : 0;
-            seen[i].start = p.window && end > p.window ? end - p.window : 0;
-            seen[i].end = end;
-            if (mine) from = min(from, seen[i].start), to = max(to, end);
-        }
-        from = __reduce_min_sync(ALL, from), to = __reduce_max_sync(ALL, to);
-        u32 each = ((to - from + p.ranges - 1) / p.ranges + KEYS - 1) / KEYS * KEYS;
-        u32 low = from + range * each, high = min(low + each, to);
-#pragma unroll
-        for (int i = 0; i < 2; i++) seen[i].end = min(seen[i].end, high);
-        for (u32 first = low; first < high; first += KEYS) {
-            u32 key = min(first + lane % KEYS, to - 1);
-            u32 slot = (u32)(cached(p.tables, sequence, key, p.block_tokens, p.kv_heads, kv) / D);
-            meet(p, q, first, slot, seen, sums);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        sums.total[i] += __shfl_xor_sync(ALL, sums.total[i], 1);
-        sums.total[i] += __shfl_xor_sync(ALL, sums.total[i], 2);
-        if (!valid[i]) continue;
-        u64 part = p.ranges > 1 ? part_of(p, row[i], head[i], range) : (u64)row[i] * p.query_heads + head[i];
-        float factor = p.ranges > 1 ? 1.0f : 1.0f / sums.total[i];
-        if (p.ranges > 1 && c == 0) {
-            float* stats = stats_of(p, part);
-            stats[0] = sums.most[i], stats[1] = sums.total[i];
-        }
-#pragma unroll
-        for (int n = 0; n < HALVES; n++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                u64 at = part * D + n * 64 + (2 * c + e) * 8;
-#pragma unroll
-                for (int t = 0; t < 8; t++) {
-                    float value = sums.out[n * 8 + t][i * 2 + e] * factor;
-                    if (p.ranges > 1) {
-                        p.parts[at + t] = value;
-                    } else {
-                        p.out[at + t] = narrow(value);
-                    }
-                }
-            }
-        }
-    }
-}
-#endif

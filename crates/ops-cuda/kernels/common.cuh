@@ -96,3 +96,58 @@ __device__ __forceinline__ u32 hashed(u64 v) {
     v = (v ^ (v >> 27)) * 0x94d049bb133111ebull;
     return (u32)((v ^ (v >> 31)) >> 32);
 }
+
+// Choices made while compiling.
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
+#if BF16
+// One tensor-core product: c [16, 8] += a [16, 16] · b [16, 8], fp32 sums.
+__device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += weights · values over the eight numbers that a lane holds of each of two weight rows (`top`, `bottom`) and of one
+// row of values. A product does not depend on the order of what it sums, so lanes hold whole 16-byte pieces: lane
+// 4·r + c has piece c of 32 numbers, of weight rows r and r + 8 and of value row r.
+__device__ __forceinline__ void multiply_pieces(float* c, uint4 top, uint4 bottom, uint4 values) {
+    u32 first[4] = {top.x, bottom.x, top.y, bottom.y}, second[4] = {top.z, bottom.z, top.w, bottom.w};
+    multiply(c, first, values.x, values.y);
+    multiply(c, second, values.z, values.w);
+}
+#endif
+
+// Data that other blocks of the same launch wrote: past L1.
+__device__ __forceinline__ float fresh(const float* at) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+    return v;
+}
+
+// Whether this block is the last of `count` to get here; what the others wrote before is then visible to it. The
+// counter is zero again afterwards. All threads of the block call it.
+__device__ __forceinline__ bool last_to_arrive(u32* counter, u32 count) {
+    __shared__ u32 before;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) before = atomicInc(counter, count - 1);
+    __syncthreads();
+    bool last = before == count - 1;
+    if (last) __threadfence();
+    return last;
+}
+
+// A kernel that is launched while the one before it in the stream still ends (programmatic dependent launch) reads what
+// others wrote only after this. Every block calls it.
+__device__ __forceinline__ void await_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

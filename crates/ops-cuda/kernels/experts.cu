@@ -17,7 +17,11 @@ struct RouteParams {
     u32 top_k;
     u32 softmax;     // softmax over the chosen; else the logistic function of each
     u32 renormalize; // divide by the sum
+    const u32* position; // [T] PADDING for rows that mean nothing, which choose no expert; null: there are none
 };
+
+#define PADDING 0xffffffffu
+#define NONE 0xffffffffu
 
 // Larger logits first, then lower numbers, as one integer.
 __device__ __forceinline__ u64 rank_key(float v, u32 expert) {
@@ -28,12 +32,14 @@ __device__ __forceinline__ u64 rank_key(float v, u32 expert) {
 
 #define KEYS 4
 
-// A warp per row: k times the best key below the one before.
-extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
+// k times the best key below the one before, by one warp. `Load` reads the logit of an expert.
+template <class Load>
+__device__ __forceinline__ void choose(const RouteParams& p, u32 row, Load load) {
     u32 lane = threadIdx.x % WARP;
-    u32 row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (row >= p.rows) return;
-    const T* logits = p.logits + (u64)row * p.count;
+    if (p.position && p.position[row] == PADDING) {
+        for (u32 i = lane; i < p.top_k; i += WARP) p.experts[(u64)row * p.top_k + i] = NONE, p.weights[(u64)row * p.top_k + i] = 0.0f;
+        return;
+    }
     u64 before = ~0ull;
     float most = 0.0f, total = 0.0f;
     // The first KEYS of a lane stay in registers; models with more experts look the others up each time.
@@ -41,8 +47,11 @@ extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
 #pragma unroll
     for (u32 i = 0; i < KEYS; i++) {
         u32 e = i * WARP + lane;
-        keys[i] = e < p.count ? rank_key(widen(logits[e]), e) : 0;
+        keys[i] = e < p.count ? rank_key(load(e), e) : 0;
     }
+    // Choice i stays with lane i % 32 until the total is known.
+    u32 chosen[2] = {};
+    float scores[2] = {};
     for (u32 i = 0; i < p.top_k; i++) {
         u64 best = 0;
 #pragma unroll
@@ -50,27 +59,91 @@ extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
             if (keys[n] < before && keys[n] > best) best = keys[n];
         }
         for (u32 e = KEYS * WARP + lane; e < p.count; e += WARP) {
-            u64 key = rank_key(widen(logits[e]), e);
+            u64 key = rank_key(load(e), e);
             if (key < before && key > best) best = key;
         }
-#pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL, best, step));
-        before = best;
-        u32 expert = ~(u32)best;
-        float logit = widen(logits[expert]);
+        u32 top = __reduce_max_sync(ALL, (u32)(best >> 32));
+        u32 rest = __reduce_max_sync(ALL, (u32)(best >> 32) == top ? (u32)best : 0);
+        before = (u64)top << 32 | rest;
+        float logit = __uint_as_float(top & 0x80000000u ? top ^ 0x80000000u : ~top);
         if (i == 0) most = logit;
         float score = p.softmax ? expf(logit - most) : sigmoid(logit);
         total += score;
-        if (lane == 0) {
-            p.experts[(u64)row * p.top_k + i] = expert;
-            p.weights[(u64)row * p.top_k + i] = score;
+        if (lane == i % WARP) {
+            if (i < WARP) {
+                chosen[0] = ~rest, scores[0] = score;
+            } else {
+                chosen[1] = ~rest, scores[1] = score;
+            }
         }
     }
-    if (!p.softmax && !p.renormalize) return;
-    __syncwarp();
     // Logistic functions of very negative logits can all be almost zero; the guard is the reference ports' own.
-    total = fmaxf(total, 1e-12f);
-    for (u32 i = lane; i < p.top_k; i += WARP) p.weights[(u64)row * p.top_k + i] /= total;
+    float divisor = p.softmax || p.renormalize ? fmaxf(total, 1e-12f) : 1.0f;
+#pragma unroll
+    for (u32 n = 0; n < 2; n++) {
+        u32 i = n * WARP + lane;
+        if (i >= p.top_k) continue;
+        p.experts[(u64)row * p.top_k + i] = chosen[n];
+        p.weights[(u64)row * p.top_k + i] = scores[n] / divisor;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
+    u32 row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    await_inputs();
+    if (row >= p.rows) return;
+    const T* logits = p.logits + (u64)row * p.count;
+    choose(p, row, [&](u32 e) { return widen(logits[e]); });
+}
+
+struct RouterParams {
+    RouteParams route; // its logits are not read
+    float* logits;     // [T, E], made here
+    const T* x;        // [T, H]
+    const T* w;        // [E, H]
+    u32* arrived;      // [1], zero
+    u32 hidden;        // H, whole vectors
+};
+
+#define ROUTER_ROWS 8
+
+// Logits and choice for at most ROUTER_ROWS rows in one launch: a warp per expert; the last block to finish chooses.
+extern "C" __global__ void __launch_bounds__(128) router(const RouterParams p) {
+    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rows = p.route.rows;
+    u32 expert = blockIdx.x * (blockDim.x / WARP) + warp;
+    await_inputs();
+    if (expert < p.route.count) {
+        const T* w = p.w + (u64)expert * p.hidden;
+        float sums[ROUTER_ROWS] = {};
+        const u32 stride = WARP * VECTOR;
+        for (u32 first = lane * VECTOR; first < p.hidden; first += 4 * stride) {
+            uint4 weights[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 k = first + i * stride;
+                weights[i] = k < p.hidden ? load16(w + k) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int r = 0; r < ROUTER_ROWS; r++) {
+                if (r >= rows) break;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    u32 k = first + i * stride;
+                    if (k < p.hidden) sums[r] = dot16(load16(p.x + (u64)r * p.hidden + k), weights[i], sums[r]);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROUTER_ROWS; r++) {
+            float v = warp_sum(sums[r]);
+            if (lane == 0 && r < rows) p.logits[(u64)r * p.route.count + expert] = rounded(v);
+        }
+    }
+    if (!last_to_arrive(p.arrived, gridDim.x)) return;
+    for (u32 row = warp; row < rows; row += blockDim.x / WARP) {
+        const float* logits = p.logits + (u64)row * p.route.count;
+        choose(p.route, row, [&](u32 e) { return fresh(logits + e); });
+    }
 }
 
 struct ExpertUpParams {
@@ -83,6 +156,7 @@ struct ExpertUpParams {
     u32 local; // experts of this rank
     u32 hidden;
     u32 inter;
+    u32 pairs; // T·k
 };
 
 // activated[pair, i] = silu(gate) · up with gate = x · w[e, i], up = x · w[e, I + i], rounded as the reference stores.
@@ -90,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(128) expert_up(const ExpertUpParams
     u32 lane = threadIdx.x % WARP;
     u32 i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     u32 pair = blockIdx.y;
+    await_inputs();
     u32 expert = p.experts[pair] - p.first;
     if (i >= p.inter || p.experts[pair] < p.first || expert >= p.local) return;
     const T* x = p.x + (u64)(pair / p.top_k) * p.hidden;
@@ -150,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(128) expert_down(const ExpertDownPa
     __shared__ u32 experts[CHOICES_MAX];
     u32 lane = threadIdx.x % WARP, row = blockIdx.y;
     u32 h = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    await_inputs();
     if (threadIdx.x < p.top_k) {
         u32 expert = p.experts[row * p.top_k + threadIdx.x];
         bool own = expert >= p.first && expert - p.first < p.local;
@@ -198,6 +274,134 @@ extern "C" __global__ void __launch_bounds__(128) expert_down(const ExpertDownPa
     if (lane == 0) p.out[(u64)row * p.hidden + h] = sum;
 }
 
+#if BF16
+// Several rows on the tensor cores: a block takes one expert and finds the pairs that chose it; each of its warps takes
+// 16 rows of weights and reads them once for up to 32 pairs. I and H are multiples of 8.
+#define PAIRS_MAX 256
+// Pieces of each weight row that a lane has in flight.
+#define EXPERT_FLIGHT 6
+
+// The pairs that chose `expert`, in shared memory; at most one of a row.
+__device__ __forceinline__ u32 find_pairs(const u32* experts, u32 pairs, u32 expert, u32* found) {
+    __shared__ u32 count;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    for (u32 pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+        if (experts[pair] == expert) found[atomicAdd(&count, 1u)] = pair;
+    }
+    __syncthreads();
+    return count;
+}
+
+// sums[n] += weights · values over `inner`: the 16 weight rows are `top` and `bottom` of each lane's r.
+template <int NT>
+__device__ __forceinline__ void expert_tile(const T* top, const T* bottom, const T* const* x, u32 inner, float (*sums)[4]) {
+    auto meet = [&](u32 first, auto whole) {
+        uint4 weights[EXPERT_FLIGHT][2];
+        auto inside = [&](u32 k) { return decltype(whole)::value || k < inner; };
+#pragma unroll
+        for (int i = 0; i < EXPERT_FLIGHT; i++) {
+            u32 k = first + i * 32;
+            weights[i][0] = inside(k) ? stream16(top + k) : make_uint4(0, 0, 0, 0);
+            weights[i][1] = inside(k) ? stream16(bottom + k) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < EXPERT_FLIGHT; i++) {
+            u32 k = first + i * 32;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                uint4 values = inside(k) ? load16(x[n] + k) : make_uint4(0, 0, 0, 0);
+                multiply_pieces(sums[n], weights[i][0], weights[i][1], values);
+            }
+        }
+    };
+    // All lanes of a warp go through the same rounds: the tensor cores need them together.
+    u32 k = 0, piece = threadIdx.x % 4 * 8;
+    for (; k + EXPERT_FLIGHT * 32 <= inner; k += EXPERT_FLIGHT * 32) meet(k + piece, Yes());
+    if (k < inner) meet(k + piece, No());
+}
+
+template <int NT>
+__device__ __forceinline__ void up_pairs(const ExpertUpParams& p, u32 expert, u32 i, const u32* found, u32 count) {
+    u32 lane = threadIdx.x % WARP, r = lane / 4, c = lane % 4;
+    const T* gate = p.gate_up + ((u64)expert * 2 * p.inter + i + r) * p.hidden;
+    for (u32 first = 0; first < count; first += NT * 8) {
+        const T* x[NT];
+#pragma unroll
+        for (int n = 0; n < NT; n++) x[n] = p.x + (u64)(found[min(first + n * 8 + r, count - 1)] / p.top_k) * p.hidden;
+        float sums[NT][4] = {};
+        expert_tile<NT>(gate, gate + (u64)p.inter * p.hidden, x, p.hidden, sums);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                u32 at = first + n * 8 + c * 2 + e;
+                if (at >= count) continue;
+                float g = rounded(sums[n][e]), u = rounded(sums[n][2 + e]);
+                p.activated[(u64)found[at] * p.inter + i + r] = narrow(rounded(g * sigmoid(g)) * u);
+            }
+        }
+    }
+}
+
+// As expert_up: a warp takes eight gate rows and the eight up rows that belong to them.
+extern "C" __global__ void __launch_bounds__(128) expert_up_tiles(const ExpertUpParams p) {
+    __shared__ u32 found[PAIRS_MAX];
+    u32 expert = blockIdx.y, i = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * 8;
+    await_inputs();
+    u32 count = find_pairs(p.experts, p.pairs, expert + p.first, found);
+    if (count == 0 || i >= p.inter) return;
+    if (count <= 8) return up_pairs<1>(p, expert, i, found, count);
+    if (count <= 16) return up_pairs<2>(p, expert, i, found, count);
+    up_pairs<4>(p, expert, i, found, count);
+}
+
+struct ExpertDownTilesParams {
+    float* y;           // [T·k, H]
+    const T* activated; // [T·k, I]
+    const T* down;      // [experts of this rank, H, I]
+    const u32* experts; // [T, k]
+    u32 pairs;
+    u32 first;
+    u32 hidden;
+    u32 inter;
+};
+
+template <int NT>
+__device__ __forceinline__ void down_pairs(const ExpertDownTilesParams& p, u32 expert, u32 h, const u32* found, u32 count) {
+    u32 lane = threadIdx.x % WARP, r = lane / 4, c = lane % 4;
+    const T* w = p.down + (u64)expert * p.hidden * p.inter;
+    const T *top = w + (u64)min(h + r, p.hidden - 1) * p.inter, *bottom = w + (u64)min(h + r + 8, p.hidden - 1) * p.inter;
+    for (u32 first = 0; first < count; first += NT * 8) {
+        const T* x[NT];
+#pragma unroll
+        for (int n = 0; n < NT; n++) x[n] = p.activated + (u64)found[min(first + n * 8 + r, count - 1)] * p.inter;
+        float sums[NT][4] = {};
+        expert_tile<NT>(top, bottom, x, p.inter, sums);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                u32 at = first + n * 8 + c * 2 + e % 2, out = h + e / 2 * 8 + r;
+                if (at < count && out < p.hidden) p.y[(u64)found[at] * p.hidden + out] = sums[n][e];
+            }
+        }
+    }
+}
+
+// y[pair] = activated · w[e]; `combine` adds up a row's pairs.
+extern "C" __global__ void __launch_bounds__(128) expert_down_tiles(const ExpertDownTilesParams p) {
+    __shared__ u32 found[PAIRS_MAX];
+    u32 expert = blockIdx.y, h = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * 16;
+    await_inputs();
+    u32 count = find_pairs(p.experts, p.pairs, expert + p.first, found);
+    if (count == 0 || h >= p.hidden) return;
+    if (count <= 8) return down_pairs<1>(p, expert, h, found, count);
+    if (count <= 16) return down_pairs<2>(p, expert, h, found, count);
+    down_pairs<4>(p, expert, h, found, count);
+}
+#endif
+
 struct GroupParams {
     u32* sorted;        // [slots] pair, or NO_PAIR
     u32* tile_expert;   // [slots / tile] expert of this rank
@@ -211,6 +415,24 @@ struct GroupParams {
 
 #define NO_PAIR 0xffffffffu
 
+// The pairs of this rank's experts, as many on their way at once as a thread can hold.
+template <class Each>
+__device__ __forceinline__ void for_each_pair(const GroupParams& p, Each each) {
+    constexpr u32 FLIGHT_PAIRS = 16;
+    for (u32 first = threadIdx.x; first < p.pairs; first += FLIGHT_PAIRS * blockDim.x) {
+        u32 experts[FLIGHT_PAIRS];
+#pragma unroll
+        for (u32 i = 0; i < FLIGHT_PAIRS; i++) {
+            u32 pair = first + i * blockDim.x;
+            experts[i] = pair < p.pairs ? p.experts[pair] : NONE;
+        }
+#pragma unroll
+        for (u32 i = 0; i < FLIGHT_PAIRS; i++) {
+            if (experts[i] >= p.first && experts[i] - p.first < p.local) each(experts[i] - p.first, first + i * blockDim.x);
+        }
+    }
+}
+
 // Pairs by expert, one block: counts in shared memory, offsets by one thread, then a scatter. The order inside an
 // expert varies from run to run; every pair is computed by itself, so results do not.
 extern "C" __global__ void __launch_bounds__(1024) group_pairs(const GroupParams p) {
@@ -218,30 +440,24 @@ extern "C" __global__ void __launch_bounds__(1024) group_pairs(const GroupParams
     u32 *counts = shared, *starts = shared + p.local;
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) counts[e] = 0;
     __syncthreads();
-    for (u32 pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
-        u32 expert = p.experts[pair] - p.first;
-        if (p.experts[pair] >= p.first && expert < p.local) atomicAdd(&counts[expert], 1u);
-    }
+    for_each_pair(p, [&](u32 expert, u32) { atomicAdd(&counts[expert], 1u); });
     __syncthreads();
     if (threadIdx.x == 0) {
         u32 tile = 0;
         for (u32 e = 0; e < p.local; e++) {
             starts[e] = tile * p.tile;
-            u32 end = tile + (counts[e] + p.tile - 1) / p.tile;
-            for (; tile < end; tile++) p.tile_expert[tile] = e;
+            tile += (counts[e] + p.tile - 1) / p.tile;
         }
         *p.tiles = tile;
     }
     __syncthreads();
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) {
+        for (u32 i = 0; i * p.tile < counts[e]; i++) p.tile_expert[starts[e] / p.tile + i] = e;
         u32 end = (counts[e] + p.tile - 1) / p.tile * p.tile;
         for (u32 slot = counts[e]; slot < end; slot++) p.sorted[starts[e] + slot] = NO_PAIR;
     }
     __syncthreads();
-    for (u32 pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
-        u32 expert = p.experts[pair] - p.first;
-        if (p.experts[pair] >= p.first && expert < p.local) p.sorted[atomicAdd(&starts[expert], 1u)] = pair;
-    }
+    for_each_pair(p, [&](u32 expert, u32 pair) { p.sorted[atomicAdd(&starts[expert], 1u)] = pair; });
 }
 
 struct CombineParams {
@@ -257,8 +473,9 @@ struct CombineParams {
 
 // out[t] = Σ weight · y[pair], in the order of the choices.
 extern "C" __global__ void __launch_bounds__(256) combine(const CombineParams p) {
-    u32 row = blockIdx.x;
-    for (u32 h = threadIdx.x; h < p.hidden; h += blockDim.x) {
+    u32 row = blockIdx.x, h = blockIdx.y * blockDim.x + threadIdx.x;
+    await_inputs();
+    if (h < p.hidden) {
         float sum = 0.0f;
         for (u32 i = 0; i < p.top_k; i++) {
             u32 pair = row * p.top_k + i, expert = p.experts[pair] - p.first;

@@ -39,13 +39,6 @@ __device__ __forceinline__ void load_matrices(u32 at, u32* r) {
                  : "r"(at));
 }
 
-__device__ __forceinline__ void multiply(float* c, const u32* a, const u32* b) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // Byte offset of a 16-byte piece in a tile whose rows are BK numbers.
 __device__ __forceinline__ u32 piece(u32 row, u32 column) { return row * BK * 2 + ((column ^ (row & 7)) * 16); }
 
@@ -120,7 +113,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
 #pragma unroll
             for (int i = 0; i < MT; i++) {
 #pragma unroll
-                for (int j = 0; j < NT; j++) multiply(sums[i][j], a[i], b[j / 2] + j % 2 * 2);
+                for (int j = 0; j < NT; j++) multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
             }
         }
     }

@@ -185,6 +185,130 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_rows(const NormP
     }
 }
 
+struct ResidualNormParams {
+    T* x;             // [T, width] the residual stream, in and out
+    T* out;           // [T, width] its norm
+    const float* sum; // [T, width]
+    const float* more; // [T, width], times `scale`; null: nothing
+    const T* weight;  // [width]
+    u32 width;
+    float scale;
+    float eps;
+    u32 layer;
+};
+
+// x += sum + scale · more, rounded, and its norm, in one pass. Rows in whole vectors, at most KEPT of them to a thread.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) residual_norm(const ResidualNormParams p) {
+    u64 row = (u64)blockIdx.x * p.width;
+    u32 vectors = p.width / VECTOR;
+    float values[KEPT][VECTOR] = {};
+    float sum = 0.0f, squares = 0.0f, mean = 0.0f;
+    // Weights are there before anything else is.
+    uint4 weights[KEPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        u32 at = threadIdx.x + i * NORM_THREADS;
+        weights[i] = at < vectors ? load16(p.weight + at * VECTOR) : make_uint4(0, 0, 0, 0);
+    }
+    await_inputs();
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        u32 at = threadIdx.x + i * NORM_THREADS;
+        if (at >= vectors) continue;
+        u64 from = row + at * VECTOR;
+        unpack(load16(p.x + from), values[i]);
+        union {
+            T parts[VECTOR];
+            uint4 all;
+        } out;
+#pragma unroll
+        for (int n = 0; n < VECTOR; n += 4) {
+            float4 a = *(const float4*)(p.sum + from + n);
+            if (p.more) {
+                float4 b = *(const float4*)(p.more + from + n);
+                a.x = fmaf(p.scale, b.x, a.x), a.y = fmaf(p.scale, b.y, a.y);
+                a.z = fmaf(p.scale, b.z, a.z), a.w = fmaf(p.scale, b.w, a.w);
+            }
+            values[i][n] += a.x, values[i][n + 1] += a.y, values[i][n + 2] += a.z, values[i][n + 3] += a.w;
+        }
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) {
+            out.parts[n] = narrow(values[i][n]);
+            values[i][n] = widen(out.parts[n]);
+            sum += values[i][n];
+        }
+        *(uint4*)(p.x + from) = out.all;
+    }
+    if (p.layer) mean = block_sum(sum) / (float)p.width;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        bool here = threadIdx.x + i * NORM_THREADS < vectors;
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) {
+            float v = here ? values[i][n] - mean : 0.0f;
+            squares = fmaf(v, v, squares);
+        }
+    }
+    float factor = 1.0f / sqrtf(block_sum(squares) / (float)p.width + p.eps);
+    NormParams norm;
+    norm.layer = p.layer;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        u32 at = threadIdx.x + i * NORM_THREADS;
+        if (at >= vectors) continue;
+        float weight[VECTOR];
+        unpack(weights[i], weight);
+        union {
+            T parts[VECTOR];
+            uint4 all;
+        } out;
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) out.parts[n] = normed(norm, values[i][n], mean, factor, weight[n]);
+        *(uint4*)(p.out + row + at * VECTOR) = out.all;
+    }
+}
+
+struct LargestParams {
+    u64* best;       // [rows], zero before: ordered value, then the complement of the number; all ones: not a number
+    const void* x;   // [rows, width], fp32 or T
+    u32 width;
+    u32 is_f32;
+    float scale;
+};
+
+// The largest of each row times scale, the lowest number on a tie; blockIdx.y is the row, blocks share its columns.
+extern "C" __global__ void __launch_bounds__(256) largest(const LargestParams p) {
+    __shared__ u64 shared[8];
+    u64 row = (u64)blockIdx.y * p.width, best = 0;
+    auto take = [&](float v, u32 number) {
+        // Adding zero makes the two zeros equal.
+        v = fmaf(v, p.scale, 0.0f);
+        u32 bits = __float_as_uint(v);
+        u64 key = (u64)(bits & 0x80000000u ? ~bits : bits | 0x80000000u) << 32 | (u32)~number;
+        best = max(best, v != v ? ~0ull : key);
+    };
+    if (!p.is_f32 && p.width % VECTOR == 0) {
+        const T* x = (const T*)p.x + row;
+        for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < p.width / VECTOR; at += gridDim.x * blockDim.x) {
+            float values[VECTOR];
+            unpack(load16(x + at * VECTOR), values);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) take(values[i], at * VECTOR + i);
+        }
+    } else {
+        for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < p.width; at += gridDim.x * blockDim.x) {
+            take(either(p.x, p.is_f32, row + at), at);
+        }
+    }
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL, best, step));
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = best;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int i = 1; i < 8; i++) best = max(best, shared[i]);
+    atomicMax(p.best + blockIdx.y, best);
+}
+
 struct FillParams {
     T* out; // [count]
     u64 count;

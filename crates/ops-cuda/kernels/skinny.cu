@@ -49,6 +49,7 @@ __device__ __forceinline__ void skinny(const SkinnyParams& p) {
     u32 lane = threadIdx.x % WARP;
     u32 out = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * OUTS;
     u32 row = blockIdx.y * ROWS;
+    await_inputs();
     if (out >= p.outs) return;
     const T *w[OUTS], *x[ROWS];
     // A row beyond the end repeats the last one; its sum is not stored.
@@ -72,6 +73,87 @@ __device__ __forceinline__ void skinny(const SkinnyParams& p) {
     }
 }
 
+#if BF16
+// On the tensor cores: a block takes OUTS·16 rows of w and up to NT·8 rows of x, its warps share K in pieces of 64, and
+// what they summed is added up in shared memory. Each weight is read once for all rows of x; needs K a multiple of 8.
+#define SHARERS 8
+template <int NT, int OUTS, int UNITS>
+__device__ __forceinline__ void skinny_tiles(const SkinnyParams& p) {
+    extern __shared__ float partial[];
+    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, c = lane % 4;
+    u32 first_out = blockIdx.x * OUTS * 16, first_row = blockIdx.y * NT * 8;
+    await_inputs();
+    const T *w[OUTS][2], *x[NT];
+    // Rows beyond the end repeat the last one; their sums are not stored.
+#pragma unroll
+    for (int o = 0; o < OUTS; o++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            w[o][half] = p.w + (u64)min(first_out + o * 16 + half * 8 + r, p.outs - 1) * p.inner;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n++) x[n] = p.x + (u64)min(first_row + n * 8 + r, p.rows - 1) * p.inner;
+    float sums[OUTS][NT][4] = {};
+    auto meet = [&](u32 first, auto whole) {
+        // Everything that a warp reads in one round is on its way before the first product.
+        uint4 weights[UNITS * 2][OUTS][2];
+        auto load = [&](const T* from, int i, bool once) {
+            u32 k = first + i / 2 * SHARERS * 64 + i % 2 * 32;
+            if (!decltype(whole)::value && k >= p.inner) return make_uint4(0, 0, 0, 0);
+            return once ? stream16(from + k) : load16(from + k);
+        };
+#pragma unroll
+        for (int i = 0; i < UNITS * 2; i++) {
+#pragma unroll
+            for (int o = 0; o < OUTS; o++) weights[i][o][0] = load(w[o][0], i, true), weights[i][o][1] = load(w[o][1], i, true);
+        }
+#pragma unroll
+        for (int i = 0; i < UNITS * 2; i++) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                uint4 values = load(x[n], i, false);
+#pragma unroll
+                for (int o = 0; o < OUTS; o++) multiply_pieces(sums[o][n], weights[i][o][0], weights[i][o][1], values);
+            }
+        }
+    };
+    // All lanes of a warp go through the same rounds: the tensor cores need them together.
+    for (u32 k = warp * 64; k < p.inner; k += SHARERS * 64 * UNITS) {
+        if (k + SHARERS * 64 * (UNITS - 1) + 64 <= p.inner) {
+            meet(k + c * 8, Yes());
+        } else {
+            meet(k + c * 8, No());
+        }
+    }
+    constexpr u32 EACH = OUTS * 16 * NT * 8;
+#pragma unroll
+    for (int o = 0; o < OUTS; o++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                u32 row = n * 8 + c * 2 + e % 2, out = o * 16 + e / 2 * 8 + r;
+                partial[warp * EACH + row * OUTS * 16 + out] = sums[o][n][e];
+            }
+        }
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < EACH; i += SHARERS * WARP) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int s = 0; s < SHARERS; s++) sum += partial[s * EACH + i];
+        u32 row = first_row + i / (OUTS * 16), out = first_out + i % (OUTS * 16);
+        if (row < p.rows && out < p.outs) put(p, row, out, sum);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) tiles8(const SkinnyParams p) { skinny_tiles<1, 1, 2>(p); }
+extern "C" __global__ void __launch_bounds__(256, 2) tiles16(const SkinnyParams p) { skinny_tiles<2, 1, 2>(p); }
+extern "C" __global__ void __launch_bounds__(256) tiles32(const SkinnyParams p) { skinny_tiles<4, 2, 1>(p); }
+extern "C" __global__ void __launch_bounds__(256) tiles64(const SkinnyParams p) { skinny_tiles<8, 2, 1>(p); }
+#endif
+
 extern "C" __global__ void __launch_bounds__(128) skinny1(const SkinnyParams p) { skinny<1, 1, 4>(p); }
 extern "C" __global__ void __launch_bounds__(128) skinny2(const SkinnyParams p) { skinny<2, 2, 2>(p); }
 extern "C" __global__ void __launch_bounds__(128) skinny4(const SkinnyParams p) { skinny<4, 2, 2>(p); }
@@ -82,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(128) skinny_unaligned(const SkinnyP
     u32 lane = threadIdx.x % WARP;
     u32 out = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     u32 row = blockIdx.y;
+    await_inputs();
     if (out >= p.outs) return;
     float sum = 0.0f;
     for (u32 k = lane; k < p.inner; k += WARP) {

@@ -7,16 +7,23 @@ use crate::backend::CudaBackend;
 use crate::device::{Function, Grid, Module};
 use crate::kernels::{Address, AppendParams, AttendParams, Source};
 use crate::memory::DeviceBuffer;
+use crate::step::TILE_ROWS;
 use crate::tensor::{Tensor, size};
 
 /// Query heads that one block handles at most: their sums stay in registers.
 const GROUP_MAX: usize = 8;
-/// (row, head) pairs of one tile of the tensor cores, and warps of a block.
-const TILE_PAIRS: u32 = 16;
+/// Warps of a block of `attend` and of `attend_token`.
 const WARPS: u32 = 4;
+const TOKEN_WARPS: u32 = 8;
 /// Keys that make a range of their own worth a block.
 const RANGE_KEYS: u32 = 32;
 const RANGES_MAX: u32 = 128;
+/// Ranges of one token on the tensor cores: a lane of the merging warp has one each.
+const TOKEN_RANGES_MAX: u32 = 32;
+/// Rows from which a thread turns a pair of several heads.
+const SHARED_ANGLE_ROWS: usize = 64;
+/// The first counter that attention may use.
+const FIRST_COUNTER: usize = 1;
 /// Blocks per multiprocessor that keep memory busy.
 const BLOCKS_EACH: u32 = 4;
 /// Numbers of a head that one lane holds at most, times the lanes of a warp.
@@ -76,8 +83,8 @@ fn plane_bytes(spec: &KvLayerSpec, dtype: DType) -> usize {
 pub(crate) struct AttentionKernels {
     append: Function,
     attend: Function,
-    /// On the tensor cores, for heads they can take.
-    tiles: Option<Function>,
+    /// On the tensor cores, for heads they can take: single tokens, and prompts.
+    tiles: Option<[Function; 2]>,
     merge: Function,
     _module: Module,
 }
@@ -100,10 +107,17 @@ pub(crate) fn heads_together(head_dim: usize, query_heads: usize, kv_heads: usiz
 impl AttentionKernels {
     pub(crate) fn load(backend: &CudaBackend, (head_dim, group): HeadShape) -> Result<Self, crate::Error> {
         let module = backend.device().module(&Source::attention(backend.storage(), head_dim, group))?;
+        let tiles = if tiled(backend.storage(), head_dim) {
+            let functions = [module.function("attend_token")?, module.function("attend_prompt")?];
+            functions[1].allow_shared(prompt_shared(head_dim, group))?;
+            Some(functions)
+        } else {
+            None
+        };
         Ok(Self {
             append: module.function("append")?,
             attend: module.function("attend")?,
-            tiles: tiled(backend.storage(), head_dim).then(|| module.function("attend_tiles")).transpose()?,
+            tiles,
             merge: module.function("merge")?,
             _module: module,
         })
@@ -113,6 +127,12 @@ impl AttentionKernels {
 /// Whether the kernel file has the tensor-core kernel for these heads.
 fn tiled(dtype: DType, head_dim: usize) -> bool {
     dtype == DType::BF16 && head_dim.is_multiple_of(64) && head_dim <= 128
+}
+
+/// Bytes of shared memory of `attend_prompt`: a tile's queries, and two stages of keys and values.
+fn prompt_shared(head_dim: usize, group: usize) -> u32 {
+    let step_keys = if head_dim > 64 { 32 } else { 64 };
+    ((TILE_ROWS * group + 2 * 2 * step_keys) * head_dim * 2) as u32
 }
 
 /// Base of the frequencies (its bits) and head dimension.
@@ -139,6 +159,7 @@ impl CudaBackend {
             return Err(Error::Shape { op: "attention", detail });
         }
         self.step().check_tables(&spec, window)?;
+        self.note((spec, window));
         let turns = rope.map(|rope| self.turns(rope, d)).transpose()?;
         let shape = head_shape(&spec);
         let queries = self.tensor(rows, spec.query_heads * d)?;
@@ -149,9 +170,9 @@ impl CudaBackend {
             keys: kv.keys(),
             values: kv.values(),
             qkv: qkv.address(),
-            position: self.step().positions()?,
-            sequence: self.step().sequence_of_row()?,
-            tables: self.step().tables(spec.group)?,
+            position: self.step().positions(),
+            sequence: self.step().sequence_of_row(),
+            tables: self.step().tables(spec.group),
             turns: turns.unwrap_or(0),
             qkv_f32: qkv.is_f32(),
             query_heads: size("attention", spec.query_heads)?,
@@ -160,12 +181,15 @@ impl CudaBackend {
             rope: u32::from(turns.is_some()),
         };
         let threads = size("attention", (d / 2).next_multiple_of(32).min(128))?;
-        let grid = Grid::new(size("attention", rows)?, heads, threads);
-        self.device().launch(kernels.append, grid, &append)?;
+        // Many rows fill the card by themselves, and an angle then serves several heads.
+        let shares = if rows < SHARED_ANGLE_ROWS { heads } else { heads.min(4) };
+        let grid = Grid::new(size("attention", rows)?, shares, threads);
+        self.device().launch_early(kernels.append, grid, &append)?;
         self.attend_ranges(kernels, &queries, &append, (shape, window))
     }
 
-    /// One launch, or a launch over ranges of keys and one that merges them.
+    /// Single tokens and prompts by kernels of their own where the tensor cores can take the heads; else a launch over
+    /// rows and ranges of keys, and one that merges the ranges.
     fn attend_ranges(
         &self,
         kernels: &AttentionKernels,
@@ -175,27 +199,10 @@ impl CudaBackend {
     ) -> Result<Tensor, Error> {
         let rows = size("attention", queries.rows())?;
         let groups = append.query_heads / size("attention", group)?;
-        let (window, keys) = match window {
-            Window::All => (0, self.step().longest()),
-            Window::Keys(keys) => (keys, self.step().longest().min(keys)),
-        };
-        // A tile holds several rows of one sequence; single tokens have one each.
-        let tokens = if self.step().single_tokens() { 1 } else { TILE_PAIRS / size("attention", group)? };
-        let (pieces, tokens) =
-            if kernels.tiles.is_some() { (rows.div_ceil(tokens), tokens) } else { (rows, 1) };
-        let wanted = (BLOCKS_EACH * self.device().multiprocessors).div_ceil((pieces * groups).max(1));
-        let ranges = wanted.min(keys.div_ceil(RANGE_KEYS)).clamp(1, RANGES_MAX);
         let out = self.tensor(queries.rows(), queries.width())?;
-        let parts = match ranges {
-            1 => None,
-            _ => {
-                let each = append.query_heads as usize * ranges as usize * (d + 2);
-                Some(Tensor::new(self.device(), queries.rows(), each, DType::F32)?)
-            }
-        };
         let params = AttendParams {
             out: out.address(),
-            parts: parts.as_ref().map_or(0, Tensor::address),
+            parts: 0,
             q: queries.address(),
             keys: append.keys,
             values: append.values,
@@ -205,19 +212,118 @@ impl CudaBackend {
             query_heads: append.query_heads,
             kv_heads: append.kv_heads,
             block_tokens: append.block_tokens,
-            window,
-            ranges,
+            window: match window {
+                Window::All => 0,
+                Window::Keys(keys) => keys,
+            },
+            ranges: 1,
             rows,
-            tokens,
+            singles: 0,
+            tiles: 0,
+            arrived: 0,
         };
-        let (function, blocks) = match kernels.tiles {
-            Some(tiles) => (tiles, ((pieces * ranges).div_ceil(WARPS), groups, 1)),
-            None => (kernels.attend, (rows, groups, ranges)),
-        };
-        self.device().launch(function, Grid { blocks, threads: WARPS * 32, shared: 0 }, &params)?;
-        if parts.is_some() {
-            self.device().launch(kernels.merge, Grid::new(rows, append.query_heads, 256), &params)?;
+        match kernels.tiles {
+            Some([token, prompt]) => {
+                self.attend_tokens(token, params, (d, groups))?;
+                self.attend_prompts(kernels, prompt, params, ((d, group), groups))?;
+            }
+            None => {
+                let ranges = self.ranges(rows * groups, RANGE_KEYS, params.window);
+                let parts = self.parts(&params, ranges, d)?;
+                let params = AttendParams { parts: address_of(parts.as_ref()), ranges, ..params };
+                let grid = Grid { blocks: (rows, groups, ranges), threads: WARPS * 32, shared: 0 };
+                self.device().launch(kernels.attend, grid, &params)?;
+                if ranges > 1 {
+                    let grid = Grid::new(rows, params.query_heads, 256);
+                    self.device().launch(kernels.merge, grid, &params)?;
+                }
+            }
         }
         Ok(out)
     }
+
+    /// Ranges of keys that give every multiprocessor several blocks; in a recorded step whatever the contexts are.
+    fn ranges(&self, blocks: u32, keys_each: u32, window: u32) -> u32 {
+        let wanted = (BLOCKS_EACH * self.device().multiprocessors).div_ceil(blocks.max(1)).min(RANGES_MAX);
+        if self.step().is_padded() {
+            return wanted;
+        }
+        let keys = match window {
+            0 => self.step().longest(),
+            keys => self.step().longest().min(keys),
+        };
+        wanted.min(keys.div_ceil(keys_each)).max(1)
+    }
+
+    /// Room for what each range sums.
+    fn parts(&self, params: &AttendParams, ranges: u32, d: usize) -> Result<Option<Tensor>, Error> {
+        if ranges == 1 {
+            return Ok(None);
+        }
+        let each = params.query_heads as usize * ranges as usize * (d + 2);
+        Ok(Some(Tensor::new(self.device(), params.rows as usize, each, DType::F32)?))
+    }
+
+    /// Rows that are alone in their sequence; the last block of each merges its ranges.
+    fn attend_tokens(
+        &self,
+        function: Function,
+        params: AttendParams,
+        (d, groups): (usize, u32),
+    ) -> Result<(), Error> {
+        let (singles, count) = self.step().singles();
+        if count == 0 {
+            return Ok(());
+        }
+        let blocks = size("attention", count)? * groups;
+        let counters = self.device().counters(FIRST_COUNTER, blocks as usize);
+        let target = if blocks * TOKEN_RANGES_MAX <= self.device().multiprocessors { 1 } else { 2 };
+        let wanted = (target * self.device().multiprocessors).div_ceil(blocks).min(TOKEN_RANGES_MAX);
+        let ranges = if counters.is_some() { wanted } else { 1 };
+        let params = AttendParams { rows: size("attention", count)?, ..params };
+        let parts = self.parts(&params, ranges, d)?;
+        let params = AttendParams {
+            parts: address_of(parts.as_ref()),
+            ranges,
+            singles,
+            arrived: counters.unwrap_or(0),
+            ..params
+        };
+        let grid = Grid {
+            blocks: (ranges, groups, size("attention", count)?),
+            threads: TOKEN_WARPS * 32,
+            shared: 0,
+        };
+        Ok(self.device().launch_early(function, grid, &params)?)
+    }
+
+    /// Rows of longer runs, in tiles of one sequence each.
+    fn attend_prompts(
+        &self,
+        kernels: &AttentionKernels,
+        function: Function,
+        params: AttendParams,
+        ((d, group), groups): (HeadShape, u32),
+    ) -> Result<(), Error> {
+        let (tiles, count) = self.step().tiles();
+        let count = size("attention", count)?;
+        // One or two blocks fit on a multiprocessor; a range has a few steps of keys at least.
+        let wanted = (self.device().multiprocessors * 2).div_ceil((count * groups).max(1));
+        let ranges = if count == 0 { 1 } else { wanted.min(self.ranges(1, 4 * RANGE_KEYS, params.window)) };
+        let params = AttendParams { rows: count * TILE_ROWS as u32, ..params };
+        let parts = self.parts(&params, ranges, d)?;
+        let params = AttendParams { parts: address_of(parts.as_ref()), ranges, tiles, ..params };
+        let threads = size("attention", if group % 2 == 0 { group / 2 } else { group })? * 32;
+        let grid = Grid { blocks: (count, groups, ranges), threads, shared: prompt_shared(d, group) };
+        self.device().launch(function, grid, &params)?;
+        if ranges > 1 {
+            let grid = Grid::new(params.rows, params.query_heads, 256);
+            self.device().launch(kernels.merge, grid, &params)?;
+        }
+        Ok(())
+    }
+}
+
+fn address_of(parts: Option<&Tensor>) -> Address {
+    parts.map_or(0, Tensor::address)
 }

@@ -4,30 +4,27 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use ops::{
-    Backend, Batch, Dummy, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+    Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed, Rope,
+    Routing, Window,
 };
 use types::{Bytes, DType, TokenId};
 
 use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencies, head_shape};
 use crate::cache::KernelCache;
-use crate::device::{Device, Grid, gemm_shared};
+use crate::device::{Device, Grid};
 use crate::dummy::DummyKernel;
+use crate::graph::{Course, Recordings};
+use crate::idle::Idle;
 use crate::kernels::{
-    Address, EmbedParams, FillParams, GatherParams, GemmParams, NormParams, RoundParams, SkinnyParams,
-    SumParams, SwigluParams,
+    Address, EmbedParams, FillParams, GatherParams, NormParams, RoundParams, SumParams, SwigluParams,
 };
 use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::step::Step;
 use crate::tensor::{Routed, Tensor, Weight, size};
-
-/// Rows that the skinny kernels take at once; more go to the tensor cores where these can take them.
-pub(crate) const SKINNY_ROWS: usize = 8;
-/// Rows from which tiles of 128 pay.
-const LARGE_ROWS: usize = 512;
 
 /// How to use a card.
 #[derive(Debug, Clone)]
@@ -36,58 +33,10 @@ pub struct Options {
     pub ordinal: usize,
     /// Compute dtype.
     pub dtype: DType,
-    /// Memory for activations; [`Activations::bytes`] says how much a model needs.
+    /// Memory for activations; [`crate::Activations::bytes`] says how much a model needs.
     pub activations: Bytes,
     /// Where compiled kernels are kept.
     pub cache: KernelCache,
-}
-
-/// Widths that decide how much memory a step's activations take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Activations {
-    /// Rows of a step at most.
-    pub rows: usize,
-    /// Rows whose logits are made at once.
-    pub logit_rows: usize,
-    /// H
-    pub hidden: usize,
-    /// (Q + 2K)·D
-    pub qkv: usize,
-    /// I of the widest dense or shared MLP.
-    pub intermediate: usize,
-    /// E of the model, 0 without experts.
-    pub experts: usize,
-    /// Experts of a row.
-    pub top_k: usize,
-    /// I of one expert.
-    pub expert_intermediate: usize,
-    /// V
-    pub vocab: usize,
-    /// Words of block tables in a step at most, both groups.
-    pub table_words: usize,
-}
-
-impl Activations {
-    /// Bytes that every step within these sizes finds: what is alive at once, as fp32, and a quarter more because
-    /// pieces of other sizes leave gaps.
-    #[must_use]
-    pub fn bytes(&self) -> Bytes {
-        const WORD: usize = 4;
-        // The residual stream, the norm, two partial sums and one more beside them.
-        let stream = 5 * self.hidden;
-        // Split attention: at most 128 ranges, only for so few rows that this bound holds for them together.
-        let split = (128 + self.rows) * 2 * self.qkv;
-        let attention = self.rows * 3 * self.qkv + split;
-        let dense = self.rows * 3 * self.intermediate;
-        let pair = 3 * self.expert_intermediate + self.hidden + 4;
-        let experts =
-            self.rows * (self.experts + self.top_k * pair) + 65 * self.experts.min(self.rows * self.top_k);
-        let logits = self.logit_rows * (2 * self.hidden + self.vocab);
-        let widest = attention.max(dense).max(experts).max(logits);
-        let metadata = 4 * self.rows + 4 * self.rows + self.table_words;
-        let words = self.rows * stream + widest + metadata;
-        Bytes((words * WORD + words * WORD / 4 + (1 << 20)) as u64)
-    }
 }
 
 /// The op set on one card for one rank. Not `Send`: the thread that makes it uses it.
@@ -98,6 +47,8 @@ pub struct CudaBackend {
     turns: HashMap<RopeKey, DeviceBuffer>,
     landing: Pinned,
     step: Step,
+    recordings: Recordings,
+    idle: Idle,
     pub(crate) dummy: Option<DummyKernel>,
     device: Rc<Device>,
 }
@@ -116,6 +67,8 @@ impl CudaBackend {
             turns: HashMap::new(),
             landing: Pinned::new(1 << 16)?,
             step: Step::new()?,
+            recordings: Recordings::default(),
+            idle: Idle::new()?,
             dummy: None,
             device,
         })
@@ -149,6 +102,8 @@ impl CudaBackend {
         let params = FillParams { out: weight.address(), count, seed, scale };
         let blocks = self.device.multiprocessors * 8;
         self.device.launch(self.device.kernels.fill, Grid::new(blocks, 1, 256), &params)?;
+        // Weights are read before a kernel waits for the one before it.
+        self.device.unchain();
         Ok(weight)
     }
 
@@ -186,6 +141,41 @@ impl CudaBackend {
 
     pub(crate) const fn device(&self) -> &Rc<Device> {
         &self.device
+    }
+
+    /// Time between the end of the last step but one and the beginning of the last one, as the card saw it: it had
+    /// nothing to do. `None` before the second step.
+    #[must_use]
+    pub const fn idle(&self) -> Option<Duration> {
+        self.idle.between
+    }
+
+    /// Notes a cache layer for the recording that is being made.
+    pub(crate) fn note(&mut self, layer: (KvLayerSpec, Window)) {
+        self.recordings.note(layer);
+    }
+
+    /// Starts a step; a recording that was left open by an error ends without a result.
+    fn start(&mut self, batch: &Batch, rows: Option<usize>) -> Result<(), Error> {
+        self.device.bind()?;
+        self.device.alone();
+        if self.recordings.abandon() {
+            // The stream leaves capture whatever the outcome.
+            drop(self.device.lanes().end_capture());
+        }
+        self.idle.begins(&self.device)?;
+        if self.step.begin(&self.device, batch, rows)? {
+            self.recordings.forget();
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, batch: &Batch, rows: usize) -> Result<(), Error> {
+        self.start(batch, Some(rows))?;
+        self.device.lanes().begin_capture()?;
+        self.device.unchain();
+        self.recordings.open(rows);
+        Ok(())
     }
 
     pub(crate) const fn step(&self) -> &Step {
@@ -234,55 +224,13 @@ impl CudaBackend {
         Ok(out)
     }
 
-    fn product(&self, x: &Tensor, weight: &Weight, out: DType) -> Result<Tensor, Error> {
-        let (outs, inner) = weight.dims2("linear")?;
-        x.expect("linear", inner, self.dtype)?;
-        let y = Tensor::new(&self.device, x.rows(), outs, out)?;
-        let (rows, outs, inner) = (size("linear", x.rows())?, size("linear", outs)?, size("linear", inner)?);
-        let kernels = &self.device.kernels;
-        if let Some(gemm) = kernels.gemm.filter(|_| x.rows() > SKINNY_ROWS && inner.is_multiple_of(8)) {
-            let params = GemmParams {
-                c: y.address(),
-                a: x.address(),
-                w: weight.address(),
-                sorted: 0,
-                tile_expert: 0,
-                tiles: 0,
-                m: rows,
-                n: outs,
-                k: inner,
-                a_divisor: 1,
-                c_f32: y.is_f32(),
-            };
-            let (function, tile) = if x.rows() >= LARGE_ROWS { (gemm[1], 128) } else { (gemm[0], 64) };
-            let blocks = (rows.div_ceil(tile), outs.div_ceil(tile), 1);
-            self.device.launch(
-                function,
-                Grid { blocks, threads: 128, shared: gemm_shared(tile) },
-                &params,
-            )?;
-            return Ok(y);
-        }
-        let params = SkinnyParams {
-            y: y.address(),
-            x: x.address(),
-            w: weight.address(),
-            rows,
-            outs,
-            inner,
-            y_f32: y.is_f32(),
-        };
-        let vector = 16 / self.dtype.bytes() as u32;
-        let (function, each, outs_each) = match x.rows() {
-            _ if !inner.is_multiple_of(vector) => (kernels.skinny_unaligned, 1, 1),
-            0..=1 => (kernels.skinny[0], 1, 1),
-            2 => (kernels.skinny[1], 2, 2),
-            3..=4 => (kernels.skinny[2], 4, 2),
-            _ => (kernels.skinny[3], 8, 2),
-        };
-        let grid = Grid::new(outs.div_ceil(4 * outs_each), rows.div_ceil(each), 128);
-        self.device.launch(function, grid, &params)?;
-        Ok(y)
+    /// Copies the result of a step to the host.
+    pub(crate) fn land(&mut self, from: Address, bytes: usize) -> Result<&[u8], Error> {
+        self.landing.reserve(bytes)?;
+        self.idle.ends(&self.device)?;
+        self.device.download(&mut self.landing.as_mut_slice()[..bytes], from)?;
+        self.idle.measure();
+        Ok(&self.landing.as_slice()[..bytes])
     }
 
     /// out = a + scale · b, into `out`, which may be `a`.
@@ -343,6 +291,7 @@ impl Backend for CudaBackend {
 
     fn kv_layer(&mut self, spec: &KvLayerSpec) -> Result<KvLayer, Error> {
         self.device.bind()?;
+        self.recordings.forget();
         let layer = KvLayer::new(self, spec)?;
         let shape = head_shape(spec);
         if !self.attention.contains_key(&shape) {
@@ -357,8 +306,64 @@ impl Backend for CudaBackend {
     }
 
     fn begin_step(&mut self, batch: &Batch) -> Result<(), Error> {
-        self.device.bind()?;
-        self.step.begin(&self.device, batch)
+        self.start(batch, None)
+    }
+
+    fn begin_or_repeat(&mut self, batch: &Batch) -> Result<Option<Tensor>, Error> {
+        // A recording's places are those of an empty arena.
+        let whole = self.device.free.borrow().is_whole();
+        let course = if whole { self.recordings.course(batch) } else { Course::Run };
+        match course {
+            Course::Run => self.start(batch, None)?,
+            Course::Record(rows) => self.record(batch, rows)?,
+            Course::Repeat(rows) => {
+                self.start(batch, Some(rows))?;
+                let Some(recording) = self.recordings.get(rows) else {
+                    self.record(batch, rows)?;
+                    return Ok(None);
+                };
+                for (spec, window) in &recording.layers {
+                    self.step.check_tables(spec, *window)?;
+                }
+                let result = Tensor::again(&self.device, &recording.result);
+                recording.graph.launch(self.device.stream())?;
+                self.device.unchain();
+                return Ok(result);
+            }
+        }
+        Ok(None)
+    }
+
+    fn keep(&mut self, x: Tensor) -> Result<Tensor, Error> {
+        if !self.recordings.is_open() {
+            return Ok(x);
+        }
+        let graph = self.device.lanes().end_capture();
+        let graph = match graph {
+            Ok(graph) => graph,
+            Err(error) => {
+                self.recordings.abandon();
+                return Err(error.into());
+            }
+        };
+        if let Some(recording) = self.recordings.keep(graph, x.kept()) {
+            recording.graph.launch(self.device.stream())?;
+        }
+        self.device.unchain();
+        Ok(x)
+    }
+
+    fn fork(&mut self) -> Result<(), Error> {
+        if self.recordings.is_open() { Ok(self.device.fork()?) } else { Ok(()) }
+    }
+
+    fn other_branch(&mut self) -> Result<(), Error> {
+        self.device.other_lane();
+        Ok(())
+    }
+
+    fn join(&mut self) -> Result<(), Error> {
+        if self.recordings.is_open() { Ok(self.device.join()?) } else { Ok(()) }
     }
 
     fn embed(&mut self, table: &Weight, first_token: TokenId) -> Result<Tensor, Error> {
@@ -367,7 +372,7 @@ impl Backend for CudaBackend {
         let params = EmbedParams {
             out: out.address(),
             table: table.address(),
-            tokens: self.step.tokens()?,
+            tokens: self.step.tokens(),
             first: first_token.0,
             rows: size("embed", rows)?,
             width: size("embed", hidden)?,
@@ -437,6 +442,14 @@ impl Backend for CudaBackend {
         self.choose(logits, routing)
     }
 
+    fn router(&mut self, x: &Tensor, weight: &Weight, routing: Routing) -> Result<Routed, Error> {
+        if let Some(routed) = self.route_few(x, weight, routing)? {
+            return Ok(routed);
+        }
+        let logits = self.linear(x, weight)?;
+        self.choose(&logits, routing)
+    }
+
     fn routed_experts(
         &mut self,
         x: &Tensor,
@@ -465,6 +478,30 @@ impl Backend for CudaBackend {
         Ok(x)
     }
 
+    fn residual_norm(
+        &mut self,
+        x: Tensor,
+        (sum, more): (Tensor, Option<(&Tensor, f32)>),
+        (weight, norm): (&Weight, Norm),
+    ) -> Result<(Tensor, Tensor), Error> {
+        match self.residual_norm_at_once(&x, (&sum, more), (weight, norm))? {
+            Some(n) => Ok((x, n)),
+            None => {
+                let sum = match more {
+                    Some((more, scale)) => self.add_scaled(sum, more, scale)?,
+                    None => sum,
+                };
+                let x = self.residual_add(x, &sum)?;
+                let n = self.norm(&x, weight, norm)?;
+                Ok((x, n))
+            }
+        }
+    }
+
+    fn largest(&mut self, logits: &Tensor, width: usize, scale: f32) -> Result<Vec<Option<TokenId>>, Error> {
+        self.largest_of_rows(logits, width, scale)
+    }
+
     fn logit_rows(&mut self, x: &Tensor, which: Range<usize>) -> Result<Tensor, Error> {
         if which.start > which.end || which.end > self.step.logit_count() {
             let detail = format!("rows {which:?} of {} that have logits", self.step.logit_count());
@@ -474,7 +511,7 @@ impl Backend for CudaBackend {
         let params = GatherParams {
             out: out.address(),
             x: x.address(),
-            which: self.step.logit_rows(which.start)?,
+            which: self.step.logit_rows(which.start),
             width: size("logit_rows", x.width())?,
             is_f32: x.is_f32(),
         };
@@ -485,6 +522,15 @@ impl Backend for CudaBackend {
 
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {
         Tensor::new(&self.device, rows, width, DType::F32)
+    }
+
+    fn place(&mut self, _routed: Routed, _slots: &ExpertSlots, _first_row: usize) -> Result<Routed, Error> {
+        Err(alone("place"))
+    }
+
+    /// The choices stay on the card.
+    fn count_choices(&mut self, _routed: &Routed, _counts: &mut [u64]) -> Result<bool, Error> {
+        Ok(false)
     }
 
     fn slice_rows(&mut self, _x: &Tensor, _rows: Range<usize>) -> Result<Tensor, Error> {
@@ -522,10 +568,7 @@ impl Backend for CudaBackend {
     }
 
     fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {
-        self.landing.reserve(x.bytes())?;
-        let landed = &mut self.landing.as_mut_slice()[..x.bytes()];
-        self.device.download(landed, x.address())?;
-        let landed = &self.landing.as_slice()[..x.bytes()];
+        let landed = self.land(x.address(), x.bytes())?;
         Ok(match x.dtype() {
             DType::F32 => landed.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
             DType::BF16 => landed.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),

@@ -1,6 +1,6 @@
 //! The collective of a rank that has its model on one card alone.
 
-use collectives::{Collective, Error};
+use collectives::{Collective, Counters, Error};
 use types::TpRank;
 
 use crate::Tensor;
@@ -69,12 +69,31 @@ impl<C: Collective<[f32]>> Collective<Tensor> for SoloDevice<C> {
         Self::copy("all-to-all", send, counts, recv)
     }
 
+    fn all_to_all_open(
+        &mut self,
+        send: &Tensor,
+        send_counts: &[usize],
+        recv: &mut Tensor,
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error> {
+        // Alone, what comes is what goes.
+        self.0.all_to_all_open(&[], &[0], &mut [], &[0], &mut [0])?;
+        came.copy_from_slice(send_counts);
+        let counts = if send_counts == room { send_counts } else { &[] };
+        Self::copy("all-to-all", send, counts, recv)
+    }
+
     fn broadcast(&mut self, root: u32, _data: &mut Tensor) -> Result<(), Error> {
         self.0.broadcast(root, &mut [])
     }
 
     fn barrier(&mut self) -> Result<(), Error> {
         self.0.barrier()
+    }
+
+    fn counters(&self) -> Counters {
+        self.0.counters()
     }
 
     fn abort(&mut self) {

@@ -1,21 +1,31 @@
 //! One card as its owner thread uses it: the context, the stream all work goes through, the activations' arena, and
 //! the compiled kernels.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_void};
+use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUdevice_attribute, CUfunction, CUmodule, CUstream};
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::sys::{
+    CUdevice_attribute, CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchConfig, CUmodule, CUstream, cuLaunchKernelEx,
+};
+use cudarc::driver::{CudaContext, result};
 use types::{Bytes, DType};
 
 use crate::arena::FreeList;
 use crate::cache::KernelCache;
 use crate::check::in_parallel;
+use crate::graph::Lanes;
 use crate::kernels::{Address, Params, Source};
 use crate::memory::DeviceBuffer;
 use crate::nvrtc::Compiled;
 use crate::{Error, arch, probe};
+
+/// The first major compute capability whose kernels can start before the one before them has ended.
+const OVERLAPPING: i32 = 9;
+/// Counters for launches whose last block has more to do: one for the router, the others for attention.
+const COUNTERS: usize = 8192;
 
 /// A card in use. Not `Send`: one thread owns it.
 #[derive(Debug)]
@@ -25,9 +35,15 @@ pub(crate) struct Device {
     pub(crate) free: RefCell<FreeList>,
     pub(crate) kernels: Kernels,
     pub(crate) multiprocessors: u32,
+    /// Counters of blocks that arrived, zero between launches.
+    counters: DeviceBuffer,
     cache: KernelCache,
     arch: String,
-    stream: Arc<CudaStream>,
+    lanes: Lanes,
+    lane: Cell<usize>,
+    /// Whether what a lane was given last is a kernel of its own.
+    chained: Cell<[bool; 2]>,
+    overlaps: bool,
     context: Arc<CudaContext>,
 }
 
@@ -43,21 +59,30 @@ impl Device {
         let capability = context.compute_capability().map_err(Error::driver("cuDeviceGetAttribute"))?;
         arch::card(&context.name().map_err(Error::driver("cuDeviceGetName"))?, capability)?;
         let arch = arch::target(capability);
-        let stream = context.new_stream().map_err(Error::driver("cuStreamCreate"))?;
+        context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
+        let lanes = Lanes::new()?;
         let count = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         let multiprocessors = count.map_err(Error::driver("cuDeviceGetAttribute"))?;
         let kernels = Kernels::load(dtype, &arch, &cache)?;
         let arena_bytes = usize::try_from(arena.0).unwrap_or(usize::MAX);
-        Ok(Self {
+        let counters = DeviceBuffer::new("counters", COUNTERS * size_of::<u32>())?;
+        let device = Self {
             arena: DeviceBuffer::new("activations", arena_bytes)?,
             free: RefCell::new(FreeList::new(arena.0)),
             kernels,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
+            counters,
             cache,
             arch,
-            stream,
+            lanes,
+            lane: Cell::new(0),
+            chained: Cell::new([false; 2]),
+            overlaps: capability.0 >= OVERLAPPING,
             context,
-        })
+        };
+        device.zero(device.counters.address(), COUNTERS * size_of::<u32>())?;
+        device.synchronize()?;
+        Ok(device)
     }
 
     pub(crate) fn name(&self) -> Result<String, Error> {
@@ -74,15 +99,61 @@ impl Device {
     }
 
     pub(crate) fn stream(&self) -> CUstream {
-        self.stream.cu_stream()
+        self.lanes.stream(self.lane.get())
+    }
+
+    pub(crate) const fn lanes(&self) -> &Lanes {
+        &self.lanes
+    }
+
+    /// What is queued from here on goes beside what follows [`Device::other_lane`], until [`Device::join`].
+    pub(crate) fn fork(&self) -> Result<(), Error> {
+        self.lanes.follow(1)?;
+        self.chained.set([self.chained.get()[0], false]);
+        self.free.borrow_mut().hold();
+        self.lane.set(1);
+        Ok(())
+    }
+
+    pub(crate) fn other_lane(&self) {
+        self.lane.set(0);
+    }
+
+    /// Nothing without a fork.
+    pub(crate) fn join(&self) -> Result<(), Error> {
+        if self.free.borrow().is_held() {
+            self.lanes.follow(0)?;
+            self.unchain();
+        }
+        self.alone();
+        Ok(())
+    }
+
+    /// The next launch waits for everything before it.
+    pub(crate) fn unchain(&self) {
+        self.chained.set([false; 2]);
+    }
+
+    /// Back to one lane, whatever was begun.
+    pub(crate) fn alone(&self) {
+        self.lane.set(0);
+        self.free.borrow_mut().release();
+    }
+
+    /// The first of `count` counters from number `first` on, if there are as many.
+    pub(crate) fn counters(&self, first: usize, count: usize) -> Option<Address> {
+        let end = first.checked_add(count)?;
+        (end <= COUNTERS).then(|| self.counters.address() + (first * size_of::<u32>()) as u64)
     }
 
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
-        self.stream.synchronize().map_err(Error::driver("cuStreamSynchronize"))
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::synchronize(self.stream()) }.map_err(Error::driver("cuStreamSynchronize"))
     }
 
     /// Copies `from` to the device after what was launched before, and waits.
     pub(crate) fn upload<E>(&self, to: Address, from: &[E]) -> Result<(), Error> {
+        self.unchain();
         // SAFETY: the caller's buffer has room for `from`, and the wait below keeps `from` alive for the copy.
         unsafe { result::memcpy_htod_async(to, from, self.stream()) }
             .map_err(Error::driver("cuMemcpyHtoDAsync"))?;
@@ -91,6 +162,7 @@ impl Device {
 
     /// Copies to `to` after what was launched before, and waits.
     pub(crate) fn download(&self, to: &mut [u8], from: Address) -> Result<(), Error> {
+        self.unchain();
         // SAFETY: `from` has `to.len()` readable bytes by the caller's shapes, and the wait keeps `to` borrowed.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream()) }
             .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
@@ -102,6 +174,7 @@ impl Device {
         if bytes == 0 {
             return Ok(());
         }
+        self.unchain();
         // SAFETY: both ranges lie in live allocations by the caller's shapes.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream()) }
             .map_err(Error::driver("cuMemcpyDtoDAsync"))
@@ -109,6 +182,7 @@ impl Device {
 
     /// Fills with zeros, in stream order.
     pub(crate) fn zero(&self, at: Address, bytes: usize) -> Result<(), Error> {
+        self.unchain();
         // SAFETY: the range lies in a live allocation of at least `bytes`.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream()) }
             .map_err(Error::driver("cuMemsetD8Async"))
@@ -116,18 +190,58 @@ impl Device {
 
     /// Queues `function` over `grid`. A grid with nothing in it is not launched.
     pub(crate) fn launch<P: Params>(&self, function: Function, grid: Grid, params: &P) -> Result<(), Error> {
-        let Grid { blocks, threads, shared } = grid;
+        self.queue(function, grid, params, false)
+    }
+
+    /// As [`Device::launch`], for a kernel that calls `await_inputs`: it may start while the one before it in its lane
+    /// still runs.
+    pub(crate) fn launch_early<P: Params>(
+        &self,
+        function: Function,
+        grid: Grid,
+        params: &P,
+    ) -> Result<(), Error> {
+        self.queue(function, grid, params, self.overlaps && self.chained.get()[self.lane.get()])
+    }
+
+    fn queue<P: Params>(
+        &self,
+        function: Function,
+        Grid { blocks, threads, shared }: Grid,
+        params: &P,
+        early: bool,
+    ) -> Result<(), Error> {
         if blocks.0 == 0 || blocks.1 == 0 || blocks.2 == 0 {
             return Ok(());
         }
         let mut params = *params;
         let mut arguments = [(&raw mut params).cast::<c_void>()];
+        let mut attribute = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: blocks.0,
+            gridDimY: blocks.1,
+            gridDimZ: blocks.2,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: self.stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
+        };
         // SAFETY: the function belongs to a loaded module; `Params` repeats its one argument; addresses in it come
-        // from live buffers, whose sizes the op checked; the driver copies the argument before it returns.
-        unsafe {
-            result::launch_kernel(function.0, blocks, (threads, 1, 1), shared, self.stream(), &mut arguments)
-        }
-        .map_err(Error::driver("cuLaunchKernel"))
+        // from live buffers, whose sizes the op checked; the driver copies argument and attribute before it returns.
+        unsafe { cuLaunchKernelEx(&raw const config, function.0, arguments.as_mut_ptr(), ptr::null_mut()) }
+            .result()
+            .map_err(Error::driver("cuLaunchKernelEx"))?;
+        let mut chained = self.chained.get();
+        chained[self.lane.get()] = true;
+        self.chained.set(chained);
+        Ok(())
     }
 }
 
@@ -157,7 +271,7 @@ pub(crate) struct Function(CUfunction);
 
 impl Function {
     /// Allows `bytes` of dynamic shared memory.
-    fn allow_shared(self, bytes: u32) -> Result<(), Error> {
+    pub(crate) fn allow_shared(self, bytes: u32) -> Result<(), Error> {
         use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SIZE;
         let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
         // SAFETY: the function belongs to a loaded module.
@@ -197,6 +311,14 @@ impl Drop for Module {
     }
 }
 
+/// Bytes of shared memory of the few-row tiles: what eight warps summed of `outs` times `rows` numbers.
+pub(crate) const fn tiles_shared(outs: u32, rows: u32) -> u32 {
+    8 * outs * rows * 4
+}
+
+/// Bytes of shared memory of the warpgroup tiles: four stages of (128 + 256) × 64 bf16, and room to align them.
+pub(crate) const WIDE_SHARED: u32 = 4 * (128 + 256) * 64 * 2 + 1024;
+
 /// Bytes of shared memory of the tensor-core tiles: three stages of (rows + columns) × 64 bf16.
 pub(crate) const fn gemm_shared(tile: u32) -> u32 {
     3 * 2 * tile * 64 * 2
@@ -215,14 +337,55 @@ pub(crate) struct Kernels {
     /// For 1, 2, 4 and 8 rows.
     pub(crate) skinny: [Function; 4],
     pub(crate) skinny_unaligned: Function,
+    pub(crate) residual_norm: Function,
+    pub(crate) largest: Function,
     pub(crate) route: Function,
+    pub(crate) router: Function,
     pub(crate) expert_up: Function,
     pub(crate) expert_down: Function,
     pub(crate) group_pairs: Function,
     pub(crate) combine: Function,
-    /// Tiles of 64 and of 128; bf16 alone has them.
-    pub(crate) gemm: Option<[Function; 2]>,
+    /// bf16 alone has them.
+    pub(crate) tiles: Option<Tiles>,
     _modules: Vec<Module>,
+}
+
+/// Products on the tensor cores.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tiles {
+    /// Tiles of 64 and of 128.
+    pub(crate) gemm: [Function; 2],
+    /// Plain, and gated; Hopper alone has them.
+    pub(crate) wide: Option<[Function; 2]>,
+    /// For 8, 16, 32 and 64 rows.
+    pub(crate) skinny: [Function; 4],
+    pub(crate) expert_up: Function,
+    pub(crate) expert_down: Function,
+}
+
+impl Tiles {
+    fn load(gemm: &Module, skinny: &Module, experts: &Module, arch: &str) -> Result<Self, Error> {
+        let wide = match arch {
+            "sm_90a" => Some([gemm.function("gemm_wide_plain")?, gemm.function("gemm_wide_gated")?]),
+            _ => None,
+        };
+        for function in wide.into_iter().flatten() {
+            function.allow_shared(WIDE_SHARED)?;
+        }
+        let gemm = [gemm.function("gemm64")?, gemm.function("gemm128")?];
+        gemm[0].allow_shared(gemm_shared(64))?;
+        gemm[1].allow_shared(gemm_shared(128))?;
+        let skinny = [
+            skinny.function("tiles8")?,
+            skinny.function("tiles16")?,
+            skinny.function("tiles32")?,
+            skinny.function("tiles64")?,
+        ];
+        skinny[3].allow_shared(tiles_shared(32, 64))?;
+        let (expert_up, expert_down) =
+            (experts.function("expert_up_tiles")?, experts.function("expert_down_tiles")?);
+        Ok(Self { gemm, wide, skinny, expert_up, expert_down })
+    }
 }
 
 impl Kernels {
@@ -233,13 +396,8 @@ impl Kernels {
         let mut next = || modules.next().unwrap_or_else(|| unreachable!("every model has these files"));
         let (rows, skinny, experts) = (next()?, next()?, next()?);
         let tiles = modules.next().transpose()?;
-        let gemm = match &tiles {
-            Some(tiles) => {
-                let functions = [tiles.function("gemm64")?, tiles.function("gemm128")?];
-                functions[0].allow_shared(gemm_shared(64))?;
-                functions[1].allow_shared(gemm_shared(128))?;
-                Some(functions)
-            }
+        let functions = match &tiles {
+            Some(gemm) => Some(Tiles::load(gemm, &skinny, &experts, arch)?),
             None => None,
         };
         Ok(Self {
@@ -250,6 +408,8 @@ impl Kernels {
             gather: rows.function("gather")?,
             norm: rows.function("norm_rows")?,
             fill: rows.function("fill")?,
+            residual_norm: rows.function("residual_norm")?,
+            largest: rows.function("largest")?,
             skinny: [
                 skinny.function("skinny1")?,
                 skinny.function("skinny2")?,
@@ -258,11 +418,12 @@ impl Kernels {
             ],
             skinny_unaligned: skinny.function("skinny_unaligned")?,
             route: experts.function("route")?,
+            router: experts.function("router")?,
             expert_up: experts.function("expert_up")?,
             expert_down: experts.function("expert_down")?,
             group_pairs: experts.function("group_pairs")?,
             combine: experts.function("combine")?,
-            gemm,
+            tiles: functions,
             _modules: [rows, skinny, experts].into_iter().chain(tiles).collect(),
         })
     }

@@ -83,6 +83,9 @@ impl CudaBackend {
         };
         let rows = size(OP, piece.rows.min(GRID_ROWS_MAX))?;
         let grid = Grid::new(params.cols.div_ceil(THREADS), rows, THREADS);
-        Ok(self.device().launch(kernel.fill, grid, &params)?)
+        self.device().launch(kernel.fill, grid, &params)?;
+        // Weights are read before a kernel waits for the one before it.
+        self.device().unchain();
+        Ok(())
     }
 }

@@ -4,15 +4,23 @@ use ops::{Error, Routing, Scoring};
 use types::DType;
 
 use crate::arena::Piece;
-use crate::backend::{CudaBackend, SKINNY_ROWS};
-use crate::device::{Function, Grid, gemm_shared};
+use crate::backend::CudaBackend;
+use crate::device::{Grid, Tiles, WIDE_SHARED, gemm_shared};
+use crate::graph::RECORDED_ROWS_MAX;
 use crate::kernels::{
-    Address, CombineParams, ExpertDownParams, ExpertUpParams, GemmParams, GroupParams, RouteParams,
+    Address, CombineParams, ExpertDownParams, ExpertDownTilesParams, ExpertUpParams, GemmParams, GroupParams,
+    RouteParams, RouterParams,
 };
 use crate::tensor::{Routed, Tensor, Weight, size};
 
-/// Rows of a tile of the grouped product.
-const TILE: usize = 64;
+/// Rows that the kernel of logits and choice takes.
+const ROUTER_ROWS: usize = 8;
+/// Rows so few that hardly an expert is chosen twice.
+const SEPARATE_ROWS: usize = 2;
+/// Rows up to which an expert's pairs are found by each of its blocks; more are grouped beforehand.
+const FEW_ROWS: usize = RECORDED_ROWS_MAX;
+/// Pairs of an expert, on average, from which the warpgroup tiles pay.
+const WIDE_PAIRS: usize = 64;
 /// Choices of a row that the kernels have room for.
 const CHOICES_MAX: usize = 64;
 /// Warps of a block of the few-row kernels.
@@ -54,7 +62,7 @@ impl Stack {
 
 impl CudaBackend {
     pub(crate) fn choose(&self, logits: &Tensor, routing: Routing) -> Result<Routed, Error> {
-        let Routing { top_k, scoring } = routing;
+        let top_k = routing.top_k;
         if top_k == 0 || top_k > logits.width().min(CHOICES_MAX) || logits.dtype() != self.storage() {
             let detail = format!(
                 "top-{top_k} (at most {CHOICES_MAX}) of {} experts, logits in {}",
@@ -63,7 +71,19 @@ impl CudaBackend {
             );
             return Err(Error::Shape { op: "route", detail });
         }
-        let rows = logits.rows();
+        let (routed, params) = self.routed(logits, (logits.rows(), logits.width()), routing)?;
+        let grid = Grid::new(params.rows.div_ceil(WARPS as u32), 1, 128);
+        self.device().launch_early(self.device().kernels.route, grid, &params)?;
+        Ok(routed)
+    }
+
+    /// Room for the choices of `rows` rows among `count` experts, and what their kernel is told.
+    fn routed(
+        &self,
+        logits: &Tensor,
+        (rows, count): (usize, usize),
+        Routing { top_k, scoring }: Routing,
+    ) -> Result<(Routed, RouteParams), Error> {
         let routed = Routed {
             experts: Piece::new(self.device(), rows * top_k * WORD)?,
             weights: Piece::new(self.device(), rows * top_k * WORD)?,
@@ -75,14 +95,45 @@ impl CudaBackend {
             weights: routed.weights.address(),
             logits: logits.address(),
             rows: size("route", rows)?,
-            count: size("route", logits.width())?,
+            count: size("route", count)?,
             top_k: size("route", top_k)?,
             softmax: u32::from(scoring == Scoring::Softmax),
             renormalize: u32::from(scoring != Scoring::Sigmoid { renormalize: false }),
+            position: if self.step().is_padded() { self.step().positions() } else { 0 },
         };
-        let grid = Grid::new(size("route", rows.div_ceil(WARPS))?, 1, 128);
-        self.device().launch(self.device().kernels.route, grid, &params)?;
-        Ok(routed)
+        Ok((routed, params))
+    }
+
+    /// Logits and choice in one launch, for few rows; `None` where that kernel does not fit.
+    pub(crate) fn route_few(
+        &self,
+        x: &Tensor,
+        weight: &Weight,
+        routing: Routing,
+    ) -> Result<Option<Routed>, Error> {
+        let (experts, hidden) = weight.dims2("router")?;
+        let vectors = hidden.is_multiple_of(16 / self.storage().bytes());
+        let Some(arrived) = self.device().counters(0, 1).filter(|_| vectors && x.rows() <= ROUTER_ROWS)
+        else {
+            return Ok(None);
+        };
+        x.expect("router", hidden, self.storage())?;
+        if routing.top_k == 0 || routing.top_k > experts.min(CHOICES_MAX) {
+            return Ok(None);
+        }
+        let logits = Tensor::new(self.device(), x.rows(), experts, DType::F32)?;
+        let (routed, route) = self.routed(&logits, (x.rows(), experts), routing)?;
+        let params = RouterParams {
+            route,
+            logits: logits.address(),
+            x: x.address(),
+            w: weight.address(),
+            arrived,
+            hidden: size("router", hidden)?,
+        };
+        let grid = Grid::new(route.count.div_ceil(WARPS as u32), 1, 128);
+        self.device().launch_early(self.device().kernels.router, grid, &params)?;
+        Ok(Some(routed))
     }
 
     pub(crate) fn run_experts(
@@ -98,8 +149,14 @@ impl CudaBackend {
             return Err(Error::Shape { op: "routed_experts", detail });
         }
         let aligned = stack.hidden.is_multiple_of(8) && stack.inter.is_multiple_of(8);
-        match self.device().kernels.gemm {
-            Some([gemm, _]) if x.rows() > SKINNY_ROWS && aligned => self.grouped(x, routed, &stack, gemm),
+        match self.device().kernels.tiles {
+            Some(tiles) if x.rows() > SEPARATE_ROWS && aligned => {
+                if x.rows() <= FEW_ROWS {
+                    self.expert_by_expert(x, routed, &stack, tiles)
+                } else {
+                    self.grouped(x, routed, &stack, tiles)
+                }
+            }
             _ => self.one_by_one(x, routed, &stack),
         }
     }
@@ -121,10 +178,11 @@ impl CudaBackend {
             local,
             hidden,
             inter,
+            pairs: size("routed_experts", pairs)?,
         };
         let kernels = &self.device().kernels;
         let grid = Grid::new(inter.div_ceil(WARPS as u32), size("routed_experts", pairs)?, 128);
-        self.device().launch(kernels.expert_up, grid, &up)?;
+        self.device().launch_early(kernels.expert_up, grid, &up)?;
         let down = ExpertDownParams {
             out: out.address(),
             activated: activated.address(),
@@ -138,17 +196,80 @@ impl CudaBackend {
             inter,
         };
         let grid = Grid::new(hidden.div_ceil(WARPS as u32), size("routed_experts", x.rows())?, 128);
-        self.device().launch(kernels.expert_down, grid, &down)?;
+        self.device().launch_early(kernels.expert_down, grid, &down)?;
+        Ok(out)
+    }
+
+    /// A block for every expert and some of its weights, which are read once for all rows.
+    fn expert_by_expert(
+        &self,
+        x: &Tensor,
+        routed: &Routed,
+        stack: &Stack,
+        tiles: Tiles,
+    ) -> Result<Tensor, Error> {
+        const OP: &str = "routed_experts";
+        let pairs = routed.rows * routed.top_k;
+        let &Stack { first, local, hidden, inter, .. } = stack;
+        let activated = self.tensor(pairs, inter as usize)?;
+        let up = ExpertUpParams {
+            activated: activated.address(),
+            x: x.address(),
+            gate_up: stack.gate_up,
+            experts: routed.experts.address(),
+            top_k: size(OP, routed.top_k)?,
+            first,
+            local,
+            hidden,
+            inter,
+            pairs: size(OP, pairs)?,
+        };
+        // A warp has 8 gate rows and their up rows, or 16 rows of down.
+        let grid = Grid::new(inter.div_ceil(8 * WARPS as u32), local, 128);
+        self.device().launch_early(tiles.expert_up, grid, &up)?;
+        let y = Tensor::new(self.device(), pairs, hidden as usize, DType::F32)?;
+        let down = ExpertDownTilesParams {
+            y: y.address(),
+            activated: activated.address(),
+            down: stack.down,
+            experts: routed.experts.address(),
+            pairs: size(OP, pairs)?,
+            first,
+            hidden,
+            inter,
+        };
+        let grid = Grid::new(hidden.div_ceil(16 * WARPS as u32), local, 128);
+        self.device().launch_early(tiles.expert_down, grid, &down)?;
+        self.add_up(&y, routed, stack)
+    }
+
+    /// The weighted sum of each row's choices.
+    fn add_up(&self, y: &Tensor, routed: &Routed, stack: &Stack) -> Result<Tensor, Error> {
+        let out = Tensor::new(self.device(), routed.rows, stack.hidden as usize, DType::F32)?;
+        let combine = CombineParams {
+            out: out.address(),
+            y: y.address(),
+            experts: routed.experts.address(),
+            weights: routed.weights.address(),
+            top_k: size("routed_experts", routed.top_k)?,
+            first: stack.first,
+            local: stack.local,
+            hidden: stack.hidden,
+        };
+        let grid = Grid::new(size("routed_experts", routed.rows)?, stack.hidden.div_ceil(256), 256);
+        self.device().launch_early(self.device().kernels.combine, grid, &combine)?;
         Ok(out)
     }
 
     /// Pairs sorted by expert, two grouped products, and the weighted sum of each row's choices.
-    fn grouped(&self, x: &Tensor, routed: &Routed, stack: &Stack, gemm: Function) -> Result<Tensor, Error> {
+    fn grouped(&self, x: &Tensor, routed: &Routed, stack: &Stack, kernels: Tiles) -> Result<Tensor, Error> {
         const OP: &str = "routed_experts";
         let pairs = routed.rows * routed.top_k;
+        let wide = kernels.wide.filter(|_| pairs >= WIDE_PAIRS * stack.local as usize);
+        let tile = if wide.is_some() { 128 } else { 64 };
         // Each expert fills its last tile at most by itself.
-        let tiles = pairs / TILE + (stack.local as usize).min(pairs);
-        let sorted = Piece::new(self.device(), tiles * TILE * WORD)?;
+        let tiles = pairs / tile + (stack.local as usize).min(pairs);
+        let sorted = Piece::new(self.device(), tiles * tile * WORD)?;
         let tile_expert = Piece::new(self.device(), tiles * WORD)?;
         let used = Piece::new(self.device(), WORD)?;
         let group = GroupParams {
@@ -159,15 +280,12 @@ impl CudaBackend {
             pairs: size(OP, pairs)?,
             first: stack.first,
             local: stack.local,
-            tile: TILE as u32,
+            tile: size(OP, tile)?,
         };
-        let kernels = &self.device().kernels;
         let grid = Grid { blocks: (1, 1, 1), threads: 1024, shared: 2 * stack.local * WORD as u32 };
-        self.device().launch(kernels.group_pairs, grid, &group)?;
-
-        let gate_up = self.tensor(pairs, 2 * stack.inter as usize)?;
-        let mut product = GemmParams {
-            c: gate_up.address(),
+        self.device().launch(self.device().kernels.group_pairs, grid, &group)?;
+        let product = GemmParams {
+            c: 0,
             a: x.address(),
             w: stack.gate_up,
             sorted: sorted.address(),
@@ -180,14 +298,26 @@ impl CudaBackend {
             c_f32: 0,
         };
         let tiles = size(OP, tiles)?;
-        let grid =
+        let small =
             |n: u32| Grid { blocks: (tiles, n.div_ceil(64), 1), threads: 128, shared: gemm_shared(64) };
-        self.device().launch(gemm, grid(product.n), &product)?;
+        let large = |n: u32| Grid { blocks: (tiles, n.div_ceil(256), 1), threads: 256, shared: WIDE_SHARED };
         // Rows of pairs that other ranks compute hold whatever was there; nothing reads what comes of them.
-        let activated = self.gated(&gate_up)?;
-        drop(gate_up);
+        let activated = match wide {
+            Some([_, gated]) => {
+                let activated = self.tensor(pairs, stack.inter as usize)?;
+                let product = GemmParams { c: activated.address(), ..product };
+                self.device().launch(gated, large(product.n), &product)?;
+                activated
+            }
+            None => {
+                let gate_up = self.tensor(pairs, 2 * stack.inter as usize)?;
+                let product = GemmParams { c: gate_up.address(), ..product };
+                self.device().launch(kernels.gemm[0], small(product.n), &product)?;
+                self.gated(&gate_up)?
+            }
+        };
         let y = Tensor::new(self.device(), pairs, stack.hidden as usize, DType::F32)?;
-        product = GemmParams {
+        let product = GemmParams {
             c: y.address(),
             a: activated.address(),
             w: stack.down,
@@ -197,19 +327,10 @@ impl CudaBackend {
             c_f32: 1,
             ..product
         };
-        self.device().launch(gemm, grid(product.n), &product)?;
-        let out = Tensor::new(self.device(), x.rows(), x.width(), DType::F32)?;
-        let combine = CombineParams {
-            out: out.address(),
-            y: y.address(),
-            experts: routed.experts.address(),
-            weights: routed.weights.address(),
-            top_k: size(OP, routed.top_k)?,
-            first: stack.first,
-            local: stack.local,
-            hidden: stack.hidden,
-        };
-        self.device().launch(kernels.combine, Grid::new(size(OP, x.rows())?, 1, 256), &combine)?;
-        Ok(out)
+        match wide {
+            Some([plain, _]) => self.device().launch(plain, large(product.n), &product)?,
+            None => self.device().launch(kernels.gemm[0], small(product.n), &product)?,
+        }
+        self.add_up(&y, routed, stack)
     }
 }

@@ -8,6 +8,7 @@ use types::DType;
 pub struct Source {
     file: &'static str,
     body: &'static str,
+    after: &'static str,
     defines: Vec<String>,
 }
 
@@ -45,7 +46,9 @@ impl Source {
     /// Matrix products of many rows, bf16 only.
     #[must_use]
     pub fn gemm() -> Self {
-        Self::new("gemm.cu", include_str!("../kernels/gemm.cu"), DType::BF16)
+        let mut source = Self::new("gemm.cu", include_str!("../kernels/gemm.cu"), DType::BF16);
+        source.after = include_str!("../kernels/gemm_wide.cu");
+        source
     }
 
     /// Attention for one head dimension and `group` query heads at a time.
@@ -53,6 +56,7 @@ impl Source {
     pub fn attention(dtype: DType, head_dim: usize, group: usize) -> Self {
         let mut source = Self::new("attention.cu", include_str!("../kernels/attention.cu"), dtype);
         source.defines.extend([format!("D={head_dim}"), format!("GROUP={group}")]);
+        source.after = include_str!("../kernels/attention_tiles.cu");
         source
     }
 
@@ -63,7 +67,7 @@ impl Source {
     }
 
     fn new(file: &'static str, body: &'static str, dtype: DType) -> Self {
-        Self { file, body, defines: vec![format!("BF16={}", u8::from(dtype == DType::BF16))] }
+        Self { file, body, after: "", defines: vec![format!("BF16={}", u8::from(dtype == DType::BF16))] }
     }
 
     /// File name, for messages.
@@ -81,7 +85,7 @@ impl Source {
     /// What the compiler reads.
     #[must_use]
     pub fn text(&self) -> String {
-        [COMMON, self.body].concat()
+        [COMMON, self.body, self.after].concat()
     }
 }
 
@@ -91,7 +95,7 @@ pub(crate) type Address = u64;
 /// A struct that a kernel takes by value.
 ///
 /// # Safety
-/// The type is `repr(C)`, holds only integers and floats, and repeats the kernel's struct field by field.
+/// The type is `repr(C)`, holds only integers and floats (or such a type), and repeats the kernel's struct field by field.
 pub(crate) unsafe trait Params: Copy {}
 
 macro_rules! params {
@@ -123,11 +127,21 @@ params! {
     }
     RouteParams {
         experts: Address, weights: Address, logits: Address,
-        rows: u32, count: u32, top_k: u32, softmax: u32, renormalize: u32,
+        rows: u32, count: u32, top_k: u32, softmax: u32, renormalize: u32, position: Address,
     }
+    RouterParams { route: RouteParams, logits: Address, x: Address, w: Address, arrived: Address, hidden: u32 }
+    ResidualNormParams {
+        x: Address, out: Address, sum: Address, more: Address, weight: Address,
+        width: u32, scale: f32, eps: f32, layer: u32,
+    }
+    LargestParams { best: Address, x: Address, width: u32, is_f32: u32, scale: f32 }
     ExpertUpParams {
         activated: Address, x: Address, gate_up: Address, experts: Address,
-        top_k: u32, first: u32, local: u32, hidden: u32, inter: u32,
+        top_k: u32, first: u32, local: u32, hidden: u32, inter: u32, pairs: u32,
+    }
+    ExpertDownTilesParams {
+        y: Address, activated: Address, down: Address, experts: Address,
+        pairs: u32, first: u32, hidden: u32, inter: u32,
     }
     ExpertDownParams {
         out: Address, activated: Address, down: Address, experts: Address, weights: Address,
@@ -149,6 +163,7 @@ params! {
     AttendParams {
         out: Address, parts: Address, q: Address, keys: Address, values: Address, position: Address,
         sequence: Address, tables: Address,
-        query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32, rows: u32, tokens: u32,
+        query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32, rows: u32,
+        singles: Address, tiles: Address, arrived: Address,
     }
 }

@@ -2,13 +2,15 @@
 //! run time ([`probe`]), kernels (`kernels/*.cu`) are compiled by NVRTC for the card found and kept on disk
 //! ([`KernelCache`]).
 //!
-//! One card, one stream, one owner thread. Activations live in one arena made at start; weights and KV caches are
+//! One card, one owner thread, two streams: the second runs beside the first inside recorded decode steps, which are
+//! launched as one graph. Activations live in one arena made at start; weights and KV caches are
 //! allocated while loading; nothing is allocated in a step. This crate is the only one with `unsafe` code.
 //!
 //! Sums are taken in an order that depends on how many rows a step has, so results are equal from run to run for the
 //! same step, and not bit for bit across batches.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod activations;
 mod arch;
 mod arena;
 mod attention;
@@ -20,16 +22,20 @@ mod device;
 mod dummy;
 mod error;
 mod experts;
+mod graph;
+mod idle;
 mod kernels;
 mod libraries;
 mod memory;
 mod nvrtc;
 mod probe;
+mod products;
 mod step;
 mod tensor;
 
+pub use activations::Activations;
 pub use attention::KvLayer;
-pub use backend::{Activations, CudaBackend, Options};
+pub use backend::{CudaBackend, Options};
 pub use cache::KernelCache;
 pub use check::{KernelReport, KernelShape, ProgramReport, check, sources};
 pub use comm::SoloDevice;

@@ -53,8 +53,10 @@ pub fn compile(source: &Source, arch: &str) -> Result<Compiled, Error> {
 }
 
 pub(crate) fn options(source: &Source, arch: &str) -> Vec<String> {
-    let mut options =
-        vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned(), "--ptxas-options=-v".to_owned()];
+    // Lambdas without a word about it run on the device.
+    let fixed = ["--std=c++17", "--ptxas-options=-v", "--device-as-default-execution-space"];
+    let mut options = vec![format!("--gpu-architecture={arch}")];
+    options.extend(fixed.map(str::to_owned));
     options.extend(source.defines().iter().map(|define| format!("-D{define}")));
     options
 }

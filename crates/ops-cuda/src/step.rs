@@ -1,20 +1,24 @@
 //! What a step's ops read of the batch, copied to the card once: tokens, positions, sequences, logit rows, and both
 //! groups' block tables.
 
-use std::rc::Rc;
-
-use cudarc::driver::result::{self, event};
-use cudarc::driver::sys::{CUevent, CUevent_flags};
+use cudarc::driver::result;
 use ops::{Batch, BatchSequence, Error, KvGroup, KvLayerSpec, Window};
 
-use crate::arena::Piece;
 use crate::device::Device;
+use crate::graph::Event;
 use crate::kernels::Address;
-use crate::memory::Pinned;
+use crate::memory::{DeviceBuffer, Pinned};
 
 const WORD: usize = size_of::<u32>();
+/// Rows of a prompt that one block of attention takes.
+pub(crate) const TILE_ROWS: usize = 16;
+/// Bytes that the metadata's place on the card has at first; it doubles.
+const FIRST_BYTES: usize = 1 << 20;
+/// Position of a row that pads a recorded step: it has no keys and chooses no expert.
+const PADDING: u32 = u32::MAX;
 
-/// One step's metadata. The host side is page-locked and used again by the next step.
+/// One step's metadata, always at the same place on the card. The host side is page-locked and used again by the next
+/// step.
 #[derive(Debug)]
 pub(crate) struct Step {
     staging: Pinned,
@@ -23,10 +27,11 @@ pub(crate) struct Step {
     offsets: Offsets,
     sequences: Vec<BatchSequence>,
     longest: u32,
-    on_device: Option<Piece>,
+    padded: bool,
+    on_device: DeviceBuffer,
 }
 
-/// First word of each part.
+/// First word of each part, and how much some have.
 #[derive(Debug, Clone, Copy, Default)]
 struct Offsets {
     rows: usize,
@@ -34,6 +39,10 @@ struct Offsets {
     positions: usize,
     sequence: usize,
     logit_rows: usize,
+    singles: usize,
+    single_count: usize,
+    tiles: usize,
+    tile_count: usize,
     tables: [usize; 2],
 }
 
@@ -46,68 +55,91 @@ impl Step {
             offsets: Offsets::default(),
             sequences: Vec::new(),
             longest: 0,
-            on_device: None,
+            padded: false,
+            on_device: DeviceBuffer::new("a step's metadata", FIRST_BYTES)?,
         })
     }
 
-    /// Checks `batch`, lays it out and queues its copy.
-    pub(crate) fn begin(&mut self, device: &Rc<Device>, batch: &Batch) -> Result<(), Error> {
+    /// Checks `batch`, lays it out, padded to `rows` rows if that is more, and queues its copy. Whether the metadata's
+    /// place has changed.
+    pub(crate) fn begin(
+        &mut self,
+        device: &Device,
+        batch: &Batch,
+        rows: Option<usize>,
+    ) -> Result<bool, Error> {
         check(batch)?;
-        self.lay_out(batch);
+        self.padded = rows.is_some();
+        self.lay_out(batch, rows.unwrap_or(0));
         self.sequences.clone_from(&batch.sequences);
         let last = batch.sequences.iter().map(|s| s.start.0 + s.rows.len() as u32).max();
         self.longest = last.unwrap_or(0);
-        // The last step's metadata returns before this one's is taken.
-        self.on_device = None;
         let bytes = self.words.len() * WORD;
-        let piece = Piece::new(device, bytes)?;
+        let moves = bytes > self.on_device.bytes() as usize;
+        if moves {
+            self.on_device = DeviceBuffer::new("a step's metadata", bytes.next_power_of_two())?;
+        }
         self.copied.wait()?;
         self.staging.reserve(bytes)?;
         let staged = &mut self.staging.as_mut_slice()[..bytes];
         for (to, word) in staged.chunks_exact_mut(WORD).zip(&self.words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        // SAFETY: the piece has `bytes` bytes; the staging memory is not written again before `copied` has passed.
-        unsafe { result::memcpy_htod_async(piece.address(), staged, device.stream()) }
+        // SAFETY: the buffer has `bytes` bytes; the staging memory is not written again before `copied` has passed.
+        unsafe { result::memcpy_htod_async(self.on_device.address(), staged, device.stream()) }
             .map_err(crate::Error::driver("cuMemcpyHtoDAsync"))?;
-        self.copied.record(device)?;
-        self.on_device = Some(piece);
-        Ok(())
+        self.copied.record(device.stream())?;
+        Ok(moves)
     }
 
-    fn lay_out(&mut self, batch: &Batch) {
+    /// The parts' places depend on the number of rows alone, but for the blocks, which come last.
+    fn lay_out(&mut self, batch: &Batch, padded: usize) {
         let Self { words, offsets, .. } = self;
+        let (own, rows) = (batch.tokens.len(), batch.tokens.len().max(padded));
         words.clear();
         words.extend(batch.tokens.iter().map(|token| token.0));
-        offsets.rows = batch.tokens.len();
+        words.resize(rows, 0);
+        offsets.rows = rows;
         offsets.positions = words.len();
         words.extend(batch.positions());
+        words.resize(offsets.positions + rows, PADDING);
         offsets.sequence = words.len();
         let numbered = (0_u32..).zip(&batch.sequences);
         words.extend(numbered.flat_map(|(i, s)| std::iter::repeat_n(i, s.rows.len())));
+        words.extend(own as u32..rows as u32);
         offsets.logit_rows = words.len();
         offsets.logit_count = batch.logit_rows.len();
         words.extend(&batch.logit_rows);
+        words.resize(words.len().max(offsets.logit_rows + padded), 0);
+        offsets.singles = words.len();
+        let singles = batch.sequences.iter().filter(|s| s.rows.len() == 1);
+        words.extend(singles.map(|s| s.rows.start as u32).chain(own as u32..rows as u32));
+        offsets.single_count = words.len() - offsets.singles;
+        offsets.tiles = words.len();
+        for sequence in batch.sequences.iter().filter(|s| s.rows.len() > 1) {
+            let starts = sequence.rows.clone().step_by(TILE_ROWS);
+            words.extend(starts.flat_map(|at| [at as u32, TILE_ROWS.min(sequence.rows.end - at) as u32]));
+        }
+        offsets.tile_count = (words.len() - offsets.tiles) / 2;
+        // For each sequence where its blocks begin, counted from the group's table, and the number of the first of them.
+        let heads = 2 * batch.sequences.len().max(padded);
         for group in KvGroup::ALL {
             offsets.tables[group.index()] = words.len();
-            // For each sequence where its blocks begin, counted from here, and the number of the first of them.
-            let mut next = 2 * batch.sequences.len();
-            for sequence in &batch.sequences {
-                let table = &sequence.tables[group.index()];
-                words.extend([next as u32, table.first]);
-                next += table.blocks.len();
+            words.resize(words.len() + heads, 0);
+        }
+        for group in KvGroup::ALL {
+            let table = offsets.tables[group.index()];
+            for (i, sequence) in batch.sequences.iter().enumerate() {
+                let blocks = &sequence.tables[group.index()];
+                words[table + 2 * i] = (words.len() - table) as u32;
+                words[table + 2 * i + 1] = blocks.first;
+                words.extend(blocks.blocks.iter().map(|block| block.0));
             }
-            words.extend(
-                batch.sequences.iter().flat_map(|s| &s.tables[group.index()].blocks).map(|block| block.0),
-            );
         }
     }
 
-    fn at(&self, word: usize) -> Result<Address, Error> {
-        match &self.on_device {
-            Some(piece) => Ok(piece.address() + (word * WORD) as u64),
-            None => Err(Error::Shape { op: "step", detail: "no step was begun".to_owned() }),
-        }
+    const fn at(&self, word: usize) -> Address {
+        self.on_device.address() + (word * WORD) as u64
     }
 
     /// T
@@ -115,9 +147,19 @@ impl Step {
         self.offsets.rows
     }
 
-    /// Whether every sequence brings one row.
-    pub(crate) const fn single_tokens(&self) -> bool {
-        self.sequences.len() == self.offsets.rows
+    /// Rows that are alone in their sequence: where their numbers are, and how many.
+    pub(crate) const fn singles(&self) -> (Address, usize) {
+        (self.at(self.offsets.singles), self.offsets.single_count)
+    }
+
+    /// Tiles of longer sequences' rows: where their first rows and lengths are, and how many.
+    pub(crate) const fn tiles(&self) -> (Address, usize) {
+        (self.at(self.offsets.tiles), self.offsets.tile_count)
+    }
+
+    /// Whether this step's launches are the same for every step of as many rows.
+    pub(crate) const fn is_padded(&self) -> bool {
+        self.padded
     }
 
     /// Keys of the longest sequence, this step's included.
@@ -125,15 +167,15 @@ impl Step {
         self.longest
     }
 
-    pub(crate) fn tokens(&self) -> Result<Address, Error> {
+    pub(crate) const fn tokens(&self) -> Address {
         self.at(0)
     }
 
-    pub(crate) fn positions(&self) -> Result<Address, Error> {
+    pub(crate) const fn positions(&self) -> Address {
         self.at(self.offsets.positions)
     }
 
-    pub(crate) fn sequence_of_row(&self) -> Result<Address, Error> {
+    pub(crate) const fn sequence_of_row(&self) -> Address {
         self.at(self.offsets.sequence)
     }
 
@@ -141,11 +183,11 @@ impl Step {
         self.offsets.logit_count
     }
 
-    pub(crate) fn logit_rows(&self, first: usize) -> Result<Address, Error> {
+    pub(crate) const fn logit_rows(&self, first: usize) -> Address {
         self.at(self.offsets.logit_rows + first)
     }
 
-    pub(crate) fn tables(&self, group: KvGroup) -> Result<Address, Error> {
+    pub(crate) const fn tables(&self, group: KvGroup) -> Address {
         self.at(self.offsets.tables[group.index()])
     }
 
@@ -190,34 +232,4 @@ fn check(batch: &Batch) -> Result<(), Error> {
         return Err(Error::Shape { op: "begin_step", detail });
     }
     Ok(())
-}
-
-/// A mark in the stream.
-#[derive(Debug)]
-struct Event(CUevent);
-
-impl Event {
-    fn new() -> Result<Self, crate::Error> {
-        event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING)
-            .map(Self)
-            .map_err(crate::Error::driver("cuEventCreate"))
-    }
-
-    fn record(&self, device: &Device) -> Result<(), crate::Error> {
-        // SAFETY: the event and the stream are alive.
-        unsafe { event::record(self.0, device.stream()) }.map_err(crate::Error::driver("cuEventRecord"))
-    }
-
-    /// Returns at once when nothing was recorded.
-    fn wait(&self) -> Result<(), crate::Error> {
-        // SAFETY: the event is alive.
-        unsafe { event::synchronize(self.0) }.map_err(crate::Error::driver("cuEventSynchronize"))
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: created by this value and destroyed only here.
-        let _ = unsafe { event::destroy(self.0) };
-    }
 }

@@ -25,6 +25,17 @@ impl Tensor {
         Ok(Self { piece: Piece::new(device, rows * width * dtype.bytes())?, rows, width, dtype })
     }
 
+    /// A result that a recording always leaves in the same place, if that is free.
+    pub(crate) fn again(device: &Rc<Device>, kept: &Kept) -> Option<Self> {
+        let &Kept { place: (offset, bytes), rows, width, dtype } = kept;
+        Some(Self { piece: Piece::at(device, offset, bytes)?, rows, width, dtype })
+    }
+
+    /// What [`Tensor::again`] needs to know.
+    pub(crate) const fn kept(&self) -> Kept {
+        Kept { place: self.piece.place(), rows: self.rows, width: self.width, dtype: self.dtype }
+    }
+
     pub(crate) fn address(&self) -> Address {
         self.piece.address()
     }
@@ -65,6 +76,15 @@ impl Tensor {
         let detail = format!("rows of {} {} where {width} {dtype} are needed", self.width, self.dtype);
         Err(Error::Shape { op, detail })
     }
+}
+
+/// Where a recording leaves its result.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kept {
+    place: (u64, u64),
+    rows: usize,
+    width: usize,
+    dtype: DType,
 }
 
 /// A resident weight: [out, in], [H], or expert matrices [E, out, in], in the compute dtype.

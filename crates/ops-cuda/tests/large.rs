@@ -46,11 +46,25 @@ fn embedded<B: Backend>(b: &mut B, batch: Batch, width: usize, data: Vec<f32>) -
     b.round(x)
 }
 
+/// As [`rows_of`], in fp32 as a partial sum.
+fn partial<B: Backend>(b: &mut B, width: usize, data: Vec<f32>) -> Result<B::Tensor, Error> {
+    let table = b.weight(host(&[data.len() / width, width], data))?;
+    b.embed(&table, TokenId(0))
+}
+
 fn products<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
     let mut random = Random::new(SEED);
-    for (rows, inner, outs) in
-        [(2, 2048, 515), (8, 4096, 64), (16, 768, 200), (65, 320, 130), (600, 328, 257)]
-    {
+    for (rows, inner, outs) in [
+        (1, 2048, 515),
+        (2, 2048, 515),
+        (8, 4096, 64),
+        (16, 768, 200),
+        (30, 2048, 72),
+        (64, 328, 520),
+        (65, 320, 130),
+        (600, 328, 257),
+        (1100, 200, 4008),
+    ] {
         let x = values(&mut random, rows * inner, 1.0);
         let w = values(&mut random, outs * inner, 1.0 / (inner as f32).sqrt());
         let (x, w) = (rows_of(b, inner, x)?, b.weight(host(&[outs, inner], w))?);
@@ -81,7 +95,9 @@ fn experts<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
     let down = values(&mut random, count * hidden * inter, 0.1);
     let gate_up = b.experts(host(&[count, 2 * inter, hidden], gate_up))?;
     let down = b.experts(host(&[count, hidden, inter], down))?;
-    for (rows, top_k) in [(1, 8), (8, 8), (9, 8), (300, 8), (64, 1)] {
+    for (rows, top_k) in
+        [(1, 8), (2, 8), (8, 8), (9, 8), (70, 8), (200, 8), (256, 8), (257, 2), (300, 8), (64, 1)]
+    {
         // Distinct logits: on a tie of rounded values both choices would be right.
         let logits: Vec<f32> =
             (0..rows).flat_map(|_| random.shuffled(count)).map(|rank| rank as f32 / 8.0 - 2.0).collect();
@@ -91,6 +107,42 @@ fn experts<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
         let x = rows_of(b, hidden, x)?;
         let y = b.routed_experts(&x, &routed, &gate_up, &down, 0)?;
         results.push((format!("{top_k} experts of {rows} rows"), b.read(&y)?));
+    }
+    Ok(())
+}
+
+/// The fused ops: the residual stream with its norm, the router, the most likely token.
+fn choices<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
+    let (hidden, count, vocab) = (2048, 128, 5000);
+    let mut random = Random::new(SEED + 4);
+    for rows in [1, 5, 12] {
+        let x = values(&mut random, rows * hidden, 1.0);
+        let (sum, more) = (values(&mut random, rows * hidden, 1.0), values(&mut random, rows * hidden, 1.0));
+        let w = values(&mut random, hidden, 1.0);
+        let w = b.weight(host(&[hidden], w))?;
+        let x = rows_of(b, hidden, x)?;
+        let (sum, more) = (partial(b, hidden, sum)?, partial(b, hidden, more)?);
+        let norm = Norm::Rms { eps: 1e-6 };
+        let (x, n) = b.residual_norm(x, (sum, Some((&more, 0.5))), (&w, norm))?;
+        results.push((format!("residual of {rows} rows"), b.read(&x)?));
+        results.push((format!("norm of {rows} rows"), b.read(&n)?));
+        let router = values(&mut random, count * hidden, 0.02);
+        let router = b.weight(host(&[count, hidden], router))?;
+        let gate_up = values(&mut random, count * 16 * hidden, 0.02);
+        let down = values(&mut random, count * hidden * 8, 0.3);
+        let (gate_up, down) =
+            (b.experts(host(&[count, 16, hidden], gate_up))?, b.experts(host(&[count, hidden, 8], down))?);
+        let routed = b.router(&n, &router, Routing { top_k: 8, scoring: Scoring::Softmax })?;
+        let y = b.routed_experts(&n, &routed, &gate_up, &down, 0)?;
+        results.push((format!("routed in one launch, {rows} rows"), b.read(&y)?));
+        let mut logits: Vec<f32> = (0..rows * vocab).map(|_| random.below(200) as f32 - 100.0).collect();
+        if rows > 1 {
+            logits[vocab + 77] = f32::NAN;
+        }
+        let logits = rows_of(b, vocab, logits)?;
+        let best = b.largest(&logits, vocab, 0.25)?;
+        let best = best.iter().map(|token| token.map_or(-1.0, |token| token.0 as f32));
+        results.push((format!("most likely of {rows} rows"), best.collect()));
     }
     Ok(())
 }
@@ -116,7 +168,7 @@ fn attention<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> 
         };
         let mut kv = b.kv_layer(&spec)?;
         let mut lengths = [0_u32; 2];
-        for counts in [[1100, 3], [1, 1], [200, 1], [1, 900], [1, 1]] {
+        for counts in [[1100, 3], [1, 1], [200, 1], [1, 900], [1, 1], [17, 40]] {
             let mut batch = Batch::default();
             let mut next = 0;
             for (s, &count) in counts.iter().enumerate() {
@@ -145,6 +197,7 @@ fn all<B: Backend>(mut backend: B) -> Results {
     norms(b, &mut results).unwrap();
     experts(b, &mut results).unwrap();
     attention(b, &mut results).unwrap();
+    choices(b, &mut results).unwrap();
     results
 }
 

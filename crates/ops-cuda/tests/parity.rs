@@ -38,7 +38,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Runner<B, C> {
         let config = ModelConfig::from_files(checkpoint.files()).unwrap();
         let plan = ShardPlan::new(&config, TpRank::SOLO).unwrap();
         let (weights, _) = model::load(&checkpoint, &config, &plan, &mut backend, &()).unwrap();
-        let parts = Parts { config, plan, backend, comm, weights, dispatch: Dispatch::Replicated };
+        let parts =
+            Parts { config, plan, backend, comm, subgroup: None, weights, dispatch: Dispatch::Replicated };
         let budget =
             KvBudget { block_size: BlockSize::new(BLOCK_TOKENS).unwrap(), blocks: [BLOCKS as u32; 2] };
         // Blocks in a shuffled order: a table that is not followed reads the wrong keys.

@@ -99,6 +99,59 @@ impl ExpertOwners {
     }
 }
 
+/// Where the copies of each expert are: in numbered slots, of which every rank holds equally many. Slots take the place
+/// of expert numbers once [`Backend::place`] has chosen a copy for each row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertSlots {
+    /// Expert e has copies `first[e]..first[e + 1]` of `slots`; one entry more than there are experts.
+    first: Vec<u32>,
+    slots: Vec<u32>,
+}
+
+impl ExpertSlots {
+    /// Of `experts` experts, `held[s]` being the one in slot s.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when a slot holds an unknown expert, or an expert is in no slot.
+    pub fn new(experts: usize, held: &[u32]) -> Result<Self, Error> {
+        let wrong = |detail| Err(Error::Shape { op: "expert slots", detail });
+        let mut slots: Vec<u32> = (0u32..).take(held.len()).collect();
+        slots.sort_by_key(|&slot| held[slot as usize]);
+        let mut first = vec![0; experts + 1];
+        for (slot, &expert) in held.iter().enumerate() {
+            match first.get_mut(expert as usize + 1) {
+                Some(copies) => *copies += 1,
+                None => return wrong(format!("slot {slot} holds expert {expert} of {experts}")),
+            }
+        }
+        if let Some(expert) = first[1..].iter().position(|copies| *copies == 0) {
+            return wrong(format!("expert {expert} of {experts} is in no slot"));
+        }
+        (1..=experts).for_each(|expert| first[expert] += first[expert - 1]);
+        Ok(Self { first, slots })
+    }
+
+    /// Experts that have slots.
+    #[must_use]
+    pub fn experts(&self) -> usize {
+        self.first.len() - 1
+    }
+
+    /// The slots with a copy of `expert`, ascending.
+    #[must_use]
+    pub fn copies(&self, expert: usize) -> &[u32] {
+        &self.slots[self.first[expert] as usize..self.first[expert + 1] as usize]
+    }
+
+    /// The slot that works for a row of `token` at `position` that chose `expert`. It follows from the row alone, so it
+    /// is the same on every rank and in every batch.
+    #[must_use]
+    pub fn of_row(&self, expert: usize, token: TokenId, position: u32) -> u32 {
+        let copies = self.copies(expert);
+        copies[token.0.wrapping_add(position) as usize % copies.len()]
+    }
+}
+
 /// Rows laid out for an all-to-all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packed<T> {
@@ -183,6 +236,51 @@ pub trait Backend {
     /// When the batch contradicts itself.
     fn begin_step(&mut self, batch: &Batch) -> Result<(), Error>;
 
+    /// Starts a step whose ops up to [`Backend::keep`] depend on nothing but the batch: a backend that kept what was
+    /// queued for an earlier step of the same form queues it again and returns its result. With `None` the caller
+    /// runs the ops and hands their result to [`Backend::keep`]. The result may have more rows than the batch; the
+    /// others mean nothing.
+    ///
+    /// # Errors
+    /// As [`Backend::begin_step`].
+    fn begin_or_repeat(&mut self, batch: &Batch) -> Result<Option<Self::Tensor>, Error> {
+        self.begin_step(batch)?;
+        Ok(None)
+    }
+
+    /// Ends what [`Backend::begin_or_repeat`] began: `x` is the result of the ops since then.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn keep(&mut self, x: Self::Tensor) -> Result<Self::Tensor, Error> {
+        Ok(x)
+    }
+
+    /// From here on two branches of ops that read the same inputs and nothing of each other: first one, then after
+    /// [`Backend::other_branch`] the other, until [`Backend::join`]. A backend may run them at the same time.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn fork(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The second branch begins; nothing without a fork.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn other_branch(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// What follows reads the results of both branches; nothing without a fork.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn join(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Rows of `table` [V, H] for the tokens of the step: T × H fp32. A token outside
     /// `first_token..first_token + V` gives a zero row (a partial sum over vocabulary-parallel ranks).
     ///
@@ -239,6 +337,20 @@ pub trait Backend {
     /// On a device failure.
     fn route(&mut self, logits: &Self::Tensor, routing: Routing) -> Result<Self::Routed, Error>;
 
+    /// As [`Backend::route`] on the logits `x` [T, H] times `weight` [experts, H] transposed.
+    ///
+    /// # Errors
+    /// As [`Backend::linear`].
+    fn router(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        routing: Routing,
+    ) -> Result<Self::Routed, Error> {
+        let logits = self.linear(x, weight)?;
+        self.route(&logits, routing)
+    }
+
     /// Routed experts on every row of `x` [T, H]: gate_up [E, 2I, H], SiLU·up, down [E, H, I], times the routing
     /// weight, summed over the chosen: T × H fp32, a partial sum over ranks. Expert e here is expert
     /// `first_expert + e` of the model; choices outside are other ranks'.
@@ -253,6 +365,25 @@ pub trait Backend {
         down: &Self::Experts,
         first_expert: usize,
     ) -> Result<Self::Tensor, Error>;
+
+    /// Replaces each chosen expert by the slot of the copy that works for the row ([`ExpertSlots::of_row`]); the first
+    /// row of `routed` is row `first_row` of the step.
+    ///
+    /// # Errors
+    /// When `routed` reaches beyond the step or chose an expert without slots, or on a device failure.
+    fn place(
+        &mut self,
+        routed: Self::Routed,
+        slots: &ExpertSlots,
+        first_row: usize,
+    ) -> Result<Self::Routed, Error>;
+
+    /// Adds the number of rows that chose each expert to `counts`; `false` when this backend leaves the choices on its
+    /// device and counts nothing.
+    ///
+    /// # Errors
+    /// When an expert is beyond `counts`, or on a device failure.
+    fn count_choices(&mut self, routed: &Self::Routed, counts: &mut [u64]) -> Result<bool, Error>;
 
     /// Rows `rows` of `x` [T, H], which may be none: [rows, H].
     ///
@@ -315,6 +446,25 @@ pub trait Backend {
     /// When shapes differ.
     fn residual_add(&mut self, x: Self::Tensor, sum: &Self::Tensor) -> Result<Self::Tensor, Error>;
 
+    /// The residual stream and its norm: [`Backend::residual_add`] of `sum` + scale · `more`, then [`Backend::norm`].
+    ///
+    /// # Errors
+    /// When shapes differ.
+    fn residual_norm(
+        &mut self,
+        x: Self::Tensor,
+        (sum, more): (Self::Tensor, Option<(&Self::Tensor, f32)>),
+        (weight, norm): (&Self::Weight, Norm),
+    ) -> Result<(Self::Tensor, Self::Tensor), Error> {
+        let sum = match more {
+            Some((more, scale)) => self.add_scaled(sum, more, scale)?,
+            None => sum,
+        };
+        let x = self.residual_add(x, &sum)?;
+        let n = self.norm(&x, weight, norm)?;
+        Ok((x, n))
+    }
+
     /// Some of the rows of `x` that the batch wants logits for, `which` counting in [`Batch::logit_rows`]:
     /// [which, H].
     ///
@@ -334,9 +484,39 @@ pub trait Backend {
     /// When `values` are not whole rows, or memory runs out.
     fn upload(&mut self, width: usize, values: &[f32]) -> Result<Self::Tensor, Error>;
 
+    /// The number of the largest of each row of `logits` [rows, `width`] times `scale`, the lowest one on a tie; `None` for
+    /// a row with a value that is not a number.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn largest(
+        &mut self,
+        logits: &Self::Tensor,
+        width: usize,
+        scale: f32,
+    ) -> Result<Vec<Option<TokenId>>, Error> {
+        let values = self.read(logits)?;
+        Ok(values.chunks_exact(width).map(|row| largest(row, scale)).collect())
+    }
+
     /// Copies a tensor to the host as fp32, row-major.
     ///
     /// # Errors
     /// On a device failure.
     fn read(&mut self, x: &Self::Tensor) -> Result<Vec<f32>, Error>;
+}
+
+/// [`Backend::largest`] of one row on the host.
+#[must_use]
+pub fn largest(row: &[f32], scale: f32) -> Option<TokenId> {
+    let mut best = (TokenId(0), f32::NEG_INFINITY);
+    for (id, &logit) in (0_u32..).zip(row) {
+        if logit.is_nan() {
+            return None;
+        }
+        if logit * scale > best.1 {
+            best = (TokenId(id), logit * scale);
+        }
+    }
+    Some(best.0)
 }

@@ -12,7 +12,9 @@ mod error;
 mod host;
 pub mod sample;
 
-pub use backend::{Backend, ExpertOwners, KvLayerSpec, Norm, Packed, Rope, Routing, Scoring, Window};
+pub use backend::{
+    Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Packed, Rope, Routing, Scoring, Window, largest,
+};
 pub use batch::{Batch, BatchSequence};
 pub use dummy::{Dummy, DummyBand, DummyPiece, chosen, dummy_unit};
 pub use error::Error;

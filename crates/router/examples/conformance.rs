@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
 use std::sync::Arc;
 
-use proto::{Chat, Failure, v1};
+use proto::{Chat, v1};
 use router::ModelFiles;
-use router::text::{Citation, Cited, Conversation, Markers, Parsed, Parser, Template, Tokenizer};
+use router::text::{Citation, Cited, Markers, Parsed, Parser, Template, Tokenizer};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
@@ -111,9 +111,7 @@ fn render(template: String, chat: InChat) -> Result<String, Error> {
         ..v1::ChatPrompt::default()
     };
     let chat = Chat::try_from(wire)?;
-    let conversation = Conversation::try_from(&chat).map_err(Failure::from)?;
-    template.check_reads(&conversation).map_err(Failure::Invalid)?;
-    Ok(template.render(conversation)?)
+    Ok(template.render_chat(&chat)?)
 }
 
 fn parse(

@@ -55,11 +55,14 @@ pub struct HttpPatience {
     pub body: Duration,
     /// For a caller that reads nothing of what is sent to it. Its request is cancelled then.
     pub write: Duration,
+    /// After this much silence a stream says a comment, so that proxies keep its connection.
+    pub quiet: Duration,
 }
 
 impl Default for HttpPatience {
     fn default() -> Self {
-        Self { head: Duration::from_secs(30), body: Duration::from_secs(30), write: Duration::from_secs(30) }
+        let seconds = Duration::from_secs;
+        Self { head: seconds(30), body: seconds(30), write: seconds(30), quiet: seconds(10) }
     }
 }
 

@@ -153,7 +153,7 @@ async fn generate(
     let view = view(shared, api, &call, &common)?;
     let per_prompt = common.count();
     let mut response = match common.stream {
-        true => stream::respond(view, answers, per_prompt).await?,
+        true => stream::respond(view, answers, per_prompt, shared.http_patience.quiet).await?,
         false => {
             let whole = try_join_all(answers.into_iter().map(crate::answer::Answer::collect)).await?;
             Json(view.whole(whole.concat(), per_prompt)).into_response()

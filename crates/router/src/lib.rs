@@ -18,6 +18,7 @@ mod running;
 mod serve;
 mod service;
 pub mod text;
+mod undecoded;
 mod vllm;
 mod workers;
 

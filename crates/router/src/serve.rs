@@ -16,6 +16,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
+use tower::util::MapResponseLayer;
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::call::random_u64;
@@ -25,7 +26,7 @@ use crate::running::Running;
 use crate::service::Service;
 use crate::text::Text;
 use crate::workers::{Groups, Progress};
-use crate::{Config, Error, ModelFiles, http, vllm};
+use crate::{Config, Error, ModelFiles, http, undecoded, vllm};
 
 /// A caller that vanished without a word is noticed after both together.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -167,6 +168,7 @@ async fn serve_grpc(
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(STREAM_WINDOW_BYTES)
+        .layer(MapResponseLayer::new(undecoded::explain))
         .add_service(cohort)
         .add_service(inference)
         .add_service(control)

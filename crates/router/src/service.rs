@@ -2,9 +2,11 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use proto::v1::cohort_server::Cohort;
+use proto::worker::GetActivityRequest;
 use proto::{Failure, Prompt, v1};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
@@ -15,6 +17,9 @@ use crate::pipeline::Shared;
 
 /// The version in `GetModelInfo` and `/version`.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Longest wait for a group to say what it did: it answers between two steps.
+const ACTIVITY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Answers the calls; all state is shared.
 #[derive(Debug, Clone)]
@@ -60,6 +65,37 @@ impl Service {
             groups_ready: u32::try_from(ready).unwrap_or(u32::MAX),
             version: VERSION.to_owned(),
         })
+    }
+
+    /// What the ranks of every ready group have said to each other so far; groups that do not answer are left out.
+    async fn activity(&self) -> Vec<v1::GroupActivity> {
+        let mut told = Vec::new();
+        for group in self.shared.groups.ready() {
+            let mut request = Request::new(GetActivityRequest {});
+            request.set_timeout(ACTIVITY_PATIENCE);
+            match group.client().get_activity(request).await {
+                Ok(answer) => told.push(summed(group.address(), &answer.into_inner())),
+                Err(status) => {
+                    tracing::warn!(group = group.address(), %status, "a group does not say what it did")
+                }
+            }
+        }
+        told
+    }
+}
+
+/// A group's activity over all its ranks. Ranks of one sub-group compute the same tokens, so those are counted once.
+fn summed(address: &str, group: &proto::worker::GroupActivity) -> v1::GroupActivity {
+    let all = || group.ranks.iter().flat_map(|rank| &rank.collectives);
+    v1::GroupActivity {
+        address: address.to_owned(),
+        plan: group.plan.clone(),
+        ranks: u32::try_from(group.ranks.len()).unwrap_or(u32::MAX),
+        steps: group.ranks.first().map_or(0, |rank| rank.steps),
+        tokens: group.tokens,
+        calls: all().map(|of| of.calls).sum(),
+        messages_sent: all().map(|of| of.messages_sent).sum(),
+        bytes_sent: all().map(|of| of.bytes_sent).sum(),
     }
 }
 
@@ -126,6 +162,19 @@ impl Cohort for Service {
         request: Request<v1::GetModelInfoRequest>,
     ) -> Result<Response<v1::GetModelInfoResponse>, Status> {
         respond(&call(request.metadata(), "")?, self.model_info())
+    }
+
+    async fn get_activity(
+        &self,
+        request: Request<v1::GetActivityRequest>,
+    ) -> Result<Response<v1::GetActivityResponse>, Status> {
+        let call = call(request.metadata(), "")?;
+        let permit = self.shared.permit();
+        let groups = match permit {
+            Ok(_permit) => Ok(self.activity().await),
+            Err(failure) => Err(failure),
+        };
+        respond(&call, groups.map(|groups| v1::GetActivityResponse { groups }))
     }
 
     async fn tokenize(

@@ -266,6 +266,13 @@ impl Groups {
         (self.placements.clone(), self.resumed.clone())
     }
 
+    /// Groups that take requests now.
+    pub(crate) fn ready(&self) -> Vec<Arc<Group>> {
+        let state = self.state();
+        let taking = self.groups.iter().enumerate().filter(|&(index, _)| state.takes(index));
+        taking.map(|(_, group)| Arc::clone(group)).collect()
+    }
+
     /// A client of group `index`, as [`Groups::place`] counts them.
     pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Channel>> {
         self.groups.get(index).map(|group| group.client())

@@ -3,8 +3,8 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX};
-use types::{Dispatch, ExpertSharding};
+use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX, RANKS_MAX};
+use types::{Dispatch, DispatchChoice, ExpertSharding};
 use worker::LoadFormat;
 
 use crate::tree::{Group, Model, Router, Settings};
@@ -116,13 +116,44 @@ fn group(group: &Group, faults: &mut Vec<Fault>) {
             format!("{step} is below group.running_max, {running}: every sequence needs a token a step");
         faults.push(("group.step_tokens_max", reason));
     }
-    if group.dispatch.resolve() == Dispatch::AllToAll && group.experts == ExpertSharding::Tensor {
-        let reason = "all-to-all sends rows to whole experts, and group.experts is tensor; set it to expert";
-        faults.push(("group.dispatch", reason.to_owned()));
+    sharing(group, faults);
+    if let Some(empty) = group.hosts.iter().find(|host| host.is_empty() || host.contains([' ', '/'])) {
+        faults.push(("group.hosts", format!("{empty:?} is not a host such as 10.0.0.1 or 10.0.0.1:7070")));
     }
     lasting("group.boot_timeout_s", group.boot_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("group.step_timeout_s", group.step_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("group.drain_grace_s", group.drain_grace_s, 0.0, faults);
+}
+
+/// Sub-groups, experts and dispatch must fit each other.
+fn sharing(group: &Group, faults: &mut Vec<Fault>) {
+    let (tensor, data) = (group.tensor_parallel.get(), group.data_parallel);
+    within("group.data_parallel", data.into(), 1..=RANKS_MAX.into(), faults);
+    if u64::from(data) * u64::from(tensor) > RANKS_MAX.into() && data <= RANKS_MAX {
+        let reason =
+            format!("{data} sub-groups of {tensor} ranks are more than the {RANKS_MAX} a group may have");
+        faults.push(("group.data_parallel", reason));
+    }
+    let whole = group.experts == ExpertSharding::Expert;
+    if data > 1 && !whole {
+        let reason =
+            format!("{data} sub-groups share whole experts, and group.experts is tensor; set it to expert");
+        faults.push(("group.experts", reason));
+    }
+    if data > 1 && group.dispatch == DispatchChoice::Of(Dispatch::Replicated) {
+        let reason =
+            format!("the rows of {data} sub-groups differ, so they must be sent: set all-to-all or auto");
+        faults.push(("group.dispatch", reason));
+    }
+    if data == 1 && group.dispatch.resolve(data) == Dispatch::AllToAll && !whole {
+        let reason = "all-to-all sends rows to whole experts, and group.experts is tensor; set it to expert";
+        faults.push(("group.dispatch", reason.to_owned()));
+    }
+    if let (Some(file), false) = (&group.expert_placement, whole) {
+        let reason =
+            format!("{} places whole experts, and group.experts is tensor; set it to expert", file.display());
+        faults.push(("group.expert_placement", reason));
+    }
 }
 
 fn router(router: &Router, faults: &mut Vec<Fault>) {

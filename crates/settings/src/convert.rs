@@ -2,8 +2,7 @@
 
 use std::net::SocketAddr;
 
-use types::TpRank;
-use worker::HostPort;
+use types::{TpRank, TpSize};
 
 use crate::tree::Settings;
 
@@ -13,7 +12,9 @@ pub struct RankPlace {
     /// Who this is.
     pub rank: TpRank,
     /// Where rank 0 listens for the others, and where they find it.
-    pub rendezvous: HostPort,
+    pub rendezvous: SocketAddr,
+    /// Where they find it instead, as `host:port`.
+    pub leader: Option<String>,
     /// Where the leader serves routers; read on rank 0 only.
     pub listen: SocketAddr,
 }
@@ -36,6 +37,16 @@ impl Settings {
             http_patience: router::HttpPatience::default(),
             withdraw_grace: router.withdraw_grace_s,
             drain_grace: router.drain_grace_s,
+        }
+    }
+
+    /// Ranks of each group, in all its sub-groups.
+    #[must_use]
+    pub fn ranks(&self) -> TpSize {
+        let (tensor, data) = (self.group.tensor_parallel, self.group.data_parallel);
+        match TpSize::new(tensor.get().saturating_mul(data)) {
+            Ok(ranks) => ranks,
+            Err(error) => unreachable!("checked settings have a group of a valid size: {error}"),
         }
     }
 
@@ -68,8 +79,11 @@ impl Settings {
             threads: group.threads,
             rank: place.rank,
             experts: group.experts,
-            dispatch: group.dispatch.resolve(),
+            tensor: group.tensor_parallel,
+            dispatch: group.dispatch.resolve(group.data_parallel),
+            expert_placement: group.expert_placement.clone(),
             rendezvous: place.rendezvous,
+            leader: place.leader,
             listen: place.listen,
             metrics_listen: group.metrics_listen.address(),
             limits: self.limits(),

@@ -131,19 +131,30 @@ pub struct RouterLimits {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Group {
-    /// Ranks that share the model.
+    /// Ranks that share attention, dense layers and vocabulary and see the same rows.
     #[serde(with = "strict::tp_size")]
     #[schemars(with = "u32", range(min = 1, max = RANKS_MAX))]
     pub tensor_parallel: TpSize,
+    /// Sub-groups of so many ranks, each with sequences and a KV cache of its own; all ranks share the routed experts.
+    /// More than one needs `experts = "expert"`.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = RANKS_MAX))]
+    pub data_parallel: u32,
     /// How the routed experts are shared out: `tensor` (a part of each) or `expert` (some of them whole).
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::experts")]
     pub experts: ExpertSharding,
     /// How rows reach their experts: `replicated` (every rank has all rows), `all-to-all` (rows are sent to the ranks
-    /// that hold their experts; needs `experts = "expert"`) or `auto` (replicated).
+    /// that hold their experts; needs `experts = "expert"`) or `auto` (replicated in one sub-group, all-to-all in
+    /// several).
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::dispatch")]
     pub dispatch: DispatchChoice,
+    /// File that says which experts each rank holds, as `cohort plan --expert-load` writes it; needs
+    /// `experts = "expert"`. Default: the experts in order.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub expert_placement: Option<PathBuf>,
     /// CPU threads of each rank. Default: the machine's cores shared equally among the ranks.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
     #[schemars(with = "usize", range(min = 1, max = THREADS_MAX))]
@@ -172,6 +183,10 @@ pub struct Group {
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = TOKENS_MAX))]
     pub waiting_tokens_max: u32,
+    /// Hosts of a group that spans several, in order, as `host` or `host:port`; each runs equally many ranks, and rank 0
+    /// meets the others at the first one's port (7070 without one); none is one host. For `cohort group`.
+    #[serde(deserialize_with = "strict::text_list::deserialize")]
+    pub hosts: Vec<String>,
     /// Longest wait for all ranks to come together, in seconds.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
@@ -182,7 +197,6 @@ pub struct Group {
     #[schemars(schema_with = "schema::address_or_off")]
     pub metrics_listen: HttpListen,
     /// Longest a step's collective may take before the missing rank is named and the group ends, in seconds.
-    ///
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
     pub step_timeout_s: Duration,
@@ -298,8 +312,10 @@ impl Default for Group {
         };
         Self {
             tensor_parallel: TpSize::ONE,
+            data_parallel: 1,
             experts: ExpertSharding::Tensor,
             dispatch: DispatchChoice::Auto,
+            expert_placement: None,
             threads: None,
             kv_tokens: 32_768,
             block_size,
@@ -307,6 +323,7 @@ impl Default for Group {
             running_max: 64,
             waiting_requests_max: 256,
             waiting_tokens_max: 262_144,
+            hosts: Vec::new(),
             boot_timeout_s: Duration::from_secs(60),
             metrics_listen: HttpListen::Off,
             step_timeout_s: Duration::from_secs(10),

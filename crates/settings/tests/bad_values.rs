@@ -94,6 +94,34 @@ fn each_bad_value_is_refused_with_its_key() {
         ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
     ];
+    refused(&cases);
+}
+
+#[test]
+fn each_parallel_plan_that_cannot_work_is_refused_with_the_numbers() {
+    refused(&[
+        ("group.data_parallel = 0", "group.data_parallel: must be between 1 and 128, not 0"),
+        (
+            "group.data_parallel = 2",
+            "group.experts: 2 sub-groups share whole experts, and group.experts is tensor; set it to expert",
+        ),
+        (
+            "group = { data_parallel = 2, experts = 'expert', dispatch = 'replicated' }",
+            "group.dispatch: the rows of 2 sub-groups differ, so they must be sent: set all-to-all or auto",
+        ),
+        (
+            "group = { data_parallel = 64, tensor_parallel = 4, experts = 'expert' }",
+            "group.data_parallel: 64 sub-groups of 4 ranks are more than the 128 a group may have",
+        ),
+        (
+            "group.expert_placement = 'place.json'",
+            "group.expert_placement: place.json places whole experts, and group.experts is tensor",
+        ),
+        ("group.hosts = ['a b']", "group.hosts: \"a b\" is not a host such as 10.0.0.1"),
+    ]);
+}
+
+fn refused(cases: &[(&str, &str)]) {
     for (text, expected) in cases {
         let found = wrong(text);
         assert_eq!(found.len(), 1, "{text}: {found:#?}");

@@ -28,6 +28,7 @@ fn taken(key: &str, value: &str) -> bool {
         "group.kv_tokens" => "group.block_size = 1\n",
         "group.block_size" => "group.kv_tokens = 65536\n",
         "model.layers" | "model.preset" => "model.load_format = 'dummy'\n",
+        "group.data_parallel" => "group.experts = 'expert'\n",
         "group.dispatch" => "group.experts = 'expert'\n",
         _ => "",
     };

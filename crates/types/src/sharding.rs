@@ -63,11 +63,13 @@ pub enum DispatchChoice {
 }
 
 impl DispatchChoice {
-    /// `auto` is replicated: attention leaves every row on every rank, so sending rows could only add to the bytes of
-    /// the all-reduce that is needed anyway. All-to-all saves router work on long prompts only.
+    /// In one sub-group, `auto` is replicated: attention leaves every row on every rank, so sending rows could only add to
+    /// the bytes of the all-reduce that is needed anyway. All-to-all saves router work on long prompts only. In several
+    /// sub-groups (`data` of them) it is all-to-all: their rows differ.
     #[must_use]
-    pub const fn resolve(self) -> Dispatch {
+    pub const fn resolve(self, data: u32) -> Dispatch {
         match self {
+            Self::Auto if data > 1 => Dispatch::AllToAll,
             Self::Auto => Dispatch::Replicated,
             Self::Of(dispatch) => dispatch,
         }

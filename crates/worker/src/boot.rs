@@ -1,8 +1,6 @@
 //! From a configuration to a rank that can run steps: read the configuration, meet the other ranks, load the
 //! weights, reserve the KV cache.
 
-use std::io::ErrorKind;
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -10,14 +8,15 @@ use std::time::Instant;
 use collectives::{
     AbortHandle, Collective, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions,
 };
-use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, ShardPlan};
+use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, Placement, ShardPlan, Sharing};
 use ops::Backend;
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{CudaBackend, SoloDevice};
 use types::{Bytes, DType};
 
+use crate::activity::Plan;
 use crate::device::{self, Chosen, OnDevice, RankModel, StepBounds};
-use crate::{Config, Error, HostPort, LoadFormat, Part, Phase, RankMemory, Report, Reporter, capacity};
+use crate::{Config, Error, LoadFormat, Part, Phase, RankMemory, Report, Reporter, capacity};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
 const SPIN: std::time::Duration = std::time::Duration::from_micros(20);
@@ -63,15 +62,28 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
     if let Some(layers) = config.layers {
         model.cut(layers as usize)?;
     }
-    let plan = ShardPlan::sharded(&model, config.rank, config.experts)?;
+    let plan = plan(config, &model)?;
     let engine = engine_config(config, &model)?;
-    let extra = format!("{} {engine:?}", config.model_name);
+    let placed = plan.placement.as_ref().map(|placement| placement.to_json()).unwrap_or_default();
+    let extra = format!("{} {engine:?} {placed}", config.model_name);
     let (size, dtype, extra) = (config.rank.size(), config.dtype, extra.as_bytes());
     let config_hash = match &weights {
         WeightSource::Checkpoint(checkpoint) => model::config_hash(checkpoint, size, dtype, extra)?,
         WeightSource::Dummy => model::dummy_hash(&model, size, dtype, extra),
     };
     Ok(Facts { device, weights, model, plan, engine, config_hash })
+}
+
+/// What this rank holds.
+fn plan(config: &Config, model: &ModelConfig) -> Result<ShardPlan, Error> {
+    let data = config.rank.size().get() / config.tensor.get();
+    if data > 1 {
+        let needed = "1: this worker schedules one sub-group".to_owned();
+        return Err(Error::Budget { field: "data_parallel", got: data.to_string(), needed });
+    }
+    let placement = config.expert_placement.as_deref().map(Placement::from_file).transpose()?.map(Arc::new);
+    let sharing = Sharing { tensor: config.tensor, experts: config.experts, placement };
+    Ok(ShardPlan::shared(model, config.rank, &sharing)?)
 }
 
 /// The engine's budgets for this model.
@@ -97,29 +109,32 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
     Ok(engine)
 }
 
+/// The parallel plan, equal on all ranks.
+pub(crate) fn parallel(config: &Config) -> Plan {
+    let (tensor, experts, dispatch) = (config.tensor, config.experts, config.dispatch);
+    let data = config.rank.size().get() / tensor.get();
+    let placed = if config.expert_placement.is_some() { " placed" } else { "" };
+    let name = format!("tensor={tensor} data={data} experts={experts} dispatch={dispatch}{placed}");
+    Plan { name, tensor }
+}
+
 /// Brings the ranks together.
 pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> Result<Joined, Error> {
     let rank = config.rank;
-    let plan = format!("tensor={} experts={} dispatch={}", rank.size(), config.experts, config.dispatch);
+    let plan = parallel(config).name;
     let member = Member { rank, plan, config_hash: facts.config_hash };
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
     let options = RendezvousOptions { within: config.boot_timeout, tcp };
     let joined = if rank.is_leader() {
-        Rendezvous::bind(own_address(&config.rendezvous)?).and_then(|rendezvous| {
+        Rendezvous::bind(config.rendezvous).and_then(|rendezvous| {
             reporter.report(Report::Rendezvous(rendezvous.local_addr()));
             rendezvous.lead(&member, &options)
         })
     } else {
-        collectives::join(&config.rendezvous.to_string(), &member, &options)
+        let leader = config.leader.clone().unwrap_or_else(|| config.rendezvous.to_string());
+        collectives::join(&leader, &member, &options)
     };
     joined.map_err(|source| Error::Group { rank, source })
-}
-
-/// The address of this machine that a host and port name.
-fn own_address(host: &HostPort) -> Result<SocketAddr, Error> {
-    let failed = |source| Error::Rendezvous { address: host.clone(), source };
-    let found = (host.host(), host.port()).to_socket_addrs().map_err(failed)?.next();
-    found.ok_or_else(|| failed(std::io::Error::new(ErrorKind::NotFound, "the name has no address")))
 }
 
 /// Loads the rank's weights and puts its model together.
@@ -227,7 +242,15 @@ where
     // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
     collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
     let comm = wrap(collective)?;
-    let parts = Parts { config: model_config, plan, backend, comm, weights, dispatch: config.dispatch };
+    let parts = Parts {
+        config: model_config,
+        plan,
+        backend,
+        comm,
+        subgroup: None,
+        weights,
+        dispatch: config.dispatch,
+    };
     Ok(Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?)
 }
 

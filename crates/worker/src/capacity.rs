@@ -1,28 +1,38 @@
 //! What a group needs and can serve, worked out from the model's configuration alone: no weights, no device. It asks
 //! the code that shards, allocates and sends, so that what is said here is what a worker does.
 
-use collectives::Tcp;
+use std::sync::Arc;
+
+use collectives::{Counters, Op};
 use engine::BLOCKS_CEILING;
 use engine::kv::Geometry;
-use model::{Mlp, ModelConfig, ShardPlan, WeightBytes, kv_bytes_per_block, kv_bytes_per_token};
+use model::{
+    ModelConfig, Placement, ShardPlan, Sharing, StepRows, WeightBytes, kv_bytes_per_block,
+    kv_bytes_per_token, step_traffic,
+};
 use ops::{Backend, KvGroup};
 use ops_cpu::CpuBackend;
+use types::limits::RANKS_MAX;
 use types::{Bytes, DType, Dispatch, ExpertSharding, TpRank, TpSize};
 
 use crate::{Error, Limits};
 
 /// A group as it would be started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupShape {
-    /// Ranks that share the model.
-    pub size: TpSize,
+    /// Ranks of a sub-group, which share attention and see the same rows.
+    pub tensor: TpSize,
+    /// Sub-groups, each with sequences and a KV cache of its own; the routed experts are shared out among all ranks.
+    pub data: u32,
     /// How the routed experts are shared out.
     pub experts: ExpertSharding,
+    /// Which experts each rank holds, when they are not dealt out in order.
+    pub placement: Option<Arc<Placement>>,
     /// How rows reach their experts.
     pub dispatch: Dispatch,
     /// Compute dtype, which is also that of keys and values.
     pub dtype: DType,
-    /// Bounds of the engine; `kv_tokens` is replaced when [`GroupShape::memory`] asks for what fits.
+    /// Bounds of the engine, and of each sub-group's KV cache and batch; `kv_tokens` is replaced when [`GroupShape::memory`] asks for what fits.
     pub limits: Limits,
     /// Memory of each rank.
     pub memory: Memory,
@@ -64,11 +74,13 @@ pub struct Capacity {
     pub weights_dtype: DType,
     /// KV bytes by [`KvGroup::index`].
     pub kv: [KvCosts; 2],
-    /// Tokens of context in the KV cache over all sequences: `group.kv_tokens`. 0 when no block fits.
+    /// Tokens of context in the KV cache of a sub-group over all its sequences: `group.kv_tokens`. 0 when no block fits.
     pub kv_tokens: u32,
+    /// The same over all sub-groups.
+    pub kv_tokens_all: u64,
     /// Length of the sequences below.
     pub context_tokens: u32,
-    /// Sequences of `context_tokens` that can run at once.
+    /// Sequences of `context_tokens` that can run at once, over all sub-groups.
     pub concurrency: u32,
     /// KV bytes on one rank of a sequence of `context_tokens`, sliding layers keeping their window only.
     pub kv_sequence: Bytes,
@@ -96,20 +108,52 @@ pub struct KvCosts {
     pub blocks: u32,
 }
 
-/// Collectives of one step, and what the rank that sends most sends to others. Framing is not counted. What
-/// all-to-alls send depends on the choices of the routers; the most it can be is counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Collectives of one step of a rank, and what the rank that sends most sends to others, as it counts them itself.
+/// Framing is not counted. What all-to-alls send depends on the choices of the routers; the most it can be is counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CollectiveCosts {
-    /// All-reduces of a step: one a layer and one for the embedding. None in a group of one.
+    /// All-reduces of a step: one for the embedding and [`CollectiveCosts::all_reduces_per_layer`]. None in sub-groups of
+    /// one rank.
     pub all_reduces: usize,
+    /// All-reduces of a layer: attention, routed and shared experts are added up before they are reduced.
+    pub all_reduces_per_layer: usize,
     /// All-gathers of a step that wants logits of up to 64 rows.
     pub all_gathers: usize,
-    /// All-to-alls of a step: three (counts, rows, results) a sparse layer when rows are sent to their experts.
+    /// All-to-alls of a step: two (rows, results) a sparse layer when rows are sent to their experts.
     pub all_to_alls: usize,
-    /// Bytes sent in a step that decodes one token.
+    /// Messages sent in a step that decodes one token in each sub-group.
+    pub decode_messages: u64,
+    /// Those of them that are of all-to-alls, in one sparse layer: two to every other rank.
+    pub all_to_all_messages_per_layer: u64,
+    /// Bytes sent in a step that decodes one token in each sub-group.
     pub decode_token: Bytes,
-    /// Bytes sent for each token of a prompt's full step, which wants no logits.
+    /// Bytes sent for each token of a prompt's full step in each sub-group, which wants no logits.
     pub prompt_token: Bytes,
+}
+
+impl GroupShape {
+    /// All ranks of the group.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] when they are more than a group may have, or dispatch does not reach the other sub-groups.
+    pub fn ranks(&self) -> Result<TpSize, Error> {
+        if self.data > 1 && self.dispatch == Dispatch::Replicated {
+            let needed = format!("all-to-all, because {} sub-groups have rows of their own", self.data);
+            return Err(Error::Budget { field: "dispatch", got: self.dispatch.to_string(), needed });
+        }
+        TpSize::new(self.tensor.get().saturating_mul(self.data)).map_err(|_| {
+            let got = format!("{} with {} ranks in each sub-group", self.data, self.tensor);
+            Error::Budget { field: "data_parallel", got, needed: format!("1 to {RANKS_MAX} ranks in all") }
+        })
+    }
+
+    /// What each rank holds.
+    fn plans(&self, model: &ModelConfig) -> Result<Vec<ShardPlan>, Error> {
+        let (tensor, experts, placement) = (self.tensor, self.experts, self.placement.clone());
+        let sharing = Sharing { tensor, experts, placement };
+        let plans = self.ranks()?.ranks().map(|rank| ShardPlan::shared(model, rank, &sharing));
+        Ok(plans.collect::<Result<Vec<_>, model::Error>>()?)
+    }
 }
 
 impl Capacity {
@@ -124,8 +168,7 @@ impl Capacity {
             let needed = format!("1 to {context_max}, the model's context");
             return Err(Error::Budget { field: "context", got: tokens.to_string(), needed });
         }
-        let plans = shape.size.ranks().map(|rank| ShardPlan::sharded(model, rank, shape.experts));
-        let plans = plans.collect::<Result<Vec<_>, model::Error>>()?;
+        let plans = shape.plans(model)?;
         let weights_dtype = kept_dtype(model, shape)?;
         let weights: Vec<_> = plans.iter().map(|plan| WeightBytes::new(model, plan, weights_dtype)).collect();
         let most = weights.iter().map(WeightBytes::total).max().unwrap_or_default();
@@ -157,8 +200,9 @@ impl Capacity {
             weights_dtype,
             kv,
             kv_tokens: limits.kv_tokens,
+            kv_tokens_all: u64::from(limits.kv_tokens) * u64::from(shape.data),
             context_tokens,
-            concurrency,
+            concurrency: concurrency.saturating_mul(shape.data),
             kv_sequence: bytes(peak),
             collectives: CollectiveCosts::new(model, &plans, shape),
         })
@@ -219,53 +263,45 @@ fn kept_dtype(model: &ModelConfig, shape: &GroupShape) -> Result<DType, Error> {
 impl CollectiveCosts {
     fn new(model: &ModelConfig, plans: &[ShardPlan], shape: &GroupShape) -> Self {
         if plans.len() == 1 {
-            let nothing = Bytes(0);
-            return Self {
-                all_reduces: 0,
-                all_gathers: 0,
-                all_to_alls: 0,
-                decode_token: nothing,
-                prompt_token: nothing,
-            };
+            return Self::default();
         }
-        let all_reduces = model.layers.len() + 1;
-        let all_to_alls = match shape.dispatch {
-            Dispatch::Replicated => 0,
-            Dispatch::AllToAll => EXCHANGES * sparse_layers(model),
+        let most = |rows: usize, logit_rows: usize, of: fn(&Counters) -> u64| {
+            let costs = plans.iter().map(|plan| {
+                let (sent, received) = rows_moved_max(model, plan, rows);
+                let step = StepRows { rows, logit_rows, sent, received };
+                of(&step_traffic(model, plan, shape.dispatch, &step))
+            });
+            costs.max().unwrap_or(0)
         };
-        let most = |sends: &dyn Fn(&ShardPlan) -> usize| {
-            let elements = plans.iter().map(sends).max().unwrap_or(0);
-            (elements * size_of::<f32>()) as u64
+        let ops = |op: Op| {
+            let step = StepRows { rows: 1, logit_rows: 1, sent: 0, received: 0 };
+            let traffic = step_traffic(model, &plans[0], shape.dispatch, &step).of(op);
+            // Sub-groups of one rank have nobody to reduce or gather with.
+            if traffic.messages_sent == 0 { 0 } else { traffic.ops as usize }
         };
-        let layers = |plan: &ShardPlan, rows: usize| {
-            all_reduces * Tcp::all_reduce_sends(plan.rank, rows * model.hidden_size)
-                + all_to_alls / EXCHANGES * exchange_sends_max(model, plan.rank, rows)
-        };
-        let (others, step_tokens) = (plans.len() - 1, shape.limits.step_tokens_max);
-        let decode = most(&|plan| layers(plan, 1) + plan.vocab_rows * others);
-        let step = most(&|plan| layers(plan, step_tokens as usize));
+        let all_reduces = ops(Op::AllReduce);
+        let step_tokens = shape.limits.step_tokens_max.max(1);
+        let prompt = most(step_tokens as usize, 0, Counters::bytes_sent);
+        let exchanged = |counters: &Counters| counters.of(Op::AllToAll).messages_sent;
         Self {
             all_reduces,
-            all_gathers: 1,
-            all_to_alls,
-            decode_token: Bytes(decode),
-            prompt_token: Bytes(step / u64::from(step_tokens).max(1)),
+            all_reduces_per_layer: all_reduces.saturating_sub(1) / model.layers.len().max(1),
+            all_gathers: ops(Op::AllGather),
+            all_to_alls: ops(Op::AllToAll),
+            decode_messages: most(1, 1, Counters::messages_sent),
+            all_to_all_messages_per_layer: most(1, 1, exchanged) / model.sparse_layers().max(1) as u64,
+            decode_token: Bytes(most(1, 1, Counters::bytes_sent)),
+            prompt_token: Bytes(prompt / u64::from(step_tokens)),
         }
     }
 }
 
-/// All-to-alls of a sparse layer: counts, rows, results.
-const EXCHANGES: usize = 3;
-
-fn sparse_layers(model: &ModelConfig) -> usize {
-    model.layers.iter().filter(|layer| layer.mlp == Mlp::Sparse).count()
-}
-
-/// Most elements `rank` sends in the exchanges of one sparse layer: the counts; its rows to as many ranks as they can
-/// choose; the results of every other rank's rows.
-fn exchange_sends_max(model: &ModelConfig, rank: TpRank, rows: usize) -> usize {
-    let others = rank.size().as_usize() - 1;
+/// Most rows that `plan`'s rank sends to other ranks and takes from them, in all layers, when every sub-group has `rows`:
+/// its slice to as many ranks as each row can choose, and everybody else's slice.
+fn rows_moved_max(model: &ModelConfig, plan: &ShardPlan, rows: usize) -> (usize, usize) {
+    let others = plan.whole.size().as_usize() - 1;
     let top_k = model.moe.map_or(0, |moe| moe.routing.top_k);
-    let own = model::dispatch_slice(rank, rows).len();
-    others + own * top_k.min(others) * (model.hidden_size + 2 * top_k) + (rows - own) * model.hidden_size
+    let own = model::dispatch_slice(plan.rank, rows).len();
+    let all = rows * plan.subgroups();
+    (model.sparse_layers() * own * top_k.min(others), model.sparse_layers() * (all - own))
 }

@@ -2,12 +2,11 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank};
-
-use crate::HostPort;
+use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank, TpSize};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,14 +91,20 @@ pub struct Config {
     pub device: Device,
     /// CPU threads of this rank; `None` shares the machine's cores among the ranks.
     pub threads: Option<usize>,
-    /// Who this is.
+    /// Who this is among all ranks of the group.
     pub rank: TpRank,
+    /// Ranks of a sub-group, which share attention and see the same rows; all ranks when there is one sub-group.
+    pub tensor: TpSize,
     /// How the routed experts are shared out.
     pub experts: ExpertSharding,
     /// How rows reach their experts.
     pub dispatch: Dispatch,
+    /// File that says which experts each rank holds; `None` deals them out in order.
+    pub expert_placement: Option<PathBuf>,
     /// Where rank 0 listens for the others (port 0: any, reported), and where the others find it.
-    pub rendezvous: HostPort,
+    pub rendezvous: SocketAddr,
+    /// Where the others find rank 0 instead, as `host:port`; the name is looked up at every try.
+    pub leader: Option<String>,
     /// Where the leader serves routers (port 0: any, reported); only read on rank 0.
     pub listen: SocketAddr,
     /// Where the leader serves metrics and probes over HTTP, if at all (port 0: any, logged); only read on rank 0.

@@ -4,11 +4,11 @@ use std::num::NonZero;
 use std::thread::available_parallelism;
 
 use collectives::{Collective, Tcp};
-use model::{Model, ModelConfig, ShardPlan};
+use model::{Activity, Model, ModelConfig, ShardPlan};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
-use types::{Bytes, DType, TpSize};
+use types::{Bytes, DType, TokenId, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
@@ -148,6 +148,27 @@ impl RankModel {
         }
     }
 
+    /// As [`Model::most_likely`]; when every layer is looked at, logits come from [`RankModel::step`].
+    pub(crate) fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, model::Error> {
+        match &mut self.on {
+            OnDevice::Cpu(model) => model.most_likely(batch),
+            OnDevice::Cuda(model) => model.most_likely(batch),
+        }
+    }
+
+    /// Whether every layer is looked at.
+    pub(crate) const fn looks(&self) -> bool {
+        self.numerics.is_some()
+    }
+
+    /// As [`Model::gather_activity`].
+    pub(crate) fn gather_activity(&mut self) -> Result<Vec<Activity>, model::Error> {
+        match &mut self.on {
+            OnDevice::Cpu(model) => model.gather_activity(),
+            OnDevice::Cuda(model) => model.gather_activity(),
+        }
+    }
+
     pub(crate) const fn config(&self) -> &ModelConfig {
         match &self.on {
             OnDevice::Cpu(model) => model.config(),
@@ -164,7 +185,7 @@ fn step<B: Backend, C: Collective<B::Tensor>>(
 ) -> Result<(), model::Error> {
     let Some(numerics) = numerics else { return model.step(batch, sink) };
     let mut found = false;
-    model.step_observed(batch, sink, |backend, at, x| {
+    model.step_observed(batch, &[batch.tokens.len()], sink, |backend, at, x| {
         // What follows the first is a consequence.
         found = found || numerics.look(backend, at, x)?;
         Ok(())

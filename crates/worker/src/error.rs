@@ -4,8 +4,6 @@ use std::net::SocketAddr;
 
 use types::TpRank;
 
-use crate::HostPort;
-
 /// Errors of a rank. Each ends the process: the group is the unit of recovery.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -50,7 +48,7 @@ pub enum Error {
         nearest: String,
     },
     /// A budget of this configuration does not fit the model.
-    #[error("{field} is {got}, and this model needs {needed}")]
+    #[error("{field} is {got}, and must be {needed}")]
     Budget {
         /// The configuration key.
         field: &'static str,
@@ -72,16 +70,6 @@ pub enum Error {
     MetricsListen {
         /// The address.
         address: SocketAddr,
-        /// The system's words.
-        source: std::io::Error,
-    },
-    /// The host that rank 0 is to listen at for the other ranks has no address.
-    #[error(
-        "cannot find the address of {address}: {source}; rank 0 needs a --rendezvous of its own, such as 0.0.0.0:29500"
-    )]
-    Rendezvous {
-        /// The host and port.
-        address: HostPort,
         /// The system's words.
         source: std::io::Error,
     },

@@ -1,6 +1,7 @@
 //! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
 
 use engine::{Drawn, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
+use model::Activity;
 use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};
@@ -38,6 +39,19 @@ impl Executor {
         let Step { plan, work } = step;
         self.prepare(plan)?;
         assert_eq!(work.len(), self.batch.logit_rows.len(), "each logit row has work");
+        let outputs = if !self.model.looks() && work.iter().all(|row| takes_the_most_likely(row, guides)) {
+            let output = |token| RowOutput::Sampled { token, logprob: None };
+            let tokens = self.model.most_likely(&self.batch)?;
+            tokens.into_iter().map(|token| token.map_or(RowOutput::NotANumber, output)).collect()
+        } else {
+            self.sample(work, guides)?
+        };
+        self.exchange_tables(plan);
+        self.drawn.take(plan.step(), &outputs);
+        Ok(outputs)
+    }
+
+    fn sample(&mut self, work: &[RowWork], guides: &Guides) -> Result<Vec<RowOutput>, Error> {
         let vocab = self.model.config().vocab_size;
         let mut outputs = Vec::with_capacity(work.len());
         self.model.step(&self.batch, |first, logits| {
@@ -46,9 +60,12 @@ impl Executor {
             }
             Ok(())
         })?;
-        self.exchange_tables(plan);
-        self.drawn.take(plan.step(), &outputs);
         Ok(outputs)
+    }
+
+    /// Every rank's activity so far, in rank order; all ranks ask together.
+    pub(crate) fn activity(&mut self) -> Result<Vec<Activity>, Error> {
+        Ok(self.model.gather_activity()?)
     }
 
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), Error> {
@@ -77,6 +94,17 @@ impl Executor {
         for (sequence, planned) in self.batch.sequences.iter_mut().zip(plan.sequences()) {
             self.tables.swap(planned.slot, &mut sequence.tables);
         }
+    }
+}
+
+/// Whether the most likely token is all that a row's logits are for.
+fn takes_the_most_likely(row: &RowWork, guides: &Guides) -> bool {
+    match &row.purpose {
+        RowPurpose::Sample { params, rules, history, banned, logprobs, stream, position } => {
+            let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask: None };
+            history.is_none() && logprobs.is_none() && draw.is_greedy() && !guides.guide(row.seq)
+        }
+        RowPurpose::PromptLogprob { .. } => false,
     }
 }
 

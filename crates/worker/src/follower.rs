@@ -15,22 +15,35 @@ use crate::{Config, Error};
 /// The frame that ends a group in good order; no other is empty.
 pub(crate) const END: &[u8] = &[];
 
+/// The frame that asks all ranks for what they have done, sent while no step is in flight; the engine's are longer.
+pub(crate) const ACTIVITY: &[u8] = &[0];
+
+/// What a leader sends before the end.
+enum Next {
+    Frame(Frame),
+    Activity,
+}
+
 /// Runs steps until the leader ends the group.
 pub(crate) fn run(rank: TpRank, mut executor: Executor, mut plans: PlanReceiver) -> Result<(), Error> {
     let mut frame = Vec::new();
     while let Some(next) = receive(rank, &mut plans, &mut frame)? {
         let plan = match next {
-            Frame::Plan(plan) => plan,
-            Frame::Drawn(drawn) => {
+            Next::Frame(Frame::Plan(plan)) => plan,
+            Next::Frame(Frame::Drawn(drawn)) => {
                 executor.drawn = drawn;
+                continue;
+            }
+            Next::Activity => {
+                executor.activity()?;
                 continue;
             }
         };
         // The plan was made while the step before ran, so what that step drew may come after it.
         while plan.follows_on() && executor.drawn.step() + 1 != plan.step() {
             match receive(rank, &mut plans, &mut frame)? {
-                Some(Frame::Drawn(drawn)) => executor.drawn = drawn,
-                Some(Frame::Plan(_)) | None => break,
+                Some(Next::Frame(Frame::Drawn(drawn))) => executor.drawn = drawn,
+                Some(Next::Frame(Frame::Plan(_)) | Next::Activity) | None => break,
             }
         }
         executor.follow(&plan)?;
@@ -39,12 +52,17 @@ pub(crate) fn run(rank: TpRank, mut executor: Executor, mut plans: PlanReceiver)
 }
 
 /// The leader's next frame; `None` at the end.
-fn receive(rank: TpRank, plans: &mut PlanReceiver, frame: &mut Vec<u8>) -> Result<Option<Frame>, Error> {
+fn receive(rank: TpRank, plans: &mut PlanReceiver, frame: &mut Vec<u8>) -> Result<Option<Next>, Error> {
     plans.recv(frame).map_err(|source| Error::Group { rank, source })?;
     if frame == END {
         return Ok(None);
     }
-    Frame::decode(frame).map(Some).map_err(|source| Error::Engine { rank, source })
+    if frame == ACTIVITY {
+        return Ok(Some(Next::Activity));
+    }
+    Frame::decode(frame)
+        .map(|frame| Some(Next::Frame(frame)))
+        .map_err(|source| Error::Engine { rank, source })
 }
 
 /// Runs `work`, and ends the process's part in the group when it was told to stop and the leader does not end in

@@ -4,9 +4,10 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Instant;
 
 use engine::Request;
+use model::Activity;
 use proto::Failure;
 use proto::worker::GenerateChunk;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::guide::Guide;
@@ -35,6 +36,10 @@ pub(crate) enum Message {
         /// Its rank.
         rank: u32,
     },
+    /// Somebody wants to know what the ranks have done.
+    Activity(oneshot::Sender<Vec<Activity>>),
+    /// The executor tells it.
+    Told(Vec<Activity>),
     /// One sequence of a request that goes on for its others is not wanted any more.
     Cancel {
         /// The request's.
@@ -70,7 +75,12 @@ impl Inbox {
 
     /// Hands a request to the engine thread without waiting.
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), Failure> {
-        self.0.try_send(Message::Submit(Box::new(submission))).map_err(|error| match error {
+        self.ask(Message::Submit(Box::new(submission)))
+    }
+
+    /// As [`Inbox::submit`], for any message.
+    pub(crate) fn ask(&self, message: Message) -> Result<(), Failure> {
+        self.0.try_send(message).map_err(|error| match error {
             TrySendError::Full(_) => Failure::Overloaded {
                 what: "requests between two steps".into(),
                 max: INBOX_MAX as u64,

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 
 use collectives::PlanSender;
 use engine::{Drawn, Effect, Engine, Event, StepPlan};
+use model::Activity;
 use proto::Failure;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 
-use crate::follower::END;
+use crate::follower::{ACTIVITY, END};
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
 use crate::metrics::EngineCounters;
@@ -68,6 +70,10 @@ pub(crate) struct Leader {
     next_id: u64,
     frame: Vec<u8>,
     effects: Vec<Effect>,
+    /// Who wants to know what the ranks have done. Bounded by the inbox.
+    askers: Vec<oneshot::Sender<Vec<Activity>>>,
+    /// Whether the ranks are telling it now.
+    asked: bool,
 }
 
 /// What a leader is made of once the group has booted.
@@ -98,6 +104,8 @@ impl Leader {
             next_id: 0,
             frame: Vec::new(),
             effects: Vec::new(),
+            askers: Vec::new(),
+            asked: false,
         };
         Ok((leader, steps))
     }
@@ -192,12 +200,26 @@ impl Leader {
             self.take(message)?;
         }
         self.cancel_abandoned();
+        if !self.askers.is_empty() {
+            return self.ask();
+        }
         let now = self.now();
         let Self { pipeline, plans, effects, frame, .. } = self;
         let send = |plan: &StepPlan| plans.send(frame, |frame| plan.encode(frame));
         let sent = pipeline.advance(now, effects, send);
         self.deliver();
         sent
+    }
+
+    /// Has all ranks tell what they have done, once no step is in flight; nothing is planned until then.
+    fn ask(&mut self) -> Result<(), Error> {
+        if self.asked || self.pipeline.engine().steps_in_flight() > 0 {
+            return Ok(());
+        }
+        self.asked = true;
+        self.plans.send(&mut self.frame, |frame| frame.extend_from_slice(ACTIVITY))?;
+        self.pipeline.pause();
+        Ok(())
     }
 
     /// Sleeps until something happens, and takes it in; false when nothing can happen any more.
@@ -225,6 +247,14 @@ impl Leader {
                 let collective = "the plan channel";
                 let source = collectives::Error::PeerLost { rank, collective };
                 return Err(Error::Group { rank: self.rank, source });
+            }
+            Message::Activity(asker) => self.askers.push(asker),
+            Message::Told(ranks) => {
+                self.asked = false;
+                for asker in self.askers.drain(..) {
+                    // Nobody waits any more when the call was given up.
+                    let _ = asker.send(ranks.clone());
+                }
             }
             Message::Cancel { key, index } => {
                 if let Some(seq) = self.open.take(key, index) {

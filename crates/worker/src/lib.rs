@@ -2,6 +2,7 @@
 //! batch for the model, and the leader's gRPC service.
 #![forbid(unsafe_code)]
 
+mod activity;
 mod boot;
 mod capacity;
 mod chunk;
@@ -13,7 +14,6 @@ mod fit;
 mod follower;
 mod gap;
 mod guide;
-mod host;
 mod inbox;
 mod leader;
 mod metrics;
@@ -32,7 +32,6 @@ pub use device::{StepBounds, cuda_options};
 pub use error::Error;
 pub use fit::{Memory as RankMemory, Part};
 pub use gap::{GapSummary, Gaps};
-pub use host::HostPort;
 pub use pipeline::{Job, Pipeline, Steps};
 pub use proto::Phase;
 pub use report::{Report, Reporter};

@@ -20,11 +20,19 @@ pub struct Job {
     gap: Option<Duration>,
 }
 
+/// What the executor is given.
+#[derive(Debug)]
+enum Work {
+    Run(Box<Job>),
+    /// Something else to do between two steps.
+    Pause,
+}
+
 /// The engine, with the steps it has in flight.
 #[derive(Debug)]
 pub struct Pipeline {
     engine: Engine,
-    jobs: SyncSender<Box<Job>>,
+    jobs: SyncSender<Work>,
     #[expect(
         clippy::vec_box,
         reason = "a job travels as one pointer, through an inbox whose messages are small"
@@ -37,7 +45,7 @@ pub struct Pipeline {
 
 /// The executor's end: the steps to run, in order.
 #[derive(Debug)]
-pub struct Steps(Receiver<Box<Job>>);
+pub struct Steps(Receiver<Work>);
 
 impl Pipeline {
     /// A pipeline around `engine`, and the executor's end of it.
@@ -85,9 +93,15 @@ impl Pipeline {
             job.follows = !std::mem::take(&mut self.rested);
             send(&job.step.plan)?;
             // An executor that is gone says so on its own way.
-            let _ = self.jobs.send(job);
+            let _ = self.jobs.send(Work::Run(job));
         }
         Ok(())
+    }
+
+    /// Lets the executor do its other work when it has run the steps it was given.
+    pub fn pause(&self) {
+        // An executor that is gone says so on its own way.
+        let _ = self.jobs.send(Work::Pause);
     }
 
     /// Takes a step back that has been run.
@@ -110,12 +124,30 @@ impl Steps {
     pub fn run<E>(
         self,
         mut execute: impl FnMut(&Step) -> Result<Vec<RowOutput>, E>,
+        done: impl FnMut(Box<Job>),
+    ) -> Result<(), E> {
+        self.run_with(&mut (), |(), step| execute(step), |()| Ok(()), done)
+    }
+
+    /// As [`Steps::run`], with what `executor` does at a [`Pipeline::pause`].
+    ///
+    /// # Errors
+    /// What `execute` and `pause` say; nothing is run after that.
+    pub fn run_with<X, E>(
+        self,
+        executor: &mut X,
+        mut execute: impl FnMut(&mut X, &Step) -> Result<Vec<RowOutput>, E>,
+        mut pause: impl FnMut(&mut X) -> Result<(), E>,
         mut done: impl FnMut(Box<Job>),
     ) -> Result<(), E> {
         let mut ended: Option<Instant> = None;
-        while let Ok(mut job) = self.0.recv() {
+        while let Ok(work) = self.0.recv() {
+            let Work::Run(mut job) = work else {
+                pause(executor)?;
+                continue;
+            };
             job.gap = ended.filter(|_| job.follows).map(|ended| ended.elapsed());
-            job.rows = execute(&job.step)?;
+            job.rows = execute(executor, &job.step)?;
             ended = Some(Instant::now());
             done(job);
         }

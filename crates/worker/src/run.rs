@@ -161,12 +161,16 @@ fn execute(
     }
     let mut stopped = Stopped(inbox, "the executor panicked".into());
     let mut frame = Vec::new();
-    let run = |step: &Step| {
+    let run = |executor: &mut Executor, step: &Step| {
         let rows = executor.lead(step, guides)?;
         plans.drawn(&mut frame, &executor.drawn)?;
         Ok(rows)
     };
-    let executed = steps.run(run, |job| inbox.tell(Message::Ran(job)));
+    let pause = |executor: &mut Executor| {
+        inbox.tell(Message::Told(executor.activity()?));
+        Ok(())
+    };
+    let executed = steps.run_with(&mut executor, run, pause, |job| inbox.tell(Message::Ran(job)));
     stopped.1 = executed.as_ref().err().map_or_else(|| "there are no more".into(), Error::to_string);
     executed
 }

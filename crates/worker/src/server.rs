@@ -18,7 +18,7 @@ use crate::inbox::Inbox;
 use crate::metrics::{self, Metrics};
 use crate::service::Service;
 use crate::state::StatePublisher;
-use crate::{Config, Error};
+use crate::{Config, Error, boot};
 
 /// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -68,8 +68,14 @@ impl GrpcServer {
             runtime.spawn(async move { metrics::serve(into_tokio(listener), served.0, served.1).await });
         }
         let kitchen = Arc::new(Kitchen::new(config.model.clone()));
-        let service =
-            Service { inbox, state: Arc::clone(&state), metrics, kitchen, closing: closing.clone() };
+        let service = Service {
+            inbox,
+            state: Arc::clone(&state),
+            metrics,
+            kitchen,
+            plan: boot::parallel(config),
+            closing: closing.clone(),
+        };
         let served = serve(listener, service, state, closing.clone());
         let task = runtime.spawn(served);
         Ok(Self { runtime, task, closing, address })

@@ -8,32 +8,50 @@ use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
 use proto::worker::{
-    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, WatchRequest, WorkerState,
+    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, GetActivityRequest, GroupActivity,
+    WatchRequest, WorkerState,
 };
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use types::{GenerationSpec, Priority, TokenId};
 
-use crate::chunk;
+use crate::activity::Plan;
 use crate::guide::{Guidance, Guide, Kitchen};
-use crate::inbox::{Inbox, Submission};
+use crate::inbox::{Inbox, Message, Submission};
 use crate::metrics::{Asked, Metered, Metrics};
 use crate::state::StatePublisher;
+use crate::{activity, chunk};
 
 /// What the service knows.
 pub(crate) struct Service {
     pub(crate) inbox: Inbox,
     pub(crate) state: Arc<StatePublisher>,
     pub(crate) metrics: Arc<Metrics>,
+    /// The group's.
+    pub(crate) plan: Plan,
     pub(crate) kitchen: Arc<Kitchen>,
     /// Ends the watch streams, which otherwise would keep the server from closing.
     pub(crate) closing: CancellationToken,
 }
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl Service {
+    /// The group's state, when it serves.
+    fn serving(&self) -> Result<WorkerState, Failure> {
+        let state = self.state.subscribe().borrow().clone();
+        let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
+        match phase {
+            Phase::Serving => Ok(state),
+            Phase::Starting | Phase::Loading | Phase::Warming | Phase::Draining => {
+                Err(Failure::NotServing { phase, percent: state.percent, retry_after: RETRY_AFTER })
+            }
+        }
+    }
+}
 
 #[tonic::async_trait]
 impl Worker for Service {
@@ -48,19 +66,26 @@ impl Worker for Service {
         Ok(Response::new(Box::pin(states)))
     }
 
+    async fn get_activity(
+        &self,
+        _request: Request<GetActivityRequest>,
+    ) -> Result<Response<GroupActivity>, Status> {
+        self.serving()?;
+        let (asker, told) = oneshot::channel();
+        self.inbox.ask(Message::Activity(asker))?;
+        let stopping =
+            || Failure::Unavailable { why: "the group is stopping".into(), retry_after: RETRY_AFTER };
+        let ranks = told.await.map_err(|_| stopping())?;
+        Ok(Response::new(activity::wire(&self.plan, &ranks)))
+    }
+
     async fn generate(
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = proto::timeout(request.metadata())?;
         let mut request = request.into_inner();
-        let state = self.state.subscribe().borrow().clone();
-        let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
-        if phase != Phase::Serving {
-            let percent = state.percent;
-            return Err(Failure::NotServing { phase, percent, retry_after: RETRY_AFTER }.into());
-        }
-        let facts = state.model.unwrap_or_default();
+        let facts = self.serving()?.model.unwrap_or_default();
         let vocab_size = facts.vocab_size;
         let Some(generation) = request.generation.take() else {
             return Err(Failure::from(Violation::new("generation", "is missing")).into());

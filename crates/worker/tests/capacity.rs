@@ -20,7 +20,9 @@ fn shape(ranks: u32, memory: Memory, context: Option<u32>) -> GroupShape {
         waiting_tokens_max: 1 << 18,
     };
     GroupShape {
-        size: TpSize::new(ranks).unwrap(),
+        tensor: TpSize::new(ranks).unwrap(),
+        data: 1,
+        placement: None,
         experts: ExpertSharding::Tensor,
         dispatch: Dispatch::Replicated,
         dtype: DType::BF16,
@@ -83,22 +85,23 @@ fn whole_experts_or_parts_of_them_take_the_same_memory_and_traffic() {
     for preset in Preset::ALL {
         for ranks in [2, 4, 8] {
             let parts = shape(ranks, Memory::Unknown, None);
-            let whole = GroupShape { experts: ExpertSharding::Expert, ..parts };
+            let whole = GroupShape { experts: ExpertSharding::Expert, ..parts.clone() };
             assert_eq!(capacity(preset, &parts), capacity(preset, &whole), "{preset} on {ranks}");
         }
     }
 }
 
 #[test]
-fn sending_rows_to_their_experts_adds_three_exchanges_a_sparse_layer() {
+fn sending_rows_to_their_experts_adds_two_exchanges_a_sparse_layer() {
     let replicated = GroupShape { experts: ExpertSharding::Expert, ..shape(4, Memory::Unknown, None) };
-    let sent = GroupShape { dispatch: Dispatch::AllToAll, ..replicated };
+    let sent = GroupShape { dispatch: Dispatch::AllToAll, ..replicated.clone() };
     let [replicated, sent] =
         [replicated, sent].map(|shape| capacity(Preset::NorthMiniCode, &shape).collectives);
-    assert_eq!((replicated.all_to_alls, sent.all_to_alls), (0, 3 * 48));
+    assert_eq!((replicated.all_to_alls, sent.all_to_alls), (0, 2 * 48));
     assert_eq!(replicated.all_reduces, sent.all_reduces);
-    // One row: its rank tells three others how much comes, and sends it with eight choices; or another sends its result.
-    let most = 48 * (3 + 3 * (2048 + 16)) * 4;
+    assert_eq!((sent.all_reduces_per_layer, sent.all_to_all_messages_per_layer), (1, 2 * 3));
+    // One row: its rank sends it to three others, with eight choices; or another sends its result.
+    let most = 48 * 3 * (2048 + 16) * 4;
     assert_eq!(sent.decode_token.0 - replicated.decode_token.0, most);
 }
 

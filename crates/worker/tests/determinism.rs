@@ -40,8 +40,7 @@ impl Group {
                 _ => None,
             };
             let rendezvous = ranks[0].wait(found);
-            let follower =
-                |rank| Rank::start(Config { rendezvous: rendezvous.into(), ..changed(config(rank, size)) });
+            let follower = |rank| Rank::start(Config { rendezvous, ..changed(config(rank, size)) });
             ranks.extend((1..size).map(follower));
         }
         let client = Client::connect(address);

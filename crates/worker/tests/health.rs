@@ -4,7 +4,6 @@
 mod support;
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use support::{Rank, config};
 use tokio::runtime::Runtime;
@@ -12,7 +11,7 @@ use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
-use worker::{Config, Error, HostPort, Report};
+use worker::{Config, Report};
 
 /// The health a leader reports for a name.
 fn health(runtime: &Runtime, address: SocketAddr, service: &str) -> ServingStatus {
@@ -38,7 +37,7 @@ fn a_leader_that_waits_for_its_ranks_is_live_and_not_ready() {
     let runtime = runtime();
     assert_eq!(health(&runtime, address, "live"), ServingStatus::Serving);
     assert_eq!(health(&runtime, address, ""), ServingStatus::NotServing);
-    let follower = Rank::start(Config { rendezvous: meeting.into(), ..config(1, 2) });
+    let follower = Rank::start(Config { rendezvous: meeting, ..config(1, 2) });
     leader.ready();
     for name in ["live", "", "cohort.worker.v1.Worker"] {
         assert_eq!(health(&runtime, address, name), ServingStatus::Serving, "{name:?}");
@@ -51,32 +50,10 @@ fn a_leader_that_waits_for_its_ranks_is_live_and_not_ready() {
 #[test]
 fn a_follower_finds_its_leader_by_name() {
     let leader = Rank::start(config(0, 2));
-    let meeting: HostPort = format!("localhost:{}", rendezvous(&leader).port()).parse().unwrap();
-    let follower = Rank::start(Config { rendezvous: meeting, ..config(1, 2) });
+    let meeting = Some(format!("localhost:{}", rendezvous(&leader).port()));
+    let follower = Rank::start(Config { leader: meeting, ..config(1, 2) });
     leader.ready();
     leader.shutdown.cancel();
     leader.end().unwrap();
     follower.end().unwrap();
-}
-
-#[test]
-fn a_leader_whose_own_address_has_no_such_name_says_so() {
-    let meeting: HostPort = "no-such-host.invalid:29500".parse().unwrap();
-    let short = Config { rendezvous: meeting, boot_timeout: Duration::from_secs(5), ..config(0, 2) };
-    let error = Rank::start(short).end().unwrap_err();
-    assert!(matches!(error, Error::Rendezvous { .. }), "{error}");
-    assert!(error.to_string().contains("no-such-host.invalid:29500"), "{error}");
-}
-
-#[test]
-fn hosts_and_ports_are_read_as_they_are_written() {
-    for text in ["10.0.0.1:29500", "[::1]:0", "rank-0.group.svc:65535", "a_b:1"] {
-        assert_eq!(text.parse::<HostPort>().unwrap().to_string(), text);
-    }
-    for text in
-        ["", "host", ":1", "host:", "host:65536", "host:-1", "a b:1", "http://host:1", "::1", "host:1:2"]
-    {
-        let refused = text.parse::<HostPort>().unwrap_err();
-        assert!(refused.contains("10.0.0.1:29500"), "{text}: {refused}");
-    }
 }

@@ -173,8 +173,7 @@ fn weights_that_are_not_numbers_are_found_before_anybody_is_served() {
 #[test]
 fn a_follower_ends_in_good_order_with_its_leader() {
     let leader = Rank::start(config(0, 2));
-    let rendezvous =
-        leader.wait(|r| if let Report::Rendezvous(address) = r { Some((*address).into()) } else { None });
+    let rendezvous = leader.wait(|r| if let Report::Rendezvous(address) = r { Some(*address) } else { None });
     let follower = Rank::start(worker::Config { rendezvous, ..config(1, 2) });
     leader.ready();
     follower.ready();

@@ -50,7 +50,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{- /* Ranks of a group. */ -}}
 {{- define "cohort.ranks" -}}
-{{- dig "group" "tensor_parallel" 1 .Values.config | int -}}
+{{- mul (dig "group" "tensor_parallel" 1 .Values.config | int) (dig "group" "data_parallel" 1 .Values.config | int) -}}
 {{- end -}}
 
 {{- /* A time of the configuration in whole seconds, rounded up; the binary's own default where it is not given. */ -}}

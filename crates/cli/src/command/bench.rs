@@ -13,7 +13,7 @@ mod steps;
 use std::time::Duration;
 
 use anyhow::bail;
-use proto::v1::GetModelInfoRequest;
+use proto::v1::{GetActivityRequest, GetModelInfoRequest, GroupActivity};
 
 use crate::client;
 use crate::out::say;
@@ -25,7 +25,7 @@ pub use load::Random;
 pub use machine::TargetArgs;
 pub use ops::KernelsArgs;
 pub use router::RouterArgs;
-pub use stats::{Measured, Percentiles, Summary};
+pub use stats::{GroupTraffic, Measured, Percentiles, Summary};
 pub use steps::{DecodeArgs, PrefillArgs};
 
 const MORE: &str = "\
@@ -153,7 +153,44 @@ async fn measure(args: &ServeArgs, plan: load::Plan) -> anyhow::Result<Summary> 
     if !args.json {
         eprintln!("{}: {} × {} ranks, {}", info.model, info.groups_ready, info.tensor_parallel, info.dtype);
     }
-    Ok(load::run(client, &plan, info.vocab_size).await)
+    let before = activity(&mut client).await;
+    let mut summary = load::run(client.clone(), &plan, info.vocab_size).await;
+    summary.groups = traffic(&before, &activity(&mut client).await);
+    Ok(summary)
+}
+
+/// What the groups have done so far; nothing when the router does not say.
+async fn activity(client: &mut client::Client) -> Vec<GroupActivity> {
+    match client.get_activity(GetActivityRequest {}).await {
+        Ok(answer) => answer.into_inner().groups,
+        Err(status) => {
+            tracing::warn!(%status, "the router does not say what its groups did");
+            Vec::new()
+        }
+    }
+}
+
+/// What each group did between two answers. A group that was not there before, or started again, is left out.
+fn traffic(before: &[GroupActivity], after: &[GroupActivity]) -> Vec<GroupTraffic> {
+    let of_group = |now: &GroupActivity| {
+        let then = before.iter().find(|then| then.address == now.address)?;
+        let since = |of: fn(&GroupActivity) -> u64| of(now).checked_sub(of(then));
+        let tokens = since(|of| of.tokens)?;
+        let bytes_sent = since(|of| of.bytes_sent)?;
+        let each = |amount: u64| if tokens == 0 { 0.0 } else { amount as f64 / tokens as f64 };
+        let messages_sent = since(|of| of.messages_sent)?;
+        Some(GroupTraffic {
+            plan: now.plan.clone(),
+            ranks: now.ranks,
+            steps: since(|of| of.steps)?,
+            tokens,
+            bytes_sent,
+            messages_sent,
+            bytes_per_token: each(bytes_sent),
+            messages_per_token: each(messages_sent),
+        })
+    };
+    after.iter().filter_map(of_group).collect()
 }
 
 impl TryFrom<&ServeArgs> for load::Plan {
@@ -218,6 +255,33 @@ fn print(args: &ServeArgs, summary: &Summary) {
     }
     say!();
     for line in totals.lines() {
+        say!("{line}");
+    }
+    print_traffic(&summary.groups);
+}
+
+/// What the ranks of each group sent each other, when they are several.
+fn print_traffic(groups: &[GroupTraffic]) {
+    let several: Vec<_> = groups.iter().filter(|group| group.ranks > 1).collect();
+    if several.is_empty() {
+        return;
+    }
+    let mut table =
+        Table::new([Align::Left, Align::Right, Align::Right, Align::Right, Align::Right, Align::Right]);
+    let heads = ["group", "ranks", "tokens", "MB sent", "bytes a token", "messages a token"];
+    table.row(heads.map(str::to_owned));
+    for group in several {
+        table.row([
+            group.plan.clone(),
+            group.ranks.to_string(),
+            group.tokens.to_string(),
+            format!("{:.2}", group.bytes_sent as f64 / 1e6),
+            format!("{:.0}", group.bytes_per_token),
+            format!("{:.1}", group.messages_per_token),
+        ]);
+    }
+    say!("\nSent between ranks, over all ranks of a group");
+    for line in table.lines() {
         say!("{line}");
     }
 }

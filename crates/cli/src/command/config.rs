@@ -229,6 +229,7 @@ fn flag_of(key: &str) -> Option<String> {
     settings.model.window_keys = Some(1);
     settings.model.preset = Some(model::Preset::NorthMiniCode);
     settings.model.layers = Some(1);
+    settings.group.expert_placement = Some("FILE".into());
     settings.group.threads = Some(1);
     let groups: [&dyn ConfigFlags; 4] = [
         &args::ModelFlags::from(&settings),
@@ -236,7 +237,7 @@ fn flag_of(key: &str) -> Option<String> {
         &args::GroupFlags::from(&settings),
         &args::RouterFlags::from(&settings),
     ];
-    let own = [("router.workers", "--workers"), ("cluster.groups", "--groups")];
+    let own = [("router.workers", "--workers"), ("group.hosts", "--hosts"), ("cluster.groups", "--groups")];
     let shared = groups.iter().flat_map(|group| group.flags()).map(|flag| (flag.key, flag.flag));
     shared.chain(own).find(|(of, _)| *of == key).map(|(_, flag)| flag.to_owned())
 }

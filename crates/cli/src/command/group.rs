@@ -7,6 +7,7 @@ use settings::Settings;
 
 use super::worker;
 use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy};
+use crate::hosts::Host;
 use crate::progress::Progress;
 use crate::report::{self, Event, Line};
 use crate::supervisor::group::{self, Group};
@@ -18,7 +19,24 @@ const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)
 const LEADER_SLACK: Duration = Duration::from_secs(2);
 
 const MORE: &str = "\
-One process is started for each rank. When one dies, all end, and the error names it.";
+One process is started for each rank. When one dies, all end, and the error names it.
+
+A group may span hosts: start it on each with the same --hosts and flags, and its own --host-index.
+  cohort group --hosts 10.0.0.1:7070,10.0.0.2 --host-index 0 --tensor-parallel 4 --listen 0.0.0.0:7000
+  cohort group --hosts 10.0.0.1:7070,10.0.0.2 --host-index 1 --tensor-parallel 4
+In a Kubernetes LeaderWorkerSet nothing of this is needed: its variables say it, with port 7070.";
+
+/// The hosts, as a key of the configuration.
+struct HostsFlag<'a>(&'a [String]);
+
+impl ConfigFlags for HostsFlag<'_> {
+    fn flags(&self) -> Vec<settings::Flag> {
+        if self.0.is_empty() {
+            return Vec::new();
+        }
+        vec![settings::Flag { flag: "--hosts", key: "group.hosts", value: self.0.join(",") }]
+    }
+}
 
 /// Flags of `cohort group`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -30,6 +48,13 @@ pub struct Args {
     /// Where rank 0 listens for the other ranks; port 0 takes any free one
     #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
     pub rendezvous: SocketAddr,
+    /// Hosts of the group in order, as host or host:port with rank 0's port on the first; each runs equally many ranks
+    /// [default: this one, or those of a LeaderWorkerSet]
+    #[arg(long, value_name = "HOSTS", value_delimiter = ',')]
+    pub hosts: Vec<String>,
+    /// Which of the hosts this is, from 0 [default: LWS_WORKER_INDEX]
+    #[arg(long, value_name = "N")]
+    pub host_index: Option<u32>,
     /// Where rank 0 listens for routers; port 0 takes any free one
     #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
     pub listen: SocketAddr,
@@ -54,6 +79,8 @@ impl Args {
         let mut argv = vec!["group".to_owned()];
         argv.extend(self.file.config.iter().map(|path| format!("--config={}", path.display())));
         argv.push(format!("--rendezvous={}", self.rendezvous));
+        argv.extend(HostsFlag(&self.hosts).to_argv());
+        argv.extend(self.host_index.map(|index| format!("--host-index={index}")));
         argv.push(format!("--listen={}", self.listen));
         argv.extend(self.model.to_argv());
         argv.extend(self.compute.to_argv());
@@ -68,6 +95,8 @@ impl Args {
         Self {
             file: FileFlag::default(),
             rendezvous: ANYWHERE,
+            hosts: Vec::new(),
+            host_index: None,
             listen: listen.unwrap_or(ANYWHERE),
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
@@ -81,7 +110,8 @@ impl Args {
         worker::Args {
             file: FileFlag::default(),
             rank,
-            rendezvous: rendezvous.unwrap_or(self.rendezvous).into(),
+            rendezvous: rendezvous.unwrap_or(self.rendezvous),
+            leader: None,
             listen: self.listen,
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
@@ -105,14 +135,22 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let settings = args::load(
         StartedBy::supervised(args.supervised),
         &args.file,
-        &[&args.model, &args.compute, &args.group],
+        &[&HostsFlag(&args.hosts), &args.model, &args.compute, &args.group],
     )?;
     let log = log.to_argv();
+    let host = Host::find(&settings.group.hosts, args.host_index, |name| std::env::var(name).ok())?;
+    let size = settings.ranks();
+    let ranks = host.as_ref().map_or(Ok(0..size.get()), |host| host.ranks(size))?;
     let group = Group {
-        size: settings.group.tensor_parallel,
+        size,
+        ranks: ranks.clone(),
         leader_grace: settings.group.drain_grace_s + LEADER_SLACK,
         spec: |rank, rendezvous| {
-            let mut argv = args.rank(&settings, rank, rendezvous).to_argv();
+            let mut rank = args.rank(&settings, rank, rendezvous);
+            if let Some(host) = &host {
+                spread(&mut rank, host, ranks.len())?;
+            }
+            let mut argv = rank.to_argv();
             argv.extend_from_slice(&log);
             Spec::own(argv)
         },
@@ -128,6 +166,18 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         })
         .await
     })
+}
+
+/// Makes a rank one of a group that spans hosts, with `here` ranks on this one.
+fn spread(rank: &mut worker::Args, host: &Host, here: usize) -> anyhow::Result<()> {
+    match rank.rank {
+        0 => rank.rendezvous = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), host.port()?),
+        // By the address the other hosts use too: it is the one this rank then tells them.
+        _ => rank.leader = Some(host.leader.clone()),
+    }
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    rank.group.threads.get_or_insert((cores / here).max(1));
+    Ok(())
 }
 
 /// What somebody who started the group by hand wants to know.

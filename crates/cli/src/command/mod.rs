@@ -4,6 +4,7 @@ pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod config;
+pub mod debug;
 pub mod demo;
 pub mod generate;
 pub mod group;
@@ -56,6 +57,8 @@ pub enum Command {
     Config(config::Args),
     /// Say whether a group would fit and what it would serve; needs no weights and no GPU
     Plan(Box<plan::Args>),
+    /// Ask a running worker what it counts
+    Debug(debug::Args),
     /// Check the GPU kernels of a model; needs no GPU
     Kernels(kernels::Args),
     /// Run a router for worker groups that run elsewhere
@@ -81,6 +84,7 @@ impl Command {
             Self::Bench(args) => bench::run(&args),
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
+            Self::Debug(args) => debug::run(&args),
             Self::Kernels(args) => kernels::run(&args),
             Self::Router(args) => router::run(&args),
             Self::Group(args) => group::run(&args, log),
@@ -102,6 +106,7 @@ impl Command {
             | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Debug(_)
             | Self::Kernels(_)
             | Self::Plan(_) => false,
         }
@@ -119,6 +124,7 @@ impl Command {
             | Self::Batch(_)
             | Self::Bench(_)
             | Self::Config(_)
+            | Self::Debug(_)
             | Self::Kernels(_)
             | Self::Plan(_) => "warn",
         }

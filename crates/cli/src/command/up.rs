@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use settings::Settings;
 use tokio_util::sync::CancellationToken;
 
@@ -75,6 +76,12 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         &args.file,
         &[&GroupsFlag(args.groups), &args.model, &args.compute, &args.group, &args.router],
     )?;
+    if !settings.group.hosts.is_empty() {
+        let hosts = settings.group.hosts.len();
+        bail!(
+            "group.hosts has {hosts} hosts, and cohort up starts groups on this one; run cohort group on each of them"
+        );
+    }
     let log = super::quiet(log, "warn");
     super::runtime()?.block_on(async {
         let display = Arc::new(Display::new(&settings));
@@ -138,7 +145,7 @@ struct Display {
 
 impl Display {
     fn new(settings: &Settings) -> Self {
-        let (groups, ranks) = (settings.cluster.groups, settings.group.tensor_parallel);
+        let (groups, ranks) = (settings.cluster.groups, settings.ranks());
         Self {
             started: Instant::now(),
             paint: Paint::stderr(),

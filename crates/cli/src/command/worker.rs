@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use settings::RankPlace;
 use tokio_util::sync::CancellationToken;
 use types::TpRank;
-use worker::{HostPort, Report, Reporter};
+use worker::{Report, Reporter};
 
 use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, ModelFlags, StartedBy};
 use crate::embedded;
@@ -34,9 +34,12 @@ pub struct Args {
     /// This rank's number, from 0
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub rank: u32,
-    /// Where rank 0 listens for the other ranks, and where they find it; a host may be a name
-    #[arg(long, value_name = "HOST:PORT", default_value_t = ANYWHERE.into())]
-    pub rendezvous: HostPort,
+    /// Where rank 0 listens for the other ranks, and where they find it
+    #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
+    pub rendezvous: SocketAddr,
+    /// Where the other ranks find rank 0 when it is on another host, as host:port; looked up again until it answers
+    #[arg(long, value_name = "HOST:PORT")]
+    pub leader: Option<String>,
     /// Where rank 0 listens for routers
     #[arg(long, value_name = "ADDR", default_value_t = ANYWHERE)]
     pub listen: SocketAddr,
@@ -62,6 +65,7 @@ impl Args {
         argv.extend(self.file.config.iter().map(|path| format!("--config={}", path.display())));
         argv.push(format!("--rank={}", self.rank));
         argv.push(format!("--rendezvous={}", self.rendezvous));
+        argv.extend(self.leader.iter().map(|leader| format!("--leader={leader}")));
         argv.push(format!("--listen={}", self.listen));
         argv.extend(self.model.to_argv());
         argv.extend(self.compute.to_argv());
@@ -82,11 +86,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         &args.file,
         &[&args.model, &args.compute, &args.group],
     )?;
-    let rank = TpRank::new(args.rank, settings.group.tensor_parallel)?;
-    if !rank.is_leader() && args.rendezvous.port() == 0 {
+    let rank = TpRank::new(args.rank, settings.ranks())?;
+    if !rank.is_leader() && args.rendezvous.port() == 0 && args.leader.is_none() {
         bail!("{rank} needs --rendezvous with the address that rank 0 listens at");
     }
-    let place = RankPlace { rank, rendezvous: args.rendezvous.clone(), listen: args.listen };
+    let (rendezvous, leader) = (args.rendezvous, args.leader.clone());
+    let place = RankPlace { rank, rendezvous, leader, listen: args.listen };
     let name = embedded::served_name(&settings);
     let config = settings.worker(place, embedded::checkpoint(&settings), name);
     let booted = Arc::new(AtomicBool::new(false));

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -19,8 +20,10 @@ const UPDATES_MAX: usize = 256;
 
 /// What a group consists of.
 pub struct Group<F> {
-    /// Number of ranks.
+    /// Number of ranks, on all hosts.
     pub size: TpSize,
+    /// Those that run on this host.
+    pub ranks: Range<u32>,
     /// How long the leader may take to finish open requests after the order to stop.
     pub leader_grace: Duration,
     /// How to start a rank; all but rank 0 are told where to meet.
@@ -50,7 +53,11 @@ where
 {
     let (updates, mut inbox) = mpsc::channel(UPDATES_MAX);
     let mut ranks = Ranks { group, running: BTreeMap::new(), updates, lost: Vec::new(), stopping: false };
-    ranks.start(0, None)?;
+    match group.ranks.contains(&0) {
+        true => ranks.start(0, None)?,
+        // Rank 0 runs on another host, which these know.
+        false => group.ranks.clone().try_for_each(|rank| ranks.start(rank, None))?,
+    }
     while !ranks.running.is_empty() {
         tokio::select! {
             () = stop.cancelled(), if !ranks.stopping => ranks.stop(),
@@ -82,7 +89,7 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
         if self.stopping || self.running.len() > 1 {
             return Ok(());
         }
-        for rank in 1..self.group.size.get() {
+        for rank in 1..self.group.ranks.end {
             self.start(rank, Some(rendezvous))?;
         }
         Ok(())
@@ -93,7 +100,8 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
         self.stopping = true;
         match self.running.get(&0) {
             Some(leader) => leader.stop(self.group.leader_grace),
-            None => self.stop_all(),
+            // Rank 0 runs elsewhere: the ranks here end with it, or give up when it does not end in time.
+            None => self.running.values().for_each(|handle| handle.stop(self.group.leader_grace)),
         }
     }
 
@@ -106,6 +114,8 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
 
     fn exited(&mut self, rank: u32, exit: Exit) {
         self.running.remove(&rank);
+        // Followers of a leader elsewhere end when it has ended the group in good order.
+        self.stopping |= !self.group.ranks.contains(&0) && exit.status.success();
         let unexpected = !self.stopping || exit.killed_by_others();
         if unexpected {
             self.lost.push((rank, exit));

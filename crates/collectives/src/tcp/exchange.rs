@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use types::limits::RANKS_MAX;
 
-use super::frame::{HEADER_BYTES, Header};
+use super::frame::{HEADER_BYTES, Header, Phase};
 use super::peer::{Link, Links, Notice, ended_here};
-use crate::Error;
 use crate::socket::{self, Stop};
+use crate::{Error, Op};
 
 /// What goes to and comes from one peer in one exchange. Kept between operations, so nothing is allocated.
 #[derive(Debug)]
@@ -28,6 +28,8 @@ pub(super) struct Lane {
     /// Bytes of the incoming buffer.
     recv: Range<usize>,
     got: usize,
+    /// Operations begun with the peer.
+    sequence: u64,
     /// What became of the peer's control connection.
     end: End,
 }
@@ -53,12 +55,30 @@ impl Lane {
             head_in: [0; HEADER_BYTES],
             recv: 0..0,
             got: HEADER_BYTES,
+            sequence: 0,
             end: End::Open,
         }
     }
 
-    /// Prepares the lane: `send` and `recv` are ranges of elements of the two buffers.
+    /// Both ranks begin another operation.
+    pub(super) const fn begin(&mut self) {
+        self.sequence += 1;
+    }
+
+    /// The number of the operation last begun.
+    pub(super) const fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Elements of the incoming buffer that came.
+    pub(super) fn received(&self) -> Range<usize> {
+        self.recv.start / size_of::<f32>()..self.recv.end / size_of::<f32>()
+    }
+
+    /// Prepares the lane: `send` and `recv` are ranges of elements of the two buffers. In an open exchange less than
+    /// `recv` may come.
     pub(super) fn load(&mut self, head: Header, send: Range<usize>, recv: Range<usize>) {
+        let head = Header { sequence: self.sequence, ..head };
         self.head_out = Header { count: send.len() as u64, ..head }.encode();
         self.expected = Header { count: recv.len() as u64, ..head };
         self.send = bytes(send);
@@ -102,7 +122,7 @@ pub(super) struct Exchange<'a> {
     pub(super) lanes: &'a mut [Lane],
     pub(super) out: &'a [u8],
     pub(super) into: &'a mut [u8],
-    pub(super) head: Header,
+    pub(super) op: Op,
     pub(super) limit: Limit,
 }
 
@@ -171,15 +191,18 @@ impl Exchange<'_> {
         let lane = &mut self.lanes[peer];
         let headless = lane.got < HEADER_BYTES;
         let head = &mut lane.head_in[lane.got.min(HEADER_BYTES)..];
-        let body = &mut self.into[lane.recv.clone()][lane.got.saturating_sub(HEADER_BYTES)..];
+        // Of an open frame the header is read first: only it tells where the frame ends.
+        let open = headless && lane.expected.phase == Phase::Open;
+        let room = if open { lane.recv.start..lane.recv.start } else { lane.recv.clone() };
+        let body = &mut self.into[room][lane.got.saturating_sub(HEADER_BYTES)..];
         let mut stream = &link.data;
         let count = outcome(stream.read_vectored(&mut [IoSliceMut::new(head), IoSliceMut::new(body)]))?;
         lane.got += count;
-        if headless
-            && lane.got >= HEADER_BYTES
-            && let Err(error) = lane.expected.check(peer as u32, &lane.head_in)
-        {
-            return Ok(Err(error));
+        if headless && lane.got >= HEADER_BYTES {
+            match lane.expected.check(peer as u32, &lane.head_in) {
+                Ok(count) => lane.recv.end = lane.recv.start + count * size_of::<f32>(),
+                Err(error) => return Ok(Err(error)),
+            }
         }
         Ok(Ok(if count > 0 { Moved::Some } else { Moved::None }))
     }
@@ -194,7 +217,7 @@ impl Exchange<'_> {
         if let Some(mismatch) = self.differing_frame(peer, link) {
             return mismatch;
         }
-        let collective = self.head.op.name();
+        let collective = self.op.name();
         match (self.lanes[peer].end, stop) {
             (End::Notice(notice), _) => Error::told(peer as u32, notice.cause, collective),
             (_, Stop::Io(error)) => Error::io(format!("{collective} with rank {peer}"), &error),
@@ -227,7 +250,7 @@ impl Exchange<'_> {
         if left.is_zero() {
             return Err(self.late());
         }
-        let noticed = self.poll(left).map_err(|error| Error::io(self.head.op.name(), &error))?;
+        let noticed = self.poll(left).map_err(|error| Error::io(self.op.name(), &error))?;
         let Some(peer) = noticed else { return Ok(()) };
         if self.links.ended() {
             return Err(ended_here(self.rank));
@@ -241,8 +264,8 @@ impl Exchange<'_> {
         for peer in 0..self.lanes.len() {
             let End::Notice(notice) = self.lanes[peer].end else { continue };
             let Some(link) = self.links.to(peer) else { continue };
-            if notice.sequence <= self.head.sequence {
-                let told = Error::told(peer as u32, notice.cause, self.head.op.name());
+            if notice.sequence <= self.lanes[peer].sequence {
+                let told = Error::told(peer as u32, notice.cause, self.op.name());
                 return Err(self.differing_frame(peer, link).unwrap_or(told));
             }
         }
@@ -292,8 +315,8 @@ impl Exchange<'_> {
             .or_else(|| find(|lane| !lane.all_sent()));
         Error::Deadline {
             rank: rank.map_or(self.rank, |rank| rank as u32),
-            collective: self.head.op.name(),
-            sequence: self.head.sequence,
+            collective: self.op.name(),
+            sequence: rank.map_or(0, |rank| self.lanes[rank].sequence),
             after: self.limit.after,
         }
     }

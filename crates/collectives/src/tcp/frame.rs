@@ -6,7 +6,7 @@ use crate::{Error, Op};
 /// "CHRT": bytes that do not start with it are not a frame of this crate.
 const MAGIC: u32 = 0x5452_4843;
 /// Version of the frame format; the rendezvous has compared it before, so a difference here is a bug.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Size of a header on the wire.
 pub(super) const HEADER_BYTES: usize = 40;
 
@@ -22,6 +22,8 @@ pub(super) enum Phase {
     Scatter,
     /// Its second: the sums travel back.
     Gather,
+    /// The only exchange of an operation whose receivers learn the counts from the headers.
+    Open,
 }
 
 /// What a frame says about itself.
@@ -31,11 +33,11 @@ pub(super) struct Header {
     pub(super) phase: Phase,
     /// The root of a broadcast, else 0.
     pub(super) root: u32,
-    /// Number of the operation in the life of the group, from 1.
+    /// Number of the operation among those of these two ranks, from 1.
     pub(super) sequence: u64,
     /// Elements in the whole operation; 0 where ranks may differ.
     pub(super) total: u64,
-    /// Elements that follow this header.
+    /// Elements that follow this header; at most so many when they are expected in [`Phase::Open`].
     pub(super) count: u64,
 }
 
@@ -57,10 +59,28 @@ impl Header {
         bytes
     }
 
-    /// Compares what came from `rank` with what was expected, the most telling difference first.
-    pub(super) fn check(&self, rank: u32, bytes: &[u8; HEADER_BYTES]) -> Result<(), Error> {
+    /// Compares what came from `rank` with what was expected, the most telling difference first. Returns the elements
+    /// that follow.
+    pub(super) fn check(&self, rank: u32, bytes: &[u8; HEADER_BYTES]) -> Result<usize, Error> {
+        if self.phase == Phase::Open {
+            let count = u64::from_le_bytes(std::array::from_fn(|at| bytes[32 + at]));
+            return match (Self { count, ..*self }).compare(rank, bytes)? {
+                told if told <= self.count => Ok(told as usize),
+                told => Err(Error::Mismatch {
+                    rank,
+                    collective: self.op.name(),
+                    what: "count",
+                    ours: format!("at most {}", self.count),
+                    theirs: told.to_string(),
+                }),
+            };
+        }
+        self.compare(rank, bytes).map(|count| count as usize)
+    }
+
+    fn compare(&self, rank: u32, bytes: &[u8; HEADER_BYTES]) -> Result<u64, Error> {
         if *bytes == self.encode() {
-            return Ok(());
+            return Ok(self.count);
         }
         let differs = |what, ours: String, theirs: String| Error::Mismatch {
             rank,
@@ -97,6 +117,6 @@ impl Header {
                 return Err(differs(what, name(mine), name(other)));
             }
         }
-        Ok(())
+        Ok(self.count)
     }
 }

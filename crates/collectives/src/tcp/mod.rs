@@ -10,14 +10,15 @@ mod frame;
 mod peer;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use types::TpRank;
+use types::{TpRank, TpSize};
 
 use self::exchange::{Exchange, Lane, Limit};
 use self::frame::{Header, Phase};
-use self::peer::{Links, Notice, ended_here};
+use self::peer::{Links, ended_here};
+use crate::counters::Moved;
 use crate::{Collective, Counters, Error, Op, check, socket, sum};
 
 pub use self::peer::AbortHandle;
@@ -43,21 +44,34 @@ impl Default for TcpOptions {
     }
 }
 
-/// One rank of a group joined by TCP. Made by the rendezvous. Dropping it is leaving: the others get
-/// [`Error::PeerLost`].
+/// One rank of a group joined by TCP, or of a sub-group of it. Made by the rendezvous. Dropping it and its sub-groups is
+/// leaving: the others get [`Error::PeerLost`].
 #[derive(Debug)]
 pub struct Tcp {
+    /// In this group.
+    rank: TpRank,
+    /// Rank 0 of this group in the whole one; its ranks follow each other.
+    first: usize,
+    links: Arc<Links>,
+    core: Arc<Mutex<Core>>,
+    counters: Counters,
+}
+
+/// What a group and its sub-groups share: the connections, and what has gone over them.
+#[derive(Debug)]
+struct Core {
+    /// In the whole group, as are all ranks here.
     rank: TpRank,
     options: TcpOptions,
     links: Arc<Links>,
     /// Indexed by rank; this rank's own stays complete.
     lanes: Vec<Lane>,
-    sequence: u64,
     /// The other ranks' summands; grows to the largest operation seen.
     summands: Vec<f32>,
     /// This rank's part of a two-step all-reduce; grows likewise.
     part: Vec<f32>,
-    counters: Counters,
+    /// Messages sent so far.
+    messages: u64,
     failed: Option<Error>,
 }
 
@@ -65,33 +79,49 @@ pub struct Tcp {
 #[derive(Clone, Copy)]
 struct Call {
     op: Op,
+    /// The root of a broadcast, in the group that runs it.
     root: u32,
     /// Elements in the whole operation; 0 where ranks may differ.
     total: usize,
     until: Instant,
 }
 
+/// A group in the middle of an operation.
+struct Running<'a> {
+    core: &'a mut Core,
+    rank: TpRank,
+    first: usize,
+}
+
 impl Tcp {
     /// A rank with its connections, indexed by rank (`None` for itself).
     pub(crate) fn new(rank: TpRank, peers: Vec<Option<Link>>, options: TcpOptions) -> Self {
         assert_eq!(peers.len(), rank.size().as_usize(), "one link for each rank");
-        Self {
+        let lanes = peers.iter().map(|_| Lane::new()).collect();
+        let links = Arc::new(Links::new(rank.index(), peers));
+        let core = Core {
             rank,
             options,
-            lanes: peers.iter().map(|_| Lane::new()).collect(),
-            links: Arc::new(Links::new(rank.index(), peers)),
-            sequence: 0,
+            links: Arc::clone(&links),
+            lanes,
             summands: Vec::new(),
             part: Vec::new(),
-            counters: Counters::default(),
+            messages: 0,
             failed: None,
-        }
+        };
+        Self { rank, first: 0, links, core: Arc::new(Mutex::new(core)), counters: Counters::default() }
     }
 
-    /// What this rank has done so far.
-    #[must_use]
-    pub const fn counters(&self) -> Counters {
-        self.counters
+    /// This rank's part in the sub-group of `size` ranks it belongs to: ranks 0 to `size - 1` are the first, and so on.
+    /// Sub-groups use the connections of the group, may run different operations at the same time, and end with it.
+    /// Errors name ranks by their number in the whole group.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when this group does not divide into sub-groups of `size`.
+    pub fn split(&self, size: TpSize) -> Result<Self, Error> {
+        let (rank, first) = check::subgroup(self.rank, size)?;
+        let (links, core) = (Arc::clone(&self.links), Arc::clone(&self.core));
+        Ok(Self { rank, first: self.first + first, links, core, counters: Counters::default() })
     }
 
     /// A handle that ends the group from another thread.
@@ -112,60 +142,88 @@ impl Tcp {
         len - mine + mine * (ranks - 1)
     }
 
+    /// Messages `rank` sends in an all-reduce of `len` elements.
+    #[must_use]
+    pub const fn all_reduce_messages(rank: TpRank, len: usize) -> usize {
+        let others = rank.size().as_usize() - 1;
+        if at_once(rank, len) { others } else { 2 * others }
+    }
+
     /// A barrier that may take longer than other operations: for work at start that ranks finish far apart, such as
     /// reading weights.
     ///
     /// # Errors
     /// As [`Collective::barrier`].
     pub fn barrier_within(&mut self, within: Duration) -> Result<(), Error> {
-        let usual = std::mem::replace(&mut self.options.deadline, within);
+        let usual = std::mem::replace(&mut lock(&self.core).options.deadline, within);
         let outcome = self.barrier();
-        self.options.deadline = usual;
+        lock(&self.core).options.deadline = usual;
         outcome
     }
 
     /// A first barrier with a deadline of its own: after it every connection is known to work. It is operation
     /// number 0 and not counted.
     pub(crate) fn settle(&mut self, within: Duration) -> Result<(), Error> {
-        let usual = std::mem::replace(&mut self.options.deadline, within);
-        let call = self.call(Op::Barrier, 0, 0);
-        let outcome = self.exchange((call, Phase::First), &[], &mut [], |_| (0..0, 0..0));
-        self.options.deadline = usual;
-        outcome.inspect_err(|error| self.fail(error.clone(), self.sequence))
+        let mut core = lock(&self.core);
+        let usual = std::mem::replace(&mut core.options.deadline, within);
+        let mut running = Running { core: &mut core, rank: self.rank, first: self.first };
+        let call = running.call(Op::Barrier, 0, 0);
+        let outcome = running.exchange((call, Phase::First), &[], &mut [], |_| (0..0, 0..0));
+        core.options.deadline = usual;
+        let all = 0..core.lanes.len();
+        outcome.inspect_err(|error| core.fail(error.clone(), all))
     }
 
-    /// Runs one operation: fails at once after an earlier failure, counts what moved (`work` returns elements sent
-    /// and received), and on an error ends the group for everyone.
+    /// Runs one operation: fails at once after an earlier failure, counts what moved, and on an error ends the group
+    /// for everyone.
     fn run(
         &mut self,
         op: Op,
-        work: impl FnOnce(&mut Self) -> Result<(usize, usize), Error>,
+        work: impl FnOnce(&mut Running<'_>) -> Result<Moved, Error>,
     ) -> Result<(), Error> {
-        if let Some(error) = &self.failed {
+        let mut core = lock(&self.core);
+        if let Some(error) = &core.failed {
             return Err(error.clone());
         }
-        self.sequence += 1;
-        let outcome = if self.links.ended() { Err(ended_here(self.rank.index())) } else { work(self) };
+        let members = self.first..self.first + self.rank.size().as_usize();
+        core.lanes[members.clone()].iter_mut().for_each(Lane::begin);
+        let before = core.messages;
+        let outcome = if core.links.ended() {
+            Err(ended_here(core.rank.index()))
+        } else {
+            work(&mut Running { core: &mut core, rank: self.rank, first: self.first })
+        };
         match outcome {
-            Ok((sent, received)) => {
-                self.counters.note(op, sent * size_of::<f32>(), received * size_of::<f32>());
+            Ok(moved) => {
+                self.counters.note(op, core.messages - before, moved);
                 Ok(())
             }
             Err(error) => {
-                self.fail(error.clone(), self.sequence);
+                core.fail(error.clone(), members);
                 Err(error)
             }
         }
     }
+}
 
-    /// `sequence`: the first operation this rank does not complete.
-    fn fail(&mut self, error: Error, sequence: u64) {
-        self.links.end(Notice { cause: error.cause(), sequence });
+/// One thread uses a rank, so this never waits, and what a panic left is a group that has failed.
+fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
+    core.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Core {
+    /// Ends the group in an operation of `members`, or (when there are none) between two.
+    fn fail(&mut self, error: Error, members: Range<usize>) {
+        // The first operation of each pair that this rank does not complete.
+        let first = |peer: usize| self.lanes[peer].sequence() + u64::from(!members.contains(&peer));
+        self.links.end(error.cause(), first);
         self.failed = Some(error);
     }
+}
 
+impl Running<'_> {
     fn call(&self, op: Op, root: u32, total: usize) -> Call {
-        Call { op, root, total, until: socket::from_now(self.options.deadline) }
+        Call { op, root, total, until: socket::from_now(self.core.options.deadline) }
     }
 
     /// One exchange. `route` is asked for each peer in rank order for the elements of `out` that go to it and those of
@@ -177,28 +235,26 @@ impl Tcp {
         into: &mut [f32],
         mut route: impl FnMut(usize) -> (Range<usize>, Range<usize>),
     ) -> Result<(), Error> {
-        let head = Header {
-            op: call.op,
-            phase,
-            root: call.root,
-            sequence: self.sequence,
-            total: call.total as u64,
-            count: 0,
-        };
-        for (peer, lane) in self.lanes.iter_mut().enumerate() {
+        let head =
+            Header { op: call.op, phase, root: call.root, sequence: 0, total: call.total as u64, count: 0 };
+        let ranks = self.rank.size().as_usize();
+        let lanes = self.core.lanes[self.first..self.first + ranks].iter_mut();
+        for (peer, lane) in lanes.enumerate() {
             let (send, recv) = route(peer);
             if peer != self.rank.as_usize() {
                 lane.load(head, send, recv);
             }
         }
+        self.core.messages += (ranks - 1) as u64;
+        let core = &mut *self.core;
         Exchange {
-            rank: self.rank.index(),
-            links: &self.links,
-            lanes: &mut self.lanes,
+            rank: core.rank.index(),
+            links: &core.links,
+            lanes: &mut core.lanes,
             out: bytemuck::cast_slice(out),
             into: bytemuck::cast_slice_mut(into),
-            head,
-            limit: Limit { until: call.until, after: self.options.deadline, spin: self.options.spin },
+            op: call.op,
+            limit: Limit { until: call.until, after: core.options.deadline, spin: core.options.spin },
         }
         .run()
     }
@@ -214,7 +270,7 @@ impl Tcp {
     ) -> Result<(), Error> {
         let me = self.rank.as_usize();
         let mine = own.len();
-        let mut summands = std::mem::take(&mut self.summands);
+        let mut summands = std::mem::take(&mut self.core.summands);
         let others = grown(&mut summands, mine * self.others());
         let mut start = 0;
         let outcome = self.exchange(step, data, others, |peer| {
@@ -229,14 +285,14 @@ impl Tcp {
             own.copy_from_slice(&data[before..before + mine]);
             sum::around(own, others, me);
         }
-        self.summands = summands;
+        self.core.summands = summands;
         outcome
     }
 
     /// Everyone sends everything to everyone.
     fn reduce_at_once(&mut self, call: Call, data: &mut [f32]) -> Result<(), Error> {
         let (me, len) = (self.rank.as_usize(), data.len());
-        let mut summands = std::mem::take(&mut self.summands);
+        let mut summands = std::mem::take(&mut self.core.summands);
         let others = grown(&mut summands, len * self.others());
         let outcome = self.exchange((call, Phase::First), data, others, |peer| {
             let place = peer - usize::from(peer > me);
@@ -245,15 +301,15 @@ impl Tcp {
         if outcome.is_ok() {
             sum::around(data, others, me);
         }
-        self.summands = summands;
+        self.core.summands = summands;
         outcome
     }
 
     /// Each rank sums one part and gives it to everyone.
     fn reduce_in_parts(&mut self, call: Call, data: &mut [f32]) -> Result<(), Error> {
-        let (me, ranks, len) = (self.rank.as_usize(), self.lanes.len(), data.len());
+        let (me, ranks, len) = (self.rank.as_usize(), self.rank.size().as_usize(), data.len());
         let count = |peer: usize| part_of(peer, ranks, len);
-        let mut room = std::mem::take(&mut self.part);
+        let mut room = std::mem::take(&mut self.core.part);
         let part = grown(&mut room, count(me));
         let mut outcome = self.scatter((call, Phase::Scatter), data, part, count);
         if outcome.is_ok() {
@@ -268,8 +324,24 @@ impl Tcp {
             let before: usize = (0..me).map(count).sum();
             data[before..before + part.len()].copy_from_slice(part);
         }
-        self.part = room;
+        self.core.part = room;
         outcome
+    }
+
+    /// Closes the gaps between what came: from each peer at the start of its room. This rank's own is put in its place.
+    fn close_gaps(&self, own: &[f32], recv: &mut [f32], came: &mut [usize]) {
+        let mut used = 0;
+        for (peer, came) in came.iter_mut().enumerate() {
+            *came = if peer == self.rank.as_usize() {
+                recv[used..used + own.len()].copy_from_slice(own);
+                own.len()
+            } else {
+                let got = self.core.lanes[self.first + peer].received();
+                recv.copy_within(got.clone(), used);
+                got.len()
+            };
+            used += *came;
+        }
     }
 
     const fn others(&self) -> usize {
@@ -308,7 +380,7 @@ impl Collective<[f32]> for Tcp {
                 true => this.reduce_at_once(call, data)?,
                 false => this.reduce_in_parts(call, data)?,
             }
-            Ok((moved, moved))
+            Ok(Moved { sent: moved, received: moved })
         })
     }
 
@@ -320,7 +392,7 @@ impl Collective<[f32]> for Tcp {
             check::length(Op::ReduceScatter, "length of the output", mine, own.len())?;
             let call = this.call(Op::ReduceScatter, 0, total);
             this.scatter((call, Phase::First), data, own, |peer| counts[peer])?;
-            Ok((total - mine, mine * this.others()))
+            Ok(Moved { sent: total - mine, received: mine * this.others() })
         })
     }
 
@@ -340,7 +412,7 @@ impl Collective<[f32]> for Tcp {
             })?;
             let before: usize = counts[..me].iter().sum();
             all[before..before + mine].copy_from_slice(own);
-            Ok((mine * this.others(), total - mine))
+            Ok(Moved { sent: mine * this.others(), received: total - mine })
         })
     }
 
@@ -369,7 +441,34 @@ impl Collective<[f32]> for Tcp {
             let to: usize = recv_counts[..me].iter().sum();
             let own = send_counts[me];
             recv[to..to + own].copy_from_slice(&send[from..from + own]);
-            Ok((sends - own, receives - own))
+            Ok(Moved { sent: sends - own, received: receives - own })
+        })
+    }
+
+    fn all_to_all_open(
+        &mut self,
+        send: &[f32],
+        send_counts: &[usize],
+        recv: &mut [f32],
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error> {
+        self.run(Op::AllToAll, |this| {
+            let open =
+                check::Open { send: send.len(), send_counts, recv: recv.len(), room, came: came.len() };
+            open.check(this.rank)?;
+            let (mut from, mut to) = (0, 0);
+            let call = this.call(Op::AllToAll, 0, 0);
+            this.exchange((call, Phase::Open), send, recv, |peer| {
+                let ranges = (from..from + send_counts[peer], to..to + room[peer]);
+                (from, to) = (ranges.0.end, ranges.1.end);
+                ranges
+            })?;
+            let me = this.rank.as_usize();
+            let from: usize = send_counts[..me].iter().sum();
+            let own = send_counts[me];
+            this.close_gaps(&send[from..from + own], recv, came);
+            Ok(Moved { sent: send.len() - own, received: came.iter().sum::<usize>() - own })
         })
     }
 
@@ -381,11 +480,11 @@ impl Collective<[f32]> for Tcp {
             // Ranks that are not the root send headers only, so a rank with another root or size is found out.
             if this.rank.index() == root {
                 this.exchange((call, Phase::First), data, &mut [], |_| (0..len, 0..0))?;
-                return Ok((len * this.others(), 0));
+                return Ok(Moved { sent: len * this.others(), received: 0 });
             }
             let from = |peer| if peer == root as usize { 0..len } else { 0..0 };
             this.exchange((call, Phase::First), &[], data, |peer| (0..0, from(peer)))?;
-            Ok((0, len))
+            Ok(Moved { sent: 0, received: len })
         })
     }
 
@@ -393,18 +492,24 @@ impl Collective<[f32]> for Tcp {
         self.run(Op::Barrier, |this| {
             let call = this.call(Op::Barrier, 0, 0);
             this.exchange((call, Phase::First), &[], &mut [], |_| (0..0, 0..0))?;
-            Ok((0, 0))
+            Ok(Moved::default())
         })
     }
 
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
     fn abort(&mut self) {
-        if self.failed.is_none() {
-            self.fail(ended_here(self.rank.index()), self.sequence + 1);
+        let mut core = lock(&self.core);
+        if core.failed.is_none() {
+            let here = ended_here(core.rank.index());
+            core.fail(here, 0..0);
         }
     }
 }
 
-impl Drop for Tcp {
+impl Drop for Core {
     fn drop(&mut self) {
         // The connections may be shared with an abort handle, which must not keep the peers waiting.
         if !self.links.ended() {

@@ -22,8 +22,8 @@ const NOTICE_BYTES: usize = 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Notice {
     pub(super) cause: Cause,
-    /// The first operation the rank does not complete: it has done its part in all before, and so has everyone
-    /// else begun them, so they can still end well. 0 when it may be in the middle of any.
+    /// The first operation with this peer that the rank does not complete: it has done its part in all before, so they
+    /// can still end well. 0 when it may be in the middle of any.
     pub(super) sequence: u64,
 }
 
@@ -58,14 +58,15 @@ impl Links {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Tells every peer why this rank gives up, then closes: peers blocked in an operation wake up.
-    pub(super) fn end(&self, notice: Notice) {
+    /// Tells every peer why this rank gives up, then closes: peers blocked in an operation wake up. `sequence` is asked
+    /// for each peer's [`Notice::sequence`].
+    pub(super) fn end(&self, cause: Cause, sequence: impl Fn(usize) -> u64) {
         if self.ended.swap(true, Ordering::AcqRel) {
             return;
         }
-        let notice = encode(notice);
         for (peer, link) in self.peers.iter().enumerate() {
             let Some(link) = link else { continue };
+            let notice = encode(Notice { cause, sequence: sequence(peer) });
             // The connection is empty, so so few bytes fit or the peer is gone.
             let mut control = &link.control;
             if let Err(error) = control.write_all(&notice) {
@@ -103,7 +104,7 @@ impl AbortHandle {
     /// As [`Collective::abort`](crate::Collective::abort): the operation in progress here fails, and so do those of
     /// the peers.
     pub fn abort(&self) {
-        self.links.end(Notice { cause: Cause::Asked, sequence: 0 });
+        self.links.end(Cause::Asked, |_| 0);
     }
 }
 

@@ -102,11 +102,24 @@ impl Collective<[f32]> for Boxed {
     ) -> Result<(), collectives::Error> {
         self.0.all_to_all_v(send, send_counts, recv, recv_counts)
     }
+    fn all_to_all_open(
+        &mut self,
+        send: &[f32],
+        send_counts: &[usize],
+        recv: &mut [f32],
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), collectives::Error> {
+        self.0.all_to_all_open(send, send_counts, recv, room, came)
+    }
     fn broadcast(&mut self, root: u32, data: &mut [f32]) -> Result<(), collectives::Error> {
         self.0.broadcast(root, data)
     }
     fn barrier(&mut self) -> Result<(), collectives::Error> {
         self.0.barrier()
+    }
+    fn counters(&self) -> collectives::Counters {
+        self.0.counters()
     }
     fn abort(&mut self) {
         self.0.abort();

@@ -25,11 +25,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     pub fn experts_touched(&mut self, batch: &Batch) -> Result<Vec<usize>, Error> {
         let rows = batch.tokens.len();
         self.backend.begin_step(batch)?;
-        let mut x = self.embed()?;
-        let mut touched = Vec::new();
+        let mut x = self.embed(rows)?;
+        let (mut touched, mut n) = (Vec::new(), None);
         for index in 0..self.config.layers.len() {
             touched.extend(self.touched(index, &x).map_err(|e| e.in_layer(index))?);
-            x = self.layer(index, x, rows).map_err(|e| e.in_layer(index))?;
+            (x, n) = self.layer(index, (x, n), &[rows]).map_err(|e| e.in_layer(index))?;
         }
         Ok(touched)
     }

@@ -3,11 +3,14 @@
 #![allow(dead_code, reason = "each test file uses the part it needs")]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use collectives::{InProcess, Op};
-use model::{Checkpoint, Files, KvBudget, Model, ModelConfig, Parts, ShardPlan};
+use model::{
+    Activity, Checkpoint, Files, KvBudget, Model, ModelConfig, Parts, Placement, ShardPlan, Sharing,
+};
 use ops::conformance::Random;
 use ops::{Backend, Batch, BatchSequence, BlockTable};
 use ops_cpu::{CpuBackend, HostCollective, Tensor};
@@ -52,21 +55,34 @@ pub(crate) struct Output {
     /// Steps taken, and all-reduces this rank took part in meanwhile.
     pub(crate) steps: u64,
     pub(crate) all_reduces: u64,
-    /// All-to-alls meanwhile.
+    /// All-to-alls meanwhile, and the messages they took.
     pub(crate) all_to_alls: u64,
+    pub(crate) all_to_all_messages: u64,
 }
 
 impl Output {
     fn new(layers: usize) -> Self {
         let hidden = vec![vec![]; layers + 1];
-        Self { logits: vec![], hidden, greedy: vec![], steps: 0, all_reduces: 0, all_to_alls: 0 }
+        Self {
+            logits: vec![],
+            hidden,
+            greedy: vec![],
+            steps: 0,
+            all_reduces: 0,
+            all_to_alls: 0,
+            all_to_all_messages: 0,
+        }
     }
 }
 
-/// How to run a prompt.
+/// How to run prompts.
 #[derive(Clone)]
 pub(crate) struct Run {
+    /// All ranks of the group.
     pub(crate) ranks: u32,
+    /// Sub-groups, which take turns in the prompts.
+    pub(crate) data: u32,
+    pub(crate) placement: Option<Arc<Placement>>,
     pub(crate) experts: ExpertSharding,
     pub(crate) dispatch: Dispatch,
     pub(crate) dtype: DType,
@@ -80,6 +96,8 @@ impl Run {
     pub(crate) fn whole(ranks: u32) -> Self {
         Self {
             ranks,
+            data: 1,
+            placement: None,
             experts: ExpertSharding::Tensor,
             dispatch: Dispatch::Replicated,
             dtype: DType::F32,
@@ -130,19 +148,43 @@ impl Golden {
     where
         B: Backend<Tensor = Tensor>,
     {
+        self.run_counted(run, config, prompts, wrap).0
+    }
+
+    /// As [`Golden::run_with`], with what each rank has counted in the end.
+    pub(crate) fn run_counted<B>(
+        &self,
+        run: &Run,
+        config: &ModelConfig,
+        prompts: &[Vec<u32>],
+        wrap: impl Fn(CpuBackend) -> B + Sync,
+    ) -> (Vec<Output>, Vec<Activity>)
+    where
+        B: Backend<Tensor = Tensor>,
+    {
         let size = TpSize::new(run.ranks).unwrap();
         let ranks: Vec<_> = size.ranks().zip(InProcess::group(size, Duration::from_secs(60))).collect();
+        let data = run.data as usize;
         thread::scope(|scope| {
             let wrap = &wrap;
             let start = |(rank, comm)| {
                 scope.spawn(move || {
                     let mut rank = self.rank(run, config, (rank, comm), wrap);
-                    prompts.iter().map(|ids| rank.run(ids, run)).collect::<Vec<Output>>()
+                    rank.steps = lockstep(run, prompts);
+                    let own = prompts.iter().skip(rank.subgroup).step_by(data);
+                    let outputs = own.map(|ids| rank.run(ids, run)).collect::<Vec<Output>>();
+                    rank.idle();
+                    (outputs, rank.model.gather_activity().unwrap())
                 })
             };
             let running: Vec<_> = ranks.into_iter().map(start).collect();
-            let mut outputs: Vec<_> = running.into_iter().map(|rank| rank.join().unwrap()).collect();
-            outputs.swap_remove(0)
+            let results: Vec<_> = running.into_iter().map(|rank| rank.join().unwrap()).collect();
+            let activity = results[0].1.clone();
+            assert!(results.iter().all(|(_, told)| *told == activity), "all ranks are told the same");
+            let first_of_each = results.into_iter().step_by(run.ranks as usize / data);
+            let mut by_subgroup: Vec<_> = first_of_each.map(|(outputs, _)| outputs.into_iter()).collect();
+            let outputs = (0..prompts.len()).map(|at| by_subgroup[at % data].next().unwrap()).collect();
+            (outputs, activity)
         })
     }
 
@@ -154,34 +196,66 @@ impl Golden {
         wrap: &impl Fn(CpuBackend) -> B,
     ) -> Rank<B> {
         let checkpoint = Checkpoint::open(Files::Directory(self.directory.clone())).unwrap();
-        let plan = ShardPlan::sharded(config, rank, run.experts).unwrap();
+        let tensor = TpSize::new(run.ranks / run.data).unwrap();
+        let sharing = Sharing { tensor, experts: run.experts, placement: run.placement.clone() };
+        let plan = ShardPlan::shared(config, rank, &sharing).unwrap();
+        let subgroup = plan.subgroup();
         let mut backend = wrap(CpuBackend::new(run.dtype, 1).unwrap());
         let (weights, _) = model::load(&checkpoint, config, &plan, &mut backend, &()).unwrap();
+        let own = (run.data > 1).then(|| HostCollective(comm.split(tensor).unwrap()));
         let parts = Parts {
             config: config.clone(),
             plan,
             backend,
             comm: HostCollective(comm),
+            subgroup: own,
             weights,
             dispatch: run.dispatch,
         };
         let block_size = BlockSize::new(BLOCK_TOKENS).unwrap();
         let model = Model::new(parts, KvBudget { block_size, blocks: [BLOCKS; 2] }).unwrap();
-        Rank { model, window_keys: config.window_keys, vocab: config.vocab_size }
+        let (window_keys, vocab) = (config.window_keys, config.vocab_size);
+        Rank { model, window_keys, vocab, subgroup, steps: Vec::new(), done: 0 }
     }
+}
+
+/// Rows of each sub-group in each step, as the leader of a group would plan them: all sub-groups work through their
+/// prompts, and those that are done have no rows.
+fn lockstep(run: &Run, prompts: &[Vec<u32>]) -> Vec<Vec<usize>> {
+    let data = run.data as usize;
+    let of_prompt = |ids: &Vec<u32>| {
+        let (mut steps, mut done) = (Vec::new(), 0);
+        while done < ids.len() {
+            let chunk = run.chunks[steps.len().min(run.chunks.len() - 1)].min(ids.len() - done);
+            steps.push(chunk);
+            done += chunk;
+        }
+        steps.extend(vec![1; run.continued]);
+        steps
+    };
+    let of_subgroup = |at| prompts.iter().skip(at).step_by(data).flat_map(of_prompt).collect::<Vec<_>>();
+    let by_subgroup: Vec<Vec<usize>> = (0..data).map(of_subgroup).collect();
+    let steps = by_subgroup.iter().map(Vec::len).max().unwrap_or(0);
+    let rows = |step: usize| by_subgroup.iter().map(|own| own.get(step).copied().unwrap_or(0)).collect();
+    (0..steps).map(rows).collect()
 }
 
 struct Rank<B: Backend> {
     model: Model<B, HostCollective<InProcess>>,
     window_keys: u32,
     vocab: usize,
+    subgroup: usize,
+    /// Rows of each sub-group, by step.
+    steps: Vec<Vec<usize>>,
+    /// Steps taken.
+    done: usize,
 }
 
 impl<B: Backend<Tensor = Tensor>> Rank<B> {
     fn run(&mut self, ids: &[u32], run: &Run) -> Output {
         let layers = self.model.config().layers.len();
         let mut output = Output::new(layers);
-        let before = [Op::AllReduce, Op::AllToAll].map(|op| self.count(op));
+        let before = self.model.activity();
         // Blocks in a shuffled order: a table that is not followed reads the wrong keys.
         let order = Random::new(7).shuffled(BLOCKS as usize);
         let (mut done, mut chunk) = (0, 0);
@@ -202,14 +276,21 @@ impl<B: Backend<Tensor = Tensor>> Rank<B> {
             output.logits.extend(rest.logits);
             output.steps += rest.steps;
         }
-        output.all_reduces = self.count(Op::AllReduce) - before[0];
-        output.all_to_alls = self.count(Op::AllToAll) - before[1];
+        let done = self.model.activity().collectives.since(&before.collectives);
+        output.all_reduces = done.of(Op::AllReduce).ops;
+        output.all_to_alls = done.of(Op::AllToAll).ops;
+        output.all_to_all_messages = done.of(Op::AllToAll).messages_sent;
         output.logits.truncate(ids.len() * self.vocab);
         output
     }
 
-    fn count(&mut self, op: Op) -> u64 {
-        self.model.comm_mut().0.counters().of(op).ops
+    /// Takes the steps that other sub-groups still have rows in.
+    fn idle(&mut self) {
+        while let Some(rows) = self.steps.get(self.done) {
+            let nothing = |_: usize, _: &[f32]| unreachable!("no row has logits");
+            self.model.step_among(&Batch::default(), rows, nothing).unwrap();
+            self.done += 1;
+        }
     }
 
     fn step(&mut self, tokens: &[u32], start: usize, order: &[usize], output: &mut Output) {
@@ -239,7 +320,8 @@ impl<B: Backend<Tensor = Tensor>> Rank<B> {
             hidden[at].extend_from_slice(x.as_slice());
             Ok(())
         };
-        self.model.step_observed(&batch, sink, observe).unwrap();
+        self.model.step_observed(&batch, &self.steps[self.done], sink, observe).unwrap();
+        self.done += 1;
     }
 }
 

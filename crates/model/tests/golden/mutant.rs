@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use ops::{
-    Backend, Batch, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+    Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing,
+    Window,
 };
 use ops_cpu::{CpuBackend, KvLayer, Routed, Tensor, Weight};
 use types::{DType, TokenId};
@@ -183,6 +184,19 @@ impl Backend for Mutant {
     ) -> Result<Tensor, Error> {
         let x = self.input(x);
         self.inner.routed_experts(&x, &routed.0, gate_up, down, first_expert)
+    }
+
+    fn place(
+        &mut self,
+        (routed, x): (Routed, Tensor),
+        slots: &ExpertSlots,
+        first_row: usize,
+    ) -> Result<(Routed, Tensor), Error> {
+        Ok((self.inner.place(routed, slots, first_row)?, x))
+    }
+
+    fn count_choices(&mut self, (routed, _): &(Routed, Tensor), counts: &mut [u64]) -> Result<bool, Error> {
+        self.inner.count_choices(routed, counts)
     }
 
     fn slice_rows(&mut self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, Error> {

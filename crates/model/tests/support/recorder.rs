@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::{MlpWeights, Weights};
 use ops::{
-    Backend, Batch, Error, ExpertOwners, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+    Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing,
+    Window,
 };
 use types::{Bytes, DType, TokenId};
 
@@ -152,6 +153,14 @@ impl Backend for Recorder {
         _: &HostTensor,
         _: usize,
     ) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn place(&mut self, (): (), _: &ExpertSlots, _: usize) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn count_choices(&mut self, (): &(), _: &mut [u64]) -> Result<bool, Error> {
         unreachable!("loading takes no step")
     }
 

@@ -1,7 +1,8 @@
 //! Rows sent to the ranks that hold their experts and back: the whole way, with every rank played by one backend.
 
 use super::{Bench, reference as r};
-use crate::{Backend, Error, ExpertOwners, Packed, Routing, Scoring};
+use crate::{Backend, Error, ExpertOwners, ExpertSlots, Packed, Routing, Scoring};
+use types::TokenId;
 
 const HIDDEN: usize = 24;
 const INTERMEDIATE: usize = 16;
@@ -23,7 +24,60 @@ pub(super) fn cases<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
         let skewed: Vec<f32> = (0..9 * EXPERTS).map(|i| if i % EXPERTS < 2 { 2.0 } else { -2.0 }).collect();
         round_trip(bench, &skewed, ranks, 2)?;
     }
+    placed(bench)?;
+    counted(bench)?;
     slices(bench)
+}
+
+/// Slots of a shuffled placement with copies: experts 2 and 5 are held twice and three times.
+const HELD: [u32; 11] = [5, 0, 2, 7, 5, 1, 6, 2, 3, 4, 5];
+
+/// Every row is worked on by the slot that follows from its token and position, from any row on.
+fn placed<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
+    const ROWS: usize = 9;
+    let slots = ExpertSlots::new(EXPERTS, &HELD)?;
+    let routing = Routing { top_k: 3, scoring: Scoring::Sigmoid { renormalize: true } };
+    let owners = ExpertOwners { ranks: HELD.len(), experts_each: 1 };
+    let logits = bench.values(ROWS * EXPERTS);
+    for first_row in [0, 4] {
+        let device_logits = bench.rows(EXPERTS, &logits)?;
+        let own = bench.backend.slice_rows(&device_logits, first_row..ROWS)?;
+        let routed = bench.backend.route(&own, routing)?;
+        let routed = bench.backend.place(routed, &slots, first_row)?;
+        // With a slot to each rank, the counts of the packed rows say which slots were chosen.
+        let x = bench.backend.buffer(ROWS - first_row, HIDDEN)?;
+        let Packed { counts, .. } = bench.backend.pack(&x, &routed, owners)?;
+        let mut expected = vec![0.0; HELD.len()];
+        for (row, logits) in r::wide(&logits).chunks(EXPERTS).enumerate().skip(first_row) {
+            // The bench numbers tokens and positions as the rows.
+            let row = row as u32;
+            for (expert, _) in r::route(logits, routing) {
+                expected[slots.of_row(expert, TokenId(row), row) as usize] += 1.0;
+            }
+        }
+        let got: Vec<f32> = counts.iter().map(|count| *count as f32).collect();
+        bench.compare_values(&format!("slots from row {first_row}"), &got, &expected);
+    }
+    Ok(())
+}
+
+/// Choices are added to what was counted before, or the backend says that it does not count.
+fn counted<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
+    let logits = bench.values(6 * EXPERTS);
+    let routing = Routing { top_k: 3, scoring: Scoring::Softmax };
+    let device_logits = bench.rows(EXPERTS, &logits)?;
+    let routed = bench.backend.route(&device_logits, routing)?;
+    let mut counts = [10; EXPERTS];
+    if !bench.backend.count_choices(&routed, &mut counts)? {
+        return Ok(());
+    }
+    let mut expected = vec![10.0; EXPERTS];
+    for logits in r::wide(&logits).chunks(EXPERTS) {
+        r::route(logits, routing).into_iter().for_each(|(expert, _)| expected[expert] += 1.0);
+    }
+    let got: Vec<f32> = counts.iter().map(|count| *count as f32).collect();
+    bench.compare_values("choices counted", &got, &expected);
+    Ok(())
 }
 
 /// Slices, possibly empty, added back where they were.

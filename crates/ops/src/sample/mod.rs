@@ -55,6 +55,12 @@ pub struct Draw<'a> {
 }
 
 impl Draw<'_> {
+    /// Whether the token is the most likely one of the logits as they are.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.is_plain() && self.params.is_greedy()
+    }
+
     /// Whether the logits are used as they are.
     fn is_plain(&self) -> bool {
         self.mask.is_none() && self.banned.is_empty() && self.rules.is_empty() && !self.params.has_penalties()

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -75,7 +76,7 @@ async fn answer(shared: &Arc<Shared>, request: Request, id: &mut String) -> Resu
     let answer = shared.generate(call, request).await.map_err(named)?;
     let view = View::new(id.clone(), show, tokenizer);
     if stream {
-        return respond(view, answer.into_stream()).await;
+        return respond(view, answer.into_stream(), shared.http_patience.quiet).await;
     }
     let mut whole = answer.collect().await.map_err(named)?;
     Ok(Json(view.whole(whole.pop().unwrap_or_default())).into_response())
@@ -123,10 +124,11 @@ struct Feed {
 async fn respond(
     view: View,
     messages: impl Stream<Item = Result<v1::GenerateResponse, Failure>> + Send + 'static,
+    quiet: Duration,
 ) -> Result<Response, ApiError> {
     let messages: Messages = Box::pin(messages);
     let mut messages = Box::pin(messages.peekable());
-    if let Some(Err(failure)) = stream::first(messages.as_mut().peek()).await {
+    if let Some(Err(failure)) = stream::first(quiet, messages.as_mut().peek()).await {
         return Err(named(failure.clone()));
     }
     let feed = Feed {
@@ -138,7 +140,7 @@ async fn respond(
     };
     let events = unfold(feed, |mut feed| async move { feed.next().await.map(|event| (event, feed)) });
     let events = events.map(Ok::<Event, Infallible>);
-    Ok(Sse::new(events).keep_alive(stream::keep_alive()).into_response())
+    Ok(Sse::new(events).keep_alive(stream::keep_alive(quiet)).into_response())
 }
 
 impl Feed {

@@ -16,9 +16,6 @@ use super::error::ApiError;
 use super::view::{Progress, Usage, View};
 use crate::answer::Answer;
 
-/// A comment is sent after this much silence, so that proxies keep the connection.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
-
 type Message = (usize, Result<v1::GenerateResponse, Failure>);
 type Messages = Peekable<SelectAll<Pin<Box<dyn Stream<Item = Message> + Send>>>>;
 
@@ -40,6 +37,7 @@ pub(super) async fn respond(
     view: View,
     answers: Vec<Answer>,
     per_prompt: usize,
+    quiet: Duration,
 ) -> Result<Response, ApiError> {
     let progress = vec![Progress::default(); answers.len() * per_prompt];
     let streams = answers.into_iter().enumerate().map(|(prompt, answer)| {
@@ -50,24 +48,24 @@ pub(super) async fn respond(
         Box::pin(messages) as Pin<Box<dyn Stream<Item = Message> + Send>>
     });
     let mut messages = Box::pin(select_all(streams).peekable());
-    if let Some((_, Err(failure))) = first(messages.as_mut().peek()).await {
+    if let Some((_, Err(failure))) = first(quiet, messages.as_mut().peek()).await {
         return Err(failure.clone().into());
     }
     let (usage, ready) = (Usage::default(), VecDeque::new());
     let feed = Feed { view, messages: Some(messages), progress, per_prompt, usage, ready };
     let events = unfold(feed, |mut feed| async move { feed.next().await.map(|event| (event, feed)) });
     let events = events.map(|data| Ok::<Event, Infallible>(Event::default().data(data)));
-    Ok(Sse::new(events).keep_alive(keep_alive()).into_response())
+    Ok(Sse::new(events).keep_alive(keep_alive(quiet)).into_response())
 }
 
 /// The first message of a stream, unless it takes so long that something has to be said before.
-pub(super) async fn first<T>(message: impl Future<Output = Option<T>>) -> Option<T> {
-    tokio::time::timeout(KEEP_ALIVE, message).await.ok().flatten()
+pub(super) async fn first<T>(quiet: Duration, message: impl Future<Output = Option<T>>) -> Option<T> {
+    tokio::time::timeout(quiet, message).await.ok().flatten()
 }
 
 /// Comments while there is nothing to say.
-pub(super) fn keep_alive() -> KeepAlive {
-    KeepAlive::new().interval(KEEP_ALIVE)
+pub(super) fn keep_alive(quiet: Duration) -> KeepAlive {
+    KeepAlive::new().interval(quiet)
 }
 
 impl Feed {

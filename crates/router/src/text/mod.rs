@@ -110,11 +110,7 @@ impl Text {
                 let Some(template) = &self.template else {
                     return Err(Failure::NoChatTemplate { needed_for: "chat".to_owned() });
                 };
-                let conversation = Conversation::try_from(&chat)?;
-                template.check_reads(&conversation).map_err(Failure::Invalid)?;
-                let rendered = template
-                    .render(conversation)
-                    .map_err(|why| Violation::new("chat", format!("the chat template refused it: {why}")))?;
+                let rendered = template.render_chat(&chat)?;
                 // The template has written the special tokens, BOS included.
                 let ids =
                     self.tokenizer.encode(&rendered, false).map_err(|why| Violation::new("chat", why))?;

@@ -7,13 +7,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind};
-use proto::{Chat, Message, Violation, v1};
+use proto::{Chat, Failure, Message, Violation, v1};
 
 use super::reads::read_before_set;
 use super::{strftime, to_python_json};
 use crate::{Error, ModelFiles};
 
 const NAME: &str = "chat";
+/// Cohere's templates number tool calls unless this says that they are numbered. They count injected documents as a call
+/// before all others where a call is written, and forget it where its results are.
+const RENUMBERS: &str = "regen_tool_call_ids";
 /// Variables that template arguments cannot set.
 const OF_FIELDS: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
@@ -99,6 +102,23 @@ fn message(index: usize, message: &Message) -> Result<Value, Violation> {
         map.insert("tool_calls", calls.collect::<Result<Value, Violation>>()?);
     }
     Ok(Value::from(map))
+}
+
+/// Names tool calls by their order in the conversation, from 1 when documents are the results of a call before them.
+fn numbered(mut chat: Chat) -> Chat {
+    let mut numbers: BTreeMap<String, String> = BTreeMap::new();
+    let mut next = usize::from(!chat.documents.is_empty());
+    for message in &mut chat.messages {
+        for call in &mut message.tool_calls {
+            let id = std::mem::replace(&mut call.id, next.to_string());
+            numbers.entry(id).or_insert_with(|| next.to_string());
+            next += 1;
+        }
+        if let Some(number) = message.tool_call_id.as_ref().and_then(|id| numbers.get(id)) {
+            message.tool_call_id = Some(number.clone());
+        }
+    }
+    chat
 }
 
 fn objects(field: &str, texts: &[String]) -> Result<Option<Value>, Violation> {
@@ -188,6 +208,22 @@ impl Template {
     #[must_use]
     pub fn reads(&self, name: &str) -> bool {
         self.reads.contains(name)
+    }
+
+    /// Checks that the template reads all of a chat, and renders it. For a template that numbers tool calls they are
+    /// numbered here.
+    ///
+    /// # Errors
+    /// [`Failure::Invalid`] with what the template does not read or refuses.
+    pub fn render_chat(&self, chat: &Chat) -> Result<String, Failure> {
+        let mut conversation = Conversation::try_from(chat)?;
+        if self.reads(RENUMBERS) && !conversation.arguments.contains_key(RENUMBERS) {
+            conversation = Conversation::try_from(&numbered(chat.clone()))?;
+            conversation.arguments.insert(RENUMBERS.to_owned(), Value::from(false));
+        }
+        self.check_reads(&conversation).map_err(Failure::Invalid)?;
+        let refused = |why| Violation::new("chat", format!("the chat template refused it: {why}")).into();
+        self.render(conversation).map_err(refused)
     }
 
     /// Renders a conversation, ending where the model is to go on.

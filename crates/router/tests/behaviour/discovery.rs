@@ -30,6 +30,25 @@ async fn the_model_and_its_limits_are_told() {
 }
 
 #[tokio::test]
+async fn what_the_ranks_of_each_group_did_is_told_over_all_its_ranks() {
+    let (one, other) = (Leader::serving().await, Leader::serving().await);
+    let router = TestRouter::ready(&[&one.address, &other.address]).await;
+    let answer =
+        soon(router.client().await.get_activity(v1::GetActivityRequest {})).await.unwrap().into_inner();
+    let group = |leader: &Leader| v1::GroupActivity {
+        address: leader.address.clone(),
+        plan: "tensor=2".to_owned(),
+        ranks: 2,
+        steps: 7,
+        tokens: 9,
+        calls: 100,
+        messages_sent: 200,
+        bytes_sent: 2000,
+    };
+    assert_eq!(answer.groups, [group(&one), group(&other)]);
+}
+
+#[tokio::test]
 async fn text_and_tokens_go_both_ways() {
     let leader = Leader::serving().await;
     let router = TestRouter::ready(&[&leader.address]).await;

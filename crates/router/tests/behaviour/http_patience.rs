@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tonic_health::pb::health_check_response::ServingStatus;
 
-use crate::http_client::{chat, receive};
+use crate::http_client::{chat, receive, send};
 use crate::support::{Leader, TestRouter, answer, chunk, config, demo_files, ids, soon};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -93,4 +93,24 @@ async fn a_stream_that_nobody_reads_is_cancelled() {
     soon(full).await;
     assert!(open.chunks.is_closed());
     drop(stream);
+}
+
+#[tokio::test]
+async fn a_stream_with_nothing_to_say_says_comments() {
+    let mut leader = Leader::serving().await;
+    let patience = HttpPatience { quiet: Duration::from_millis(50), ..HttpPatience::default() };
+    let router = impatient(&leader.address, patience).await;
+    let body = json!({ "messages": [{ "role": "user", "content": "Hi" }], "stream": true }).to_string();
+    for path in [CHAT, "/v2/chat"] {
+        let mut stream = send(&router, path, "", body.as_bytes()).await;
+        let open = leader.next().await;
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"\n:\n\n") {
+            let mut byte = [0];
+            soon(stream.read_exact(&mut byte)).await.unwrap();
+            seen.push(byte[0]);
+        }
+        open.play(answer("<|END_THINKING|>ok")).await;
+        assert!(rest(stream).await.contains("[DONE]"));
+    }
 }

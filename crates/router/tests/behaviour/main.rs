@@ -38,4 +38,5 @@ mod streaming;
 mod structured;
 mod templates;
 mod tokenizing;
+mod undecoded;
 mod vllm_api;

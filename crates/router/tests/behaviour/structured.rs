@@ -180,10 +180,8 @@ async fn a_thinking_budget_reaches_the_leader_with_the_markers() {
     }
 }
 
-#[tokio::test]
-async fn what_cannot_be_is_refused_with_its_path_before_a_leader_hears_of_it() {
-    let leader = Leader::serving().await.play_always(answer("<|END_THINKING|>ok"));
-    let router = TestRouter::ready(&[&leader]).await;
+/// What is asked, and the field that is refused.
+fn impossible_forms() -> Vec<(Value, &'static str)> {
     let schema =
         |schema: Value| json!({ "type": "json_schema", "json_schema": { "name": "s", "schema": schema } });
     let unique =
@@ -193,7 +191,7 @@ async fn what_cannot_be_is_refused_with_its_path_before_a_leader_hears_of_it() {
         (0..129).map(|n| json!({ "type": "function", "function": { "name": format!("f{n}") } })).collect();
     let deep =
         (0..100).fold(json!({ "type": "null" }), |inner, _| json!({ "type": "array", "items": inner }));
-    let cases = [
+    vec![
         (
             json!({ "response_format": schema(unique.clone()) }),
             "response_format.json_schema.schema/properties/list",
@@ -242,8 +240,14 @@ async fn what_cannot_be_is_refused_with_its_path_before_a_leader_hears_of_it() {
             "tools[0].function.parameters/properties/x",
         ),
         (json!({ "tools": many, "tool_choice": "required" }), "tools"),
-    ];
-    for (asked, field) in cases {
+    ]
+}
+
+#[tokio::test]
+async fn what_cannot_be_is_refused_with_its_path_before_a_leader_hears_of_it() {
+    let leader = Leader::serving().await.play_always(answer("<|END_THINKING|>ok"));
+    let router = TestRouter::ready(&[&leader]).await;
+    for (asked, field) in impossible_forms() {
         let answer = chat(&router, "Go", asked.clone()).await;
         let (param, message) = answer.refusal();
         assert_eq!(

@@ -160,6 +160,28 @@ impl Worker for Service {
         Ok(Response::new(Box::pin(states)))
     }
 
+    async fn get_activity(
+        &self,
+        _: Request<worker::GetActivityRequest>,
+    ) -> Result<Response<worker::GroupActivity>, Status> {
+        let all_reduces = worker::CollectiveActivity {
+            operation: "all_reduce_sum".to_owned(),
+            calls: 50,
+            messages_sent: 100,
+            bytes_sent: 1000,
+            bytes_received: 1000,
+        };
+        let rank =
+            worker::RankActivity { steps: 7, rows: 9, collectives: vec![all_reduces], ..Default::default() };
+        let ranks = vec![rank.clone(), rank];
+        Ok(Response::new(worker::GroupActivity {
+            plan: "tensor=2".to_owned(),
+            ranks,
+            layers: Vec::new(),
+            tokens: 9,
+        }))
+    }
+
     async fn generate(
         &self,
         request: Request<worker::GenerateRequest>,

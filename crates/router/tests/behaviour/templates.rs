@@ -186,3 +186,36 @@ fn dates_are_written_as_c_does() {
     }
     assert!(strftime("%Q", 0).is_err() && strftime("100%", 0).is_err());
 }
+
+#[test]
+fn tool_calls_are_numbered_for_a_template_that_numbers_them() {
+    let source = "{% set regen_tool_call_ids = regen_tool_call_ids | default(true) %}{{ regen_tool_call_ids }}\
+        {% for m in messages %}{% for c in m.tool_calls %}<{{ c.id }}>{% endfor %}{{ m.tool_call_id }}{% endfor %}{{ documents | default([], true) | length }}";
+    let files = ModelFiles { chat_template: Some(source.to_owned()), ..ModelFiles::default() };
+    let template = Template::load(&files).unwrap().unwrap();
+    let call = |id: &str| v1::ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: String::new() };
+    let called = v1::ChatMessage {
+        role: "assistant".to_owned(),
+        tool_calls: vec![call("a"), call("b")],
+        ..v1::ChatMessage::default()
+    };
+    let answered = v1::ChatMessage {
+        role: "tool".to_owned(),
+        tool_call_id: "b".to_owned(),
+        content: "x".to_owned(),
+        ..v1::ChatMessage::default()
+    };
+    let chat = |documents: &[&str], arguments: &str| {
+        Chat::try_from(v1::ChatPrompt {
+            messages: vec![called.clone(), answered.clone()],
+            documents: documents.iter().map(|&text| text.to_owned()).collect(),
+            template_arguments: arguments.to_owned(),
+            ..v1::ChatPrompt::default()
+        })
+        .unwrap()
+    };
+    assert_eq!(template.render_chat(&chat(&["{}"], "")).unwrap(), "false<1><2>21");
+    assert_eq!(template.render_chat(&chat(&[], "")).unwrap(), "false<0><1>10");
+    let own = template.render_chat(&chat(&[], "{\"regen_tool_call_ids\": true}")).unwrap();
+    assert_eq!(own, "true<a><b>b0");
+}

@@ -55,6 +55,11 @@ impl Guides {
         }
     }
 
+    /// Whether they say what `seq` may draw.
+    pub(crate) fn guide(&self, seq: SeqId) -> bool {
+        self.get(seq).is_some()
+    }
+
     fn get(&self, seq: SeqId) -> Option<Arc<Guide>> {
         self.open.read().unwrap_or_else(PoisonError::into_inner).get(&seq).cloned()
     }

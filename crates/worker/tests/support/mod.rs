@@ -37,9 +37,12 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         device: Device::Cpu,
         threads: Some(1),
         rank: TpRank::new(rank, size).unwrap(),
+        tensor: size,
+        expert_placement: None,
         experts: ExpertSharding::Tensor,
         dispatch: types::Dispatch::Replicated,
-        rendezvous: SocketAddr::from(([127, 0, 0, 1], 0)).into(),
+        rendezvous: ([127, 0, 0, 1], 0).into(),
+        leader: None,
         listen: ([127, 0, 0, 1], 0).into(),
         metrics_listen: None,
         limits: Limits {

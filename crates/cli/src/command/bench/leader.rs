@@ -84,6 +84,14 @@ impl Worker for Service {
         Ok(Response::new(Box::pin(states)))
     }
 
+    /// Nothing: it computes nothing.
+    async fn get_activity(
+        &self,
+        _: Request<worker::GetActivityRequest>,
+    ) -> Result<Response<worker::GroupActivity>, Status> {
+        Ok(Response::new(worker::GroupActivity::default()))
+    }
+
     async fn generate(
         &self,
         request: Request<worker::GenerateRequest>,

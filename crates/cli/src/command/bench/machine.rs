@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::num::NonZero;
 use std::thread::{self, available_parallelism};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use collectives::{Collective, Solo};
@@ -86,17 +86,28 @@ pub(super) trait Measurement {
 pub(super) trait Settled: Backend {
     /// Returns once everything that was queued is done.
     fn settle(&mut self) -> Result<(), ops::Error>;
+
+    /// How long the device had nothing to do between the last two steps, where that is measured.
+    fn idle(&self) -> Option<Duration>;
 }
 
 impl Settled for CpuBackend {
     fn settle(&mut self) -> Result<(), ops::Error> {
         Ok(())
     }
+
+    fn idle(&self) -> Option<Duration> {
+        None
+    }
 }
 
 impl Settled for CudaBackend {
     fn settle(&mut self) -> Result<(), ops::Error> {
         self.synchronize()
+    }
+
+    fn idle(&self) -> Option<Duration> {
+        Self::idle(self)
     }
 }
 
@@ -160,7 +171,8 @@ impl Target {
                 model::load(&checkpoint, &config, &plan, &mut backend, &())?.0
             }
         };
-        let parts = Parts { config, plan, backend, comm, weights, dispatch: Dispatch::Replicated };
+        let parts =
+            Parts { config, plan, backend, comm, subgroup: None, weights, dispatch: Dispatch::Replicated };
         let mut model = Model::new(parts, budget)?;
         model.fill_kv(1)?;
         Ok(model)

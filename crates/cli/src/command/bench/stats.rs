@@ -50,6 +50,29 @@ pub struct Summary {
     pub tpot_ms: Option<Percentiles>,
     /// Time to the end of the answer.
     pub e2e_ms: Option<Percentiles>,
+    /// What the ranks of each group sent each other in this time, warm-up included.
+    pub groups: Vec<GroupTraffic>,
+}
+
+/// What one group computed and its ranks sent each other, over all of them. Payload only.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GroupTraffic {
+    /// The parallel plan, in words.
+    pub plan: String,
+    /// Ranks of the group.
+    pub ranks: u32,
+    /// Steps taken.
+    pub steps: u64,
+    /// Tokens computed, those of prompts and those generated.
+    pub tokens: u64,
+    /// Payload bytes sent by all ranks together.
+    pub bytes_sent: u64,
+    /// Messages sent by all ranks together.
+    pub messages_sent: u64,
+    /// The same for each token computed.
+    pub bytes_per_token: f64,
+    /// The same for each token computed.
+    pub messages_per_token: f64,
 }
 
 impl Percentiles {
@@ -110,6 +133,7 @@ impl Summary {
             itl_ms: Percentiles::of(itl),
             tpot_ms: Percentiles::of(tpot),
             e2e_ms: Percentiles::of(e2e),
+            groups: Vec::new(),
         }
     }
 }

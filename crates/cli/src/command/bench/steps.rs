@@ -76,6 +76,8 @@ struct Decoded {
     share_of_floor: f64,
     /// Mean of a sparse layer.
     experts_touched: f64,
+    /// How long the card had nothing to do between two steps, the median; none on the CPU.
+    idle_us: Option<f64>,
 }
 
 /// One prompt length.
@@ -101,10 +103,20 @@ pub(super) fn decode(args: &DecodeArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     say!("{} on {}", target.name, machine.line());
-    let mut table = Table::new([Align::Right; 8]);
+    let mut table = Table::new([Align::Right; 9]);
     table.row(
-        ["batch", "context", "tok/s", "ms a step", "GB", "floor ms", "of floor", "experts a layer"]
-            .map(str::to_owned),
+        [
+            "batch",
+            "context",
+            "tok/s",
+            "ms a step",
+            "GB",
+            "floor ms",
+            "of floor",
+            "experts a layer",
+            "idle µs",
+        ]
+        .map(str::to_owned),
     );
     for row in rows {
         table.row([
@@ -116,6 +128,7 @@ pub(super) fn decode(args: &DecodeArgs) -> anyhow::Result<()> {
             format!("{:.3}", row.floor_ms),
             format!("{:.1} %", 100.0 * row.share_of_floor),
             format!("{:.1}", row.experts_touched),
+            row.idle_us.map_or_else(|| "-".to_owned(), |idle| format!("{idle:.1}")),
         ]);
     }
     table.lines().for_each(|line| say!("{line}"));
@@ -269,13 +282,14 @@ impl Decode<'_> {
         for _ in 0..COUNTED {
             touched.extend(model.experts_touched(&step(0, &mut tokens))?);
         }
-        let mut times = Vec::new();
+        let (mut times, mut idle) = (Vec::new(), Vec::new());
         for at in 0..WARM_UP + self.args.steps {
             let step = step(at, &mut tokens);
             let started = Instant::now();
             choose(model, &step)?;
             if at >= WARM_UP {
                 times.push(started.elapsed().as_secs_f64());
+                idle.extend(model.backend().idle().map(|idle| idle.as_secs_f64()));
             }
         }
         let time = median(times);
@@ -291,28 +305,17 @@ impl Decode<'_> {
             floor_ms: floor_s * 1e3,
             share_of_floor: floor_s / time,
             experts_touched: all as f64 / touched.len().max(1) as f64,
+            idle_us: (!idle.is_empty()).then(|| median(idle) * 1e6),
         })
     }
 }
 
-/// One step to its end: the most likely token of each row, chosen on the host.
+/// One step to its end: the most likely token of each row.
 fn choose<B: Settled, C: Collective<B::Tensor>>(
     model: &mut Model<B, C>,
     step: &Batch,
-) -> Result<Vec<u32>, model::Error> {
-    let vocab = model.config().vocab_size;
-    let mut chosen = Vec::with_capacity(step.logit_rows.len());
-    model.step(step, |_, logits| {
-        chosen.extend(logits.chunks_exact(vocab).map(largest));
-        Ok(())
-    })?;
-    Ok(chosen)
-}
-
-fn largest(row: &[f32]) -> u32 {
-    let best = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let at = row.iter().position(|&logit| logit >= best).unwrap_or(0);
-    u32::try_from(at).unwrap_or(u32::MAX)
+) -> Result<Vec<Option<TokenId>>, model::Error> {
+    model.most_likely(step)
 }
 
 struct Prefill<'a> {

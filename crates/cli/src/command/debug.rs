@@ -1,0 +1,144 @@
+//! `cohort debug`: what a running worker counts.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use model::ExpertLoad;
+use proto::worker::worker_client::WorkerClient;
+use proto::worker::{GetActivityRequest, GroupActivity};
+use serde_json::json;
+use tonic::Request;
+use types::limits::MESSAGE_BYTES_MAX;
+
+use crate::client;
+use crate::out::say;
+use crate::table::{Align, Table};
+
+/// Longest wait for an answer, which comes between two steps.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+const MORE: &str = "\
+A group's leader says where it listens when it starts, and `cohort bench` needs only the router.
+
+Examples:
+  cohort debug expert-load --worker http://127.0.0.1:7000 > load.json
+  cohort debug collectives --worker http://127.0.0.1:7000";
+
+/// Flags of `cohort debug`.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+#[command(after_help = MORE)]
+pub struct Args {
+    /// What to ask for.
+    #[command(subcommand)]
+    pub what: What,
+}
+
+/// What can be asked for.
+#[derive(Debug, Clone, PartialEq, clap::Subcommand)]
+pub enum What {
+    /// How often each expert of each layer was chosen, as `cohort plan --expert-load` reads it
+    ExpertLoad(WorkerArgs),
+    /// What the ranks have said to each other
+    Collectives(CollectivesArgs),
+}
+
+/// Whom to ask.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct WorkerArgs {
+    /// Where the group's leader listens for routers
+    #[arg(long, value_name = "URL")]
+    pub worker: String,
+}
+
+/// Flags of `cohort debug collectives`.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct CollectivesArgs {
+    /// Whom to ask.
+    #[command(flatten)]
+    pub worker: WorkerArgs,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Asks and prints.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let runtime = super::runtime()?;
+    match &args.what {
+        What::ExpertLoad(worker) => expert_load(&runtime.block_on(activity(worker))?),
+        What::Collectives(args) => {
+            let activity = runtime.block_on(activity(&args.worker))?;
+            if args.json {
+                say!("{}", as_json(&activity))
+            } else {
+                show(&activity)
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn activity(args: &WorkerArgs) -> anyhow::Result<GroupActivity> {
+    let channel = client::channel_of("--worker", &args.worker).await?;
+    let mut worker = WorkerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let mut request = Request::new(GetActivityRequest {});
+    request.set_timeout(PATIENCE);
+    let answer = worker.get_activity(request).await.map_err(|status| client::explain(&status))?;
+    Ok(answer.into_inner())
+}
+
+fn expert_load(activity: &GroupActivity) -> anyhow::Result<()> {
+    if activity.layers.is_empty() {
+        bail!(
+            "this group has counted no choices of experts: none were made, or its device does not count them"
+        );
+    }
+    let chosen = activity.layers.iter().map(|layer| layer.chosen.clone()).collect();
+    let text = ExpertLoad::new("worker", chosen).to_json();
+    say!("{}", text.trim_end());
+    Ok(())
+}
+
+fn as_json(activity: &GroupActivity) -> serde_json::Value {
+    let ranks = activity.ranks.iter().map(|rank| {
+        let collectives = rank.collectives.iter().map(|of| {
+            json!({
+                "operation": of.operation,
+                "calls": of.calls,
+                "messages_sent": of.messages_sent,
+                "bytes_sent": of.bytes_sent,
+                "bytes_received": of.bytes_received,
+            })
+        });
+        json!({
+            "steps": rank.steps,
+            "rows": rank.rows,
+            "rows_sent": rank.rows_sent,
+            "rows_received": rank.rows_received,
+            "collectives": collectives.collect::<Vec<_>>(),
+        })
+    });
+    json!({ "plan": activity.plan, "tokens": activity.tokens, "ranks": ranks.collect::<Vec<_>>() })
+}
+
+fn show(activity: &GroupActivity) {
+    let steps = activity.ranks.first().map_or(0, |rank| rank.steps);
+    say!("{}: {} tokens in {steps} steps", activity.plan, activity.tokens);
+    let mut table =
+        Table::new([Align::Right, Align::Left, Align::Right, Align::Right, Align::Right, Align::Right]);
+    let heads = ["rank", "operation", "calls", "messages sent", "bytes sent", "bytes received"];
+    table.row(heads.map(str::to_owned));
+    for (at, rank) in activity.ranks.iter().enumerate() {
+        for of in &rank.collectives {
+            table.row([
+                at.to_string(),
+                of.operation.clone(),
+                of.calls.to_string(),
+                of.messages_sent.to_string(),
+                of.bytes_sent.to_string(),
+                of.bytes_received.to_string(),
+            ]);
+        }
+    }
+    table.lines().for_each(|line| say!("{line}"));
+}

@@ -1,0 +1,59 @@
+//! How much memory a step's activations take.
+
+use types::Bytes;
+
+use crate::graph::{RECORDED_ROWS_MAX, form_rows};
+
+/// Widths that decide how much memory a step's activations take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activations {
+    /// Rows of a step at most.
+    pub rows: usize,
+    /// Rows whose logits are made at once.
+    pub logit_rows: usize,
+    /// H
+    pub hidden: usize,
+    /// (Q + 2K)·D
+    pub qkv: usize,
+    /// I of the widest dense or shared MLP.
+    pub intermediate: usize,
+    /// E of the model, 0 without experts.
+    pub experts: usize,
+    /// Experts of a row.
+    pub top_k: usize,
+    /// I of one expert.
+    pub expert_intermediate: usize,
+    /// V
+    pub vocab: usize,
+    /// Words of block tables in a step at most, both groups.
+    pub table_words: usize,
+}
+
+impl Activations {
+    /// Bytes that every step within these sizes finds: what is alive at once, as fp32, and a quarter more because
+    /// pieces of other sizes leave gaps.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        const WORD: usize = 4;
+        const SPLIT_WORDS: usize = 6 << 20;
+        // A recorded step is padded, and its two branches keep what they had until both are done.
+        let recorded = form_rows(self.rows).unwrap_or(RECORDED_ROWS_MAX);
+        let rows = self.rows.max(recorded);
+        // The residual stream, the norm, two partial sums and one more beside them.
+        let stream = 5 * self.hidden;
+        // Split attention: only so many ranges that the card's multiprocessors have a few blocks each.
+        let split = rows * 2 * self.qkv + SPLIT_WORDS;
+        let attention = rows * 3 * self.qkv + split;
+        let dense = rows * 3 * self.intermediate;
+        let pair = 3 * self.expert_intermediate + self.hidden + 4;
+        let tiles = 129 * self.experts.min(rows * self.top_k);
+        let expert_row = self.experts + self.top_k * (pair + 3);
+        let experts = rows * expert_row + tiles;
+        let branches =
+            attention.min(recorded * 3 * self.qkv + split) + recorded * (expert_row + 3 * self.intermediate);
+        let logits = self.logit_rows * (2 * self.hidden + self.vocab);
+        let widest = attention.max(dense).max(experts).max(logits).max(branches);
+        let words = rows * stream + widest + self.table_words;
+        Bytes((words * WORD + words * WORD / 4 + (1 << 20)) as u64)
+    }
+}

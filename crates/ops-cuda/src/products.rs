@@ -1,0 +1,171 @@
+//! Products with dense weights, and what follows them in one launch: the residual stream with its norm, and the most
+//! likely token.
+
+use ops::{Error, Norm};
+use types::{DType, TokenId};
+
+use crate::arena::Piece;
+use crate::backend::CudaBackend;
+use crate::device::{Grid, Tiles, WIDE_SHARED, gemm_shared, tiles_shared};
+use crate::kernels::{GemmParams, LargestParams, ResidualNormParams, SkinnyParams};
+use crate::tensor::{Tensor, Weight, size};
+
+/// Rows up to which the tensor cores read weights past shared memory.
+const FEW_ROWS: usize = 64;
+/// Rows up to which they do so also for a weight of very many rows, such as the head.
+const FEW_ROWS_OF_MANY: usize = 16;
+/// What "very many" is.
+const MANY_OUTS: u32 = 16_384;
+/// Rows from which tiles of 128 pay.
+const LARGE_ROWS: usize = 512;
+/// Vectors of a row that a thread keeps at most (KEPT) times threads of a block, in the kernels of norms.
+const NORM_VECTORS_MAX: usize = 4 * 256;
+/// Blocks that share a row of logits.
+const LARGEST_BLOCKS: u32 = 32;
+
+impl CudaBackend {
+    pub(crate) fn product(&self, x: &Tensor, weight: &Weight, out: DType) -> Result<Tensor, Error> {
+        let (outs, inner) = weight.dims2("linear")?;
+        x.expect("linear", inner, self.storage())?;
+        let y = Tensor::new(self.device(), x.rows(), outs, out)?;
+        let params = SkinnyParams {
+            y: y.address(),
+            x: x.address(),
+            w: weight.address(),
+            rows: size("linear", x.rows())?,
+            outs: size("linear", outs)?,
+            inner: size("linear", inner)?,
+            y_f32: y.is_f32(),
+        };
+        match self.device().kernels.tiles {
+            Some(tiles) if x.rows() > 1 && inner.is_multiple_of(8) => self.tiled(tiles, &params)?,
+            _ => self.skinny(&params)?,
+        }
+        Ok(y)
+    }
+
+    /// Without the tensor cores.
+    fn skinny(&self, params: &SkinnyParams) -> Result<(), Error> {
+        let kernels = &self.device().kernels;
+        let &SkinnyParams { rows, outs, inner, .. } = params;
+        let vector = 16 / self.storage().bytes() as u32;
+        let (function, each, outs_each) = match rows {
+            _ if !inner.is_multiple_of(vector) => (kernels.skinny_unaligned, 1, 1),
+            0..=1 => (kernels.skinny[0], 1, 1),
+            2 => (kernels.skinny[1], 2, 2),
+            3..=4 => (kernels.skinny[2], 4, 2),
+            _ => (kernels.skinny[3], 8, 2),
+        };
+        let grid = Grid::new(outs.div_ceil(4 * outs_each), rows.div_ceil(each), 128);
+        Ok(self.device().launch_early(function, grid, params)?)
+    }
+
+    fn tiled(&self, tiles: Tiles, params: &SkinnyParams) -> Result<(), Error> {
+        let &SkinnyParams { rows, outs, inner, .. } = params;
+        let few = if outs >= MANY_OUTS { FEW_ROWS_OF_MANY } else { FEW_ROWS };
+        if rows as usize <= few {
+            let (which, outs_each, rows_each) = match rows {
+                0..=8 => (0, 16, 8),
+                9..=16 => (1, 16, 16),
+                17..=32 => (2, 32, 32),
+                _ => (3, 32, 64),
+            };
+            let grid = Grid {
+                blocks: (outs.div_ceil(outs_each), rows.div_ceil(rows_each), 1),
+                threads: 256,
+                shared: tiles_shared(outs_each, rows_each),
+            };
+            return Ok(self.device().launch_early(tiles.skinny[which], grid, params)?);
+        }
+        let gemm = GemmParams {
+            c: params.y,
+            a: params.x,
+            w: params.w,
+            sorted: 0,
+            tile_expert: 0,
+            tiles: 0,
+            m: rows,
+            n: outs,
+            k: inner,
+            a_divisor: 1,
+            c_f32: params.y_f32,
+        };
+        // The warpgroup tiles pay where they occupy most of the card.
+        let wide_blocks = (rows.div_ceil(128), outs.div_ceil(256), 1);
+        let occupied = 4 * wide_blocks.0 * wide_blocks.1 >= 3 * self.device().multiprocessors;
+        let wide = tiles.wide.filter(|_| occupied && rows > 128 && outs.is_multiple_of(8));
+        let (function, grid) = match wide {
+            Some([plain, _]) => (plain, Grid { blocks: wide_blocks, threads: 256, shared: WIDE_SHARED }),
+            None => {
+                let large = rows as usize >= LARGE_ROWS;
+                let tile = if large { 128 } else { 64 };
+                let blocks = (rows.div_ceil(tile), outs.div_ceil(tile), 1);
+                (tiles.gemm[usize::from(large)], Grid { blocks, threads: 128, shared: gemm_shared(tile) })
+            }
+        };
+        Ok(self.device().launch(function, grid, &gemm)?)
+    }
+
+    /// x += sum + scale · more, in place, and its norm; `None` for rows or types that the kernel does not take.
+    pub(crate) fn residual_norm_at_once(
+        &self,
+        x: &Tensor,
+        (sum, more): (&Tensor, Option<(&Tensor, f32)>),
+        (weight, norm): (&Weight, Norm),
+    ) -> Result<Option<Tensor>, Error> {
+        let width = weight.dims1("residual_norm")?;
+        let vector = 16 / self.storage().bytes();
+        let fits = width.is_multiple_of(vector) && width / vector <= NORM_VECTORS_MAX;
+        let alike = |t: &Tensor| (t.rows(), t.width(), t.dtype()) == (x.rows(), x.width(), DType::F32);
+        let summands = alike(sum) && more.is_none_or(|(more, _)| alike(more));
+        if !fits || !summands || (x.width(), x.dtype()) != (width, self.storage()) {
+            return Ok(None);
+        }
+        let out = self.tensor(x.rows(), width)?;
+        let (eps, layer) = match norm {
+            Norm::Rms { eps } => (eps, 0),
+            Norm::Layer { eps } => (eps, 1),
+        };
+        let params = ResidualNormParams {
+            x: x.address(),
+            out: out.address(),
+            sum: sum.address(),
+            more: more.map_or(0, |(more, _)| more.address()),
+            weight: weight.address(),
+            width: size("residual_norm", width)?,
+            scale: more.map_or(0.0, |(_, scale)| scale),
+            eps,
+            layer,
+        };
+        let grid = Grid::new(size("residual_norm", x.rows())?, 1, 256);
+        self.device().launch_early(self.device().kernels.residual_norm, grid, &params)?;
+        Ok(Some(out))
+    }
+
+    pub(crate) fn largest_of_rows(
+        &mut self,
+        logits: &Tensor,
+        width: usize,
+        scale: f32,
+    ) -> Result<Vec<Option<TokenId>>, Error> {
+        if logits.width() != width {
+            let detail = format!("rows of {} where {width} are needed", logits.width());
+            return Err(Error::Shape { op: "largest", detail });
+        }
+        let bytes = logits.rows() * size_of::<u64>();
+        let best = Piece::new(self.device(), bytes)?;
+        self.device().zero(best.address(), bytes)?;
+        let params = LargestParams {
+            best: best.address(),
+            x: logits.address(),
+            width: size("largest", width)?,
+            is_f32: logits.is_f32(),
+            scale,
+        };
+        let grid = Grid::new(LARGEST_BLOCKS, size("largest", logits.rows())?, 256);
+        self.device().launch(self.device().kernels.largest, grid, &params)?;
+        let keys = self.land(best.address(), bytes)?.as_chunks().0.iter().map(|&key| u64::from_le_bytes(key));
+        // The low half is the complement of the number; all ones stand for a value that is not a number.
+        Ok(keys.map(|key| (key != u64::MAX).then_some(TokenId(!(key as u32)))).collect())
+    }
+}
