@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use model::Preset;
-use settings::{Flag, HttpListen, Settings, Sources};
+use settings::{Flag, HttpListen, Loaded, Settings, Sources};
 use worker::{Device, LoadFormat};
 
 /// Where logs go: always to stderr.
@@ -51,9 +51,10 @@ impl LogFlags {
 /// The cluster file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct FileFlag {
-    /// Cluster file (TOML or YAML); flags and COHORT__SECTION__KEY variables win over it
+    /// Cluster file (TOML or YAML), once or several times, later ones first; flags and COHORT__SECTION__KEY variables win
+    /// over all
     #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    pub config: Vec<PathBuf>,
 }
 
 /// What is served.
@@ -148,6 +149,9 @@ pub struct GroupFlags {
     /// Most prompt tokens of all waiting requests together [default: 262144]
     #[arg(long, value_name = "N")]
     pub waiting_tokens_max: Option<u32>,
+    /// Address where the leader serves metrics and probes over HTTP, or off [default: off]
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<HttpListen>,
     /// Longest wait for all ranks to come together, in seconds [default: 60]
     #[arg(long = "boot-timeout", value_name = "SECONDS")]
     pub boot_timeout_s: Option<f64>,
@@ -246,6 +250,7 @@ impl ConfigFlags for GroupFlags {
             given("--running-max", "group.running_max", self.running_max.as_ref()),
             given("--waiting-requests-max", "group.waiting_requests_max", self.waiting_requests_max.as_ref()),
             given("--waiting-tokens-max", "group.waiting_tokens_max", self.waiting_tokens_max.as_ref()),
+            given("--metrics-listen", "group.metrics_listen", self.metrics_listen.as_ref()),
             given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
             given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
             given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
@@ -319,6 +324,7 @@ impl From<&Settings> for GroupFlags {
             running_max: Some(group.running_max),
             waiting_requests_max: Some(group.waiting_requests_max),
             waiting_tokens_max: Some(group.waiting_tokens_max),
+            metrics_listen: Some(group.metrics_listen),
             boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
             step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
             drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),
@@ -363,12 +369,24 @@ impl StartedBy {
 /// # Errors
 /// Everything that is wrong with them, at once.
 pub fn load(by: StartedBy, file: &FileFlag, flags: &[&dyn ConfigFlags]) -> Result<Settings, settings::Error> {
-    let mut sources = Sources { file: file.config.clone(), ..Sources::default() };
+    Ok(load_traced(by, file, flags)?.settings)
+}
+
+/// As [`load`], with the origin of every value.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_traced(
+    by: StartedBy,
+    file: &FileFlag,
+    flags: &[&dyn ConfigFlags],
+) -> Result<Loaded, settings::Error> {
+    let mut sources = Sources { files: file.config.clone(), ..Sources::default() };
     sources.flags = flags.iter().flat_map(|group| group.flags()).collect();
     if by == StartedBy::User {
         sources.environment = environment();
     }
-    Settings::load(&sources)
+    Settings::load_traced(&sources)
 }
 
 /// The variables of this process that are text; no other can be one of ours.

@@ -32,7 +32,8 @@ fn http() -> impl Strategy<Value = HttpListen> {
 }
 
 fn file() -> impl Strategy<Value = FileFlag> {
-    of("[ -~]{1,12}").prop_map(|path| FileFlag { config: path.map(PathBuf::from) })
+    prop::collection::vec("[ -~]{1,12}", 0..3)
+        .prop_map(|paths| FileFlag { config: paths.into_iter().map(PathBuf::from).collect() })
 }
 
 fn model() -> impl Strategy<Value = ModelFlags> {
@@ -66,7 +67,8 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
     let experts = of(prop_oneof![Just("tensor".to_owned()), Just("expert".to_owned())]);
     let dispatch =
         of(prop_oneof![Just("auto"), Just("replicated"), Just("all-to-all")].prop_map(str::to_owned));
-    let (experts, spans) = ((experts, dispatch, of("[ -~]{1,12}")), (seconds(), seconds(), seconds()));
+    let (experts, spans) =
+        ((experts, dispatch, of("[ -~]{1,12}"), of(http())), (seconds(), seconds(), seconds()));
     (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain))| GroupFlags {
         tensor_parallel: counts[0],
         data_parallel: counts[7],
@@ -80,6 +82,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         running_max: counts[4],
         waiting_requests_max: counts[5],
         waiting_tokens_max: counts[6],
+        metrics_listen: experts.3,
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
@@ -156,14 +159,15 @@ fn flags_made_from_settings_give_the_same_settings() {
     let text = "model.path = '/m'\nmodel.dtype = 'bf16'\nmodel.device = 'cuda'\nmodel.window_keys = 7\n\
                 group.tensor_parallel = 4\ngroup.experts = 'expert'\ngroup.dispatch = 'all-to-all'\ngroup.threads = 2\ngroup.kv_tokens = 99\ngroup.block_size = 8\n\
                 group.step_tokens_max = 70\ngroup.running_max = 5\ngroup.waiting_requests_max = 6\n\
-                group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\n\
+                group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\ngroup.metrics_listen = '0.0.0.0:9100'\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
                 router.resume_grace_s = 7\n\
                 router.drain_grace_s = 3";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
-    let settings = Settings::load(&Sources { file: Some(path.path().into()), ..Sources::default() }).unwrap();
+    let settings =
+        Settings::load(&Sources { files: vec![path.path().into()], ..Sources::default() }).unwrap();
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
@@ -181,12 +185,13 @@ fn every_flag_names_a_key_that_exists() {
     settings.model.layers = Some(1);
     settings.model.window_keys = Some(1);
     settings.group.threads = Some(1);
+    settings.group.expert_placement = Some("p".into());
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
     flags.extend(RouterFlags::from(&settings).flags());
-    // All but the two that are not flags of a child: the router's workers and the number of groups.
-    assert_eq!(flags.len(), keys.len() - 2);
+    // All but the three that are not flags of a child: the router's workers, the group's hosts and the number of groups.
+    assert_eq!(flags.len(), keys.len() - 3);
     for flag in flags {
         assert!(keys.contains(flag.key), "{flag:?}");
     }

@@ -9,6 +9,7 @@ use types::TokenId;
 
 use crate::call::Call;
 use crate::forward::{Broken, Chunks, Piece, Placed};
+use crate::metrics::Counted;
 use crate::pipeline::Permit;
 use crate::resume::Replay;
 use crate::text::{
@@ -18,6 +19,7 @@ use crate::text::{
 /// One request's answers as they come. Dropping it cancels the request at its group and gives the permit back.
 pub(crate) struct Answer {
     call: Call,
+    counted: Counted,
     work: Work,
     permit: Option<Permit>,
 }
@@ -39,7 +41,7 @@ struct Sequence {
 
 impl Answer {
     pub(crate) fn new(
-        call: Call,
+        (call, counted): (Call, Counted),
         way: (Placed, Replay),
         assemblers: impl Iterator<Item = Assembler>,
         permit: Permit,
@@ -47,7 +49,7 @@ impl Answer {
         let (placed, replay) = way;
         let streams = Some(SelectAll::from_iter([replay.start(placed)]));
         let sequences = assemblers.map(|assembler| Sequence { assembler, tokens: Vec::new() }).collect();
-        Self { call, work: Work { streams, sequences, replay }, permit: Some(permit) }
+        Self { call, counted, work: Work { streams, sequences, replay }, permit: Some(permit) }
     }
 
     /// The messages, the last of each answer with `finish`, or a failure.
@@ -86,10 +88,14 @@ impl Answer {
     async fn next(&mut self) -> Option<Result<v1::GenerateResponse, Failure>> {
         self.work.streams.as_ref()?;
         let result = self.call.within(self.work.step()).await;
+        if let Ok(message) = &result {
+            self.counted.message(message);
+        }
         if result.is_err() || self.work.is_done() {
             // Leaving the stream cancels what the group still does for it, as after a stop string.
             self.work.streams = None;
             self.permit = None;
+            self.counted.ended(result.as_ref().err());
             match &result {
                 Ok(_) => tracing::debug!(request = %self.call.request_id, "finished"),
                 Err(failure) => tracing::info!(request = %self.call.request_id, %failure, "failed"),

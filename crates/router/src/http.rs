@@ -29,6 +29,7 @@ use tonic::metadata::MetadataMap;
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::call::{Call, REQUEST_ID};
+use crate::metrics;
 use crate::pipeline::Shared;
 use crate::service::VERSION;
 use crate::text::Text;
@@ -49,9 +50,11 @@ struct Context {
     started: u64,
 }
 
-/// The routes: OpenAI's API under `/v1`, Cohere's `/v2/chat`, `/tokenize` and `/detokenize`; `/livez` (this process runs), `/startupz` (it
-/// listens), `/readyz`, `/health` and `/ping` (a group serves), `/load` (requests taken now), `/version`.
+/// The routes: OpenAI's API under `/v1`, Cohere's `/v2/chat`, `/tokenize` and `/detokenize`; `/livez` (this process
+/// runs), `/startupz` (it listens), `/readyz`, `/health` and `/ping` (a group serves), `/load` (requests taken now),
+/// `/metrics`, `/version`.
 pub(crate) fn routes(shared: Arc<Shared>) -> Router {
+    let counted = Arc::clone(&shared.metrics);
     Router::new()
         .route("/livez", get(livez))
         .route("/startupz", get(startupz))
@@ -60,6 +63,7 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
         .route("/ping", get(readyz).post(readyz))
         .route("/load", get(load))
         .route("/version", get(version))
+        .route("/metrics", get(metrics_page))
         .route("/v1/models", get(models))
         .route("/v1/models/{id}", get(model))
         .route("/v1/chat/completions", post(chat_completions))
@@ -71,6 +75,9 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
         .route("/detokenize", post(tokens::detokenize))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
+        .layer(axum::middleware::from_fn(move |request, next| {
+            metrics::count_http(Arc::clone(&counted), request, next)
+        }))
         .with_state(Context { shared, started: now() })
 }
 
@@ -223,6 +230,15 @@ async fn load(State(context): State<Context>) -> Json<Value> {
     let shared = &context.shared;
     let taken = (shared.limits.requests_max as usize).saturating_sub(shared.permits.available_permits());
     Json(json!({ "server_load": taken, "resumed": shared.groups.resumed() }))
+}
+
+/// What this router counts, for Prometheus.
+async fn metrics_page(State(context): State<Context>) -> impl IntoResponse {
+    let shared = &context.shared;
+    let max = shared.limits.requests_max;
+    let open = (max as usize).saturating_sub(shared.permits.available_permits());
+    let page = shared.metrics.render(open, max, &shared.groups.views());
+    ([(header::CONTENT_TYPE, metrics::OPEN_METRICS)], page)
 }
 
 async fn livez() -> Json<Value> {

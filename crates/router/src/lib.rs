@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod forward;
 mod http;
+mod metrics;
 pub mod pick;
 mod pipeline;
 mod resume;

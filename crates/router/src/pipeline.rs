@@ -14,6 +14,7 @@ use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
 use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
+use crate::metrics::{Counted, Metrics};
 use crate::resume::Replay;
 use crate::running::Running;
 use crate::text::{Text, Vocabulary, Wanted};
@@ -33,6 +34,7 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) http_patience: HttpPatience,
     pub(crate) permits: Arc<Semaphore>,
+    pub(crate) metrics: Arc<Metrics>,
     /// Longest wait of an interrupted request for a group that goes on with it.
     pub(crate) resume_grace: Duration,
     pub(crate) running: Arc<Running>,
@@ -106,10 +108,29 @@ impl Shared {
         request: v1::GenerateRequest,
     ) -> Result<Answer, Failure> {
         let call = call.listed(&self.running);
+        let mut counted = Counted::new(Arc::clone(&self.metrics));
+        match self.place_tokenized(&call, request, &mut counted).await {
+            Ok((tokenized, way)) => Ok(self.answer((call, counted), tokenized, way)),
+            Err(failure) => {
+                counted.ended(Some(&failure));
+                Err(failure)
+            }
+        }
+    }
+
+    async fn place_tokenized(
+        self: &Arc<Self>,
+        call: &Call,
+        request: v1::GenerateRequest,
+        counted: &mut Counted,
+    ) -> Result<(Tokenized, (Placed, Replay)), Failure> {
         let admitted = self.admit_generation(request)?;
+        counted.passed("admit");
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
-        let way = self.place(&call, &tokenized)?;
-        Ok(self.answer(&call, tokenized, way))
+        counted.passed("tokenize");
+        let way = self.place(call, &tokenized)?;
+        counted.passed("place");
+        Ok((tokenized, way))
     }
 
     /// A permit to work on one request.
@@ -351,7 +372,12 @@ impl Shared {
         Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace))))
     }
 
-    fn answer(&self, call: &Call, tokenized: Tokenized, way: (Placed, Replay)) -> Answer {
+    fn answer(
+        &self,
+        (call, counted): (Call, Counted),
+        tokenized: Tokenized,
+        way: (Placed, Replay),
+    ) -> Answer {
         let Tokenized { permit, prompt, generation, form, .. } = tokenized;
         let Form { stop, keep_special, parse, cites } = form;
         let reading = || {
@@ -365,9 +391,10 @@ impl Shared {
             let tokenizer = Arc::clone(text.tokenizer());
             Some(Reading { tokenizer, keep_special, parser, stop: stop.clone() })
         };
+        let request_id = call.request_id.clone();
         let assemblers = (0..generation.sequences())
-            .map(|index| Assembler::new(call.request_id.clone(), index, &prompt, reading()));
-        Answer::new(call.clone(), way, assemblers, permit)
+            .map(|index| Assembler::new(request_id.clone(), index, &prompt, reading()));
+        Answer::new((call, counted), way, assemblers, permit)
     }
 }
 

@@ -20,6 +20,7 @@ use tower::util::MapResponseLayer;
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::call::random_u64;
+use crate::metrics::Metrics;
 use crate::pipeline::Shared;
 use crate::running::Running;
 use crate::service::Service;
@@ -116,6 +117,7 @@ async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Resul
     let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
     let closing = CancellationToken::new();
     Ok(Arc::new(Shared {
+        metrics: Arc::new(Metrics::new(&groups)),
         groups,
         text,
         model_name: config.model_name.clone(),

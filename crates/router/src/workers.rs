@@ -1,9 +1,12 @@
 //! The worker groups: one task each that keeps watching its leader, and what all of them together amount to.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use proto::worker::worker_client::WorkerClient;
 use proto::{Failure, Phase, RETRY_AFTER, worker};
 use tokio::sync::watch;
@@ -171,7 +174,27 @@ pub(crate) struct Groups {
     groups: Vec<Arc<Group>>,
     state: Mutex<State>,
     changed: watch::Sender<()>,
-    resumed: AtomicU64,
+    placements: Family<Placement, Counter>,
+    resumed: Counter,
+}
+
+/// Why a group was chosen: it had the least to do, or another one had refused the request.
+const REASONS: [&str; 2] = ["least_loaded", "retry"];
+
+/// A choice of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Placement {
+    group: String,
+    reason: &'static str,
+}
+
+/// A group as operators see it.
+#[derive(Debug, Clone)]
+pub(crate) struct GroupView {
+    pub(crate) address: String,
+    /// Whether it takes requests.
+    pub(crate) takes: bool,
+    pub(crate) in_flight: usize,
 }
 
 impl Groups {
@@ -192,7 +215,13 @@ impl Groups {
         let link = Link::Down { why: "not connected yet".to_owned() };
         let seen = vec![Seen { link, facts: None, reported: 0, kv_blocks: 0 }; groups.len()];
         let state = Mutex::new(State { seen, served: None });
-        Ok(Self { groups, state, changed: watch::Sender::new(()), resumed: AtomicU64::new(0) })
+        let placements = Family::default();
+        for (group, reason) in
+            groups.iter().flat_map(|group: &Arc<Group>| REASONS.map(|reason| (group, reason)))
+        {
+            let _ = placements.get_or_create(&Placement { group: group.address.clone(), reason });
+        }
+        Ok(Self { groups, state, changed: watch::Sender::new(()), placements, resumed: Counter::default() })
     }
 
     /// Starts the watch tasks, which end with `stop`.
@@ -221,6 +250,22 @@ impl Groups {
         (self.groups.len(), (0..self.groups.len()).filter(|&index| state.takes(index)).count())
     }
 
+    /// Every group as it is now.
+    pub(crate) fn views(&self) -> Vec<GroupView> {
+        let state = self.state();
+        let view = |(index, group): (usize, &Arc<Group>)| GroupView {
+            address: group.address.clone(),
+            takes: state.takes(index),
+            in_flight: group.in_flight.load(Ordering::Relaxed),
+        };
+        self.groups.iter().enumerate().map(view).collect()
+    }
+
+    /// How often each group was chosen, and how many sequences went on elsewhere, for whoever shows it.
+    pub(crate) fn counters(&self) -> (Family<Placement, Counter>, Counter) {
+        (self.placements.clone(), self.resumed.clone())
+    }
+
     /// Groups that take requests now.
     pub(crate) fn ready(&self) -> Vec<Arc<Group>> {
         let state = self.state();
@@ -235,12 +280,12 @@ impl Groups {
 
     /// Counts a sequence that goes on after the loss of its group.
     pub(crate) fn count_resumed(&self) {
-        self.resumed.fetch_add(1, Ordering::Relaxed);
+        self.resumed.inc();
     }
 
     /// Sequences that went on after the loss of their group, since the start.
     pub(crate) fn resumed(&self) -> u64 {
-        self.resumed.load(Ordering::Relaxed)
+        self.resumed.get()
     }
 
     /// KV blocks of all groups together, as they reported them last.
@@ -287,6 +332,9 @@ impl Groups {
             })
             .collect();
         let index = least_loaded(&candidates)?;
+        let reason = REASONS[usize::from(!tried.is_empty())];
+        let placement = Placement { group: self.groups[index].address.clone(), reason };
+        self.placements.get_or_create(&placement).inc();
         tried.push(index);
         // Counted under the lock, so that two requests at once do not both see the group empty.
         Some(InFlight::new(Arc::clone(&self.groups[index]), index))

@@ -10,15 +10,23 @@ use worker::LoadFormat;
 use crate::tree::{Group, Model, Router, Settings};
 
 /// Groups of one cluster file: far above what one machine holds.
-const GROUPS_MAX: u64 = 256;
+pub(crate) const GROUPS_MAX: u64 = 256;
 /// Layers of one model: far above any published one.
-const LAYERS_MAX: u64 = 4096;
+pub(crate) const LAYERS_MAX: u64 = 4096;
 /// Threads of one rank: above any machine in use.
-const THREADS_MAX: u64 = 4096;
+pub(crate) const THREADS_MAX: u64 = 4096;
 /// Requests a router admits, or a group lets wait or run, at once.
-const REQUESTS_MAX: u64 = 1 << 20;
-/// A day: a longer time-out is none.
-const TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+pub(crate) const REQUESTS_MAX: u64 = 1 << 20;
+/// Tokens of a cache or a queue: sums of two of them fit 32 bits.
+pub(crate) const TOKENS_MAX: u64 = (u32::MAX / 2) as u64;
+/// Tokens of one sequence.
+pub(crate) const CONTEXT_MAX: u64 = CONTEXT_TOKENS_MAX as u64;
+/// Bytes of one prompt: it has to fit a message.
+pub(crate) const PROMPT_BYTES_MAX: u64 = MESSAGE_BYTES_MAX as u64;
+/// A day, in seconds: a longer time-out is none.
+pub(crate) const TIMEOUT_MAX_S: f64 = 86_400.0;
+/// Seconds a time-out lasts at least: a shorter one would strike before anything can happen.
+pub(crate) const TIMEOUT_MIN_S: f64 = 0.001;
 
 /// A key and what is wrong with its value.
 pub(crate) type Fault = (&'static str, String);
@@ -30,12 +38,33 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     router(&settings.router, &mut faults);
     model(&settings.model, &mut faults);
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
+    metrics_ports(settings, &mut faults);
     faults
+}
+
+/// Each group of one machine gets a port of its own, and none of them is the router's.
+fn metrics_ports(settings: &Settings, faults: &mut Vec<Fault>) {
+    let Some(first) = settings.group.metrics_listen.address().filter(|address| address.port() != 0) else {
+        return;
+    };
+    let ports = u32::from(first.port())..u32::from(first.port()).saturating_add(settings.cluster.groups);
+    if ports.end > u32::from(u16::MAX) + 1 {
+        let groups = settings.cluster.groups;
+        let reason = format!("leaves no ports for {groups} groups after {}", first.port());
+        faults.push(("group.metrics_listen", reason));
+    }
+    let router = [Some(settings.router.grpc_listen), settings.router.http_listen.address()];
+    for address in router.into_iter().flatten() {
+        if address.ip() == first.ip() && ports.contains(&u32::from(address.port())) {
+            let reason = format!("one of the groups would take {address}, which is the router's");
+            faults.push(("group.metrics_listen", reason));
+        }
+    }
 }
 
 fn model(model: &Model, faults: &mut Vec<Fault>) {
     if let Some(keys) = model.window_keys {
-        within("model.window_keys", keys.into(), 1..=CONTEXT_TOKENS_MAX.into(), faults);
+        within("model.window_keys", keys.into(), 1..=CONTEXT_MAX, faults);
     }
     if let Some(layers) = model.layers {
         within("model.layers", layers.into(), 1..=LAYERS_MAX, faults);
@@ -60,10 +89,10 @@ fn model(model: &Model, faults: &mut Vec<Fault>) {
 }
 
 fn group(group: &Group, faults: &mut Vec<Fault>) {
-    let tokens = 1..=u64::from(u32::MAX / 2);
+    let tokens = 1..=TOKENS_MAX;
     let whole = [
         ("group.kv_tokens", group.kv_tokens, tokens.clone()),
-        ("group.step_tokens_max", group.step_tokens_max, 1..=CONTEXT_TOKENS_MAX.into()),
+        ("group.step_tokens_max", group.step_tokens_max, 1..=CONTEXT_MAX),
         ("group.running_max", group.running_max, 1..=REQUESTS_MAX),
         ("group.waiting_requests_max", group.waiting_requests_max, 1..=REQUESTS_MAX),
         ("group.waiting_tokens_max", group.waiting_tokens_max, tokens),
@@ -91,9 +120,9 @@ fn group(group: &Group, faults: &mut Vec<Fault>) {
     if let Some(empty) = group.hosts.iter().find(|host| host.is_empty() || host.contains([' ', '/'])) {
         faults.push(("group.hosts", format!("{empty:?} is not a host such as 10.0.0.1 or 10.0.0.1:7070")));
     }
-    lasting("group.boot_timeout_s", group.boot_timeout_s, Duration::from_millis(1), faults);
-    lasting("group.step_timeout_s", group.step_timeout_s, Duration::from_millis(1), faults);
-    lasting("group.drain_grace_s", group.drain_grace_s, Duration::ZERO, faults);
+    lasting("group.boot_timeout_s", group.boot_timeout_s, TIMEOUT_MIN_S, faults);
+    lasting("group.step_timeout_s", group.step_timeout_s, TIMEOUT_MIN_S, faults);
+    lasting("group.drain_grace_s", group.drain_grace_s, 0.0, faults);
 }
 
 /// Sub-groups, experts and dispatch must fit each other.
@@ -130,11 +159,11 @@ fn sharing(group: &Group, faults: &mut Vec<Fault>) {
 fn router(router: &Router, faults: &mut Vec<Fault>) {
     let limits = &router.limits;
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
-    let bytes = 1..=MESSAGE_BYTES_MAX as u64;
-    within("router.limits.prompt_bytes_max", limits.prompt_bytes_max as u64, bytes, faults);
-    lasting("router.resume_grace_s", router.resume_grace_s, Duration::ZERO, faults);
-    lasting("router.withdraw_grace_s", router.withdraw_grace_s, Duration::ZERO, faults);
-    lasting("router.drain_grace_s", router.drain_grace_s, Duration::ZERO, faults);
+    let bytes = limits.prompt_bytes_max as u64;
+    within("router.limits.prompt_bytes_max", bytes, 1..=PROMPT_BYTES_MAX, faults);
+    lasting("router.resume_grace_s", router.resume_grace_s, 0.0, faults);
+    lasting("router.withdraw_grace_s", router.withdraw_grace_s, 0.0, faults);
+    lasting("router.drain_grace_s", router.drain_grace_s, 0.0, faults);
     let grpc = router.grpc_listen;
     if grpc.port() != 0 && router.http_listen.address() == Some(grpc) {
         faults.push(("router.http_listen", format!("is the same address as router.grpc_listen, {grpc}")));
@@ -165,9 +194,9 @@ fn within(key: &'static str, value: u64, range: RangeInclusive<u64>, faults: &mu
     }
 }
 
-fn lasting(key: &'static str, span: Duration, least: Duration, faults: &mut Vec<Fault>) {
-    if span < least || span > TIMEOUT_MAX {
-        let (got, least, most) = (span.as_secs_f64(), least.as_secs_f64(), TIMEOUT_MAX.as_secs());
-        faults.push((key, format!("must be between {least} and {most} seconds, not {got}")));
+fn lasting(key: &'static str, span: Duration, least: f64, faults: &mut Vec<Fault>) {
+    let seconds = span.as_secs_f64();
+    if !(least..=TIMEOUT_MAX_S).contains(&seconds) {
+        faults.push((key, format!("must be between {least} and {TIMEOUT_MAX_S} seconds, not {seconds}")));
     }
 }

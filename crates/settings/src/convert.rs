@@ -85,6 +85,7 @@ impl Settings {
             rendezvous: place.rendezvous,
             leader: place.leader,
             listen: place.listen,
+            metrics_listen: group.metrics_listen.address(),
             limits: self.limits(),
             window_keys: self.model.window_keys,
             boot_timeout: group.boot_timeout_s,

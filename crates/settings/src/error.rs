@@ -3,11 +3,41 @@
 use std::fmt;
 use std::path::PathBuf;
 
+/// Where a value comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Nobody set it.
+    Default,
+    /// A cluster file.
+    File {
+        /// The file, as it was named.
+        path: PathBuf,
+        /// The line of the key, from 1; none where the file does not tell.
+        line: Option<usize>,
+    },
+    /// A variable of the environment, as it was set.
+    Variable(String),
+    /// A flag, as typed.
+    Flag(&'static str),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("defaults"),
+            Self::File { path, line: Some(line) } => write!(f, "{}:{line}", path.display()),
+            Self::File { path, line: None } => path.display().fmt(f),
+            Self::Variable(name) => f.write_str(name),
+            Self::Flag(flag) => f.write_str(flag),
+        }
+    }
+}
+
 /// One mistake.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Complaint {
-    /// Where the value came from: a file's path, a variable's name, a flag, or `defaults`.
-    pub source: String,
+    /// Where the value comes from.
+    pub origin: Origin,
     /// The key, with dots: `group.kv_tokens`.
     pub key: String,
     /// What is wrong and what would be right.
@@ -16,7 +46,7 @@ pub struct Complaint {
 
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}: {}", self.source, self.key, self.reason)
+        write!(f, "{}: {}: {}", self.origin, self.key, self.reason)
     }
 }
 

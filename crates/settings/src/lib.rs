@@ -1,16 +1,22 @@
-//! The one typed configuration tree. Layers, later ones win: defaults, the cluster file (TOML or YAML), environment
+//! The one typed configuration tree. Layers, later ones win: defaults, the cluster files (TOML or YAML), environment
 //! variables (`COHORT__GROUP__KV_TOKENS=65536` sets `group.kv_tokens`), flags. Unknown keys and bad values stop the
-//! start, and every mistake is listed at once with the file, variable or flag it came from.
+//! start, and every mistake is listed at once with the file and line, variable or flag it came from.
 #![forbid(unsafe_code)]
 
 mod check;
 mod convert;
+mod describe;
 mod error;
+mod layers;
+mod lines;
 mod load;
+mod schema;
 mod strict;
 mod tree;
 
 pub use convert::RankPlace;
-pub use error::{Complaint, Error};
-pub use load::{FILE_BYTES_MAX, Flag, Sources};
+pub use describe::{Key, Section};
+pub use error::{Complaint, Error, Origin};
+pub use layers::{FILE_BYTES_MAX, Flag, Sources};
+pub use load::Loaded;
 pub use tree::{Cluster, Group, HttpListen, Model, Router, RouterLimits, Settings};

@@ -1,68 +1,61 @@
-//! Putting the layers together, and listing everything that is wrong with them.
+//! From the layers to the tree, and everything that is wrong on the way.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
 
-use config::{Config, ConfigError, Environment, File, FileFormat, Value, ValueKind};
+use config::{Config, ConfigError};
 
 use crate::check;
-use crate::error::{Complaint, Error};
+use crate::error::{Complaint, Error, Origin};
+use crate::layers::{Leaves, Sources, merged};
+use crate::lines::join;
 use crate::tree::Settings;
 
-/// Largest cluster file that is read, in bytes: a real one has a few hundred.
-pub const FILE_BYTES_MAX: u64 = 1 << 20;
-const ENV_PREFIX: &str = "COHORT";
-const ENV_SEPARATOR: &str = "__";
-/// What the `config` crate calls values from variables.
-const ENV_ORIGIN: &str = "the environment";
-
-/// One flag of the command line.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Flag {
-    /// The flag as typed, for messages: `--kv-tokens`.
-    pub flag: &'static str,
-    /// The key it sets: `group.kv_tokens`.
-    pub key: &'static str,
-    /// Its value.
-    pub value: String,
+/// A configuration and where its values come from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// The configuration.
+    pub settings: Settings,
+    /// The keys that somebody set; all others have their defaults.
+    pub origins: BTreeMap<String, Origin>,
 }
 
-/// The layers above the defaults, lowest first.
-#[derive(Debug, Clone, Default)]
-pub struct Sources {
-    /// The cluster file: `.toml`, `.yaml` or `.yml`.
-    pub file: Option<PathBuf>,
-    /// The process's variables; only those that start with `COHORT__` count.
-    pub environment: Vec<(String, String)>,
-    /// Flags, as given.
-    pub flags: Vec<Flag>,
+impl Loaded {
+    /// Where the value of `key` comes from.
+    #[must_use]
+    pub fn origin(&self, key: &str) -> Origin {
+        self.origins.get(key).cloned().unwrap_or(Origin::Default)
+    }
 }
-
-/// A value of some layer, with its full key.
-type Leaves = BTreeMap<String, Value>;
 
 impl Settings {
-    /// Puts defaults, file, environment and flags together.
+    /// Puts defaults, files, environment and flags together.
     ///
     /// # Errors
-    /// [`Error::File`] when the file cannot be read or parsed; [`Error::Invalid`] with every unknown key, every value
+    /// [`Error::File`] when a file cannot be read or parsed; [`Error::Invalid`] with every unknown key, every value
     /// of the wrong type, and (where the types are right) every value out of range.
     pub fn load(sources: &Sources) -> Result<Self, Error> {
+        Ok(Self::load_traced(sources)?.settings)
+    }
+
+    /// As [`Settings::load`], with the origin of every value.
+    ///
+    /// # Errors
+    /// As [`Settings::load`].
+    pub fn load_traced(sources: &Sources) -> Result<Loaded, Error> {
         let leaves = merged(sources)?;
         let known = Self::keys();
         let mut complaints = Vec::new();
         let mut good = Leaves::new();
         let mut bad = BTreeSet::new();
-        for (key, value) in leaves {
+        for (key, leaf) in leaves {
             let problem =
-                if known.contains(&key) { wrong_type(&key, &value) } else { Some(unknown(&key, &known)) };
+                if known.contains(&key) { wrong_type(&key, &leaf) } else { Some(unknown(&key, &known)) };
             match problem {
                 Some(reason) => {
-                    let source = source_of(&value, &key, sources);
-                    complaints.push(Complaint { source, key: key.clone(), reason });
+                    complaints.push(Complaint { origin: leaf.origin, key: key.clone(), reason });
                     bad.insert(key);
                 }
-                None => _ = good.insert(key, value),
+                None => _ = good.insert(key, leaf),
             }
         }
         let settings = typed(&good).map_err(|error| Error::Layers(error.to_string()))?;
@@ -70,12 +63,12 @@ impl Settings {
             if bad.contains(key) {
                 continue;
             }
-            let source =
-                good.get(key).map_or_else(|| "defaults".into(), |value| source_of(value, key, sources));
-            complaints.push(Complaint { source, key: key.to_owned(), reason });
+            let origin = good.get(key).map_or(Origin::Default, |leaf| leaf.origin.clone());
+            complaints.push(Complaint { origin, key: key.to_owned(), reason });
         }
         if complaints.is_empty() {
-            return Ok(settings);
+            let origins = good.into_iter().map(|(key, leaf)| (key, leaf.origin)).collect();
+            return Ok(Loaded { settings, origins });
         }
         complaints.sort_by(|a, b| a.key.cmp(&b.key));
         Err(Error::Invalid(complaints))
@@ -85,6 +78,12 @@ impl Settings {
     #[must_use]
     pub fn keys() -> BTreeSet<String> {
         Self::default().entries().into_iter().map(|(key, _)| key).collect()
+    }
+
+    /// The known key that looks most like `key`.
+    #[must_use]
+    pub fn nearest_key(key: &str) -> Option<String> {
+        nearest(key, &Self::keys()).cloned()
     }
 
     /// Every key with its value; `null` where the key is left out.
@@ -109,74 +108,18 @@ fn flatten_json(prefix: &str, value: serde_json::Value, entries: &mut Vec<(Strin
     }
 }
 
-fn join(prefix: &str, name: &str) -> String {
-    if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
-}
-
-/// All layers above the defaults in one set of leaves.
-fn merged(sources: &Sources) -> Result<Leaves, Error> {
-    let mut builder = Config::builder();
-    if let Some(path) = &sources.file {
-        builder = builder.add_source(File::from_str(&read(path)?, format_of(path)?));
-    }
-    let variables = sources.environment.iter().cloned().collect();
-    let environment = Environment::with_prefix(ENV_PREFIX).separator(ENV_SEPARATOR).source(Some(variables));
-    builder = builder.add_source(environment);
-    for flag in &sources.flags {
-        let value = Value::new(Some(&flag.flag.to_owned()), flag.value.clone());
-        builder = builder.set_override(flag.key, value).map_err(|e| Error::Layers(e.to_string()))?;
-    }
-    let config = builder.build().map_err(|error| match (&error, &sources.file) {
-        (ConfigError::FileParse { cause, .. }, Some(path)) => {
-            Error::File { path: path.clone(), reason: cause.to_string() }
-        }
-        _ => Error::Layers(error.to_string()),
-    })?;
-    let mut leaves = Leaves::new();
-    flatten("", config.cache, &mut leaves);
-    Ok(leaves)
-}
-
-fn format_of(path: &Path) -> Result<FileFormat, Error> {
-    match path.extension().and_then(|extension| extension.to_str()) {
-        Some("toml") => Ok(FileFormat::Toml),
-        Some("yaml" | "yml") => Ok(FileFormat::Yaml),
-        _ => Err(Error::File { path: path.to_owned(), reason: "must end in .toml, .yaml or .yml".into() }),
-    }
-}
-
-fn read(path: &Path) -> Result<String, Error> {
-    let failed = |reason: String| Error::File { path: path.to_owned(), reason };
-    let bytes = std::fs::metadata(path).map_err(|error| failed(error.to_string()))?.len();
-    if bytes > FILE_BYTES_MAX {
-        return Err(failed(format!("has {bytes} bytes; a cluster file has at most {FILE_BYTES_MAX}")));
-    }
-    std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))
-}
-
-fn flatten(prefix: &str, value: Value, leaves: &mut Leaves) {
-    match value.kind {
-        ValueKind::Table(table) => {
-            for (name, value) in table {
-                flatten(&join(prefix, &name), value, leaves);
-            }
-        }
-        _ => _ = leaves.insert(prefix.to_owned(), value),
-    }
-}
-
 /// A tree with these leaves and defaults elsewhere.
 fn typed(leaves: &Leaves) -> Result<Settings, ConfigError> {
     let mut builder = Config::builder();
-    for (key, value) in leaves {
-        builder = builder.set_override(key, value.clone())?;
+    for (key, leaf) in leaves {
+        builder = builder.set_override(key, leaf.value.clone())?;
     }
     builder.build()?.try_deserialize()
 }
 
 /// Why this value does not fit its key; tried alone, so one bad value does not hide another.
-fn wrong_type(key: &str, value: &Value) -> Option<String> {
-    let alone = Leaves::from([(key.to_owned(), value.clone())]);
+fn wrong_type(key: &str, leaf: &crate::layers::Leaf) -> Option<String> {
+    let alone = Leaves::from([(key.to_owned(), leaf.clone())]);
     typed(&alone).err().map(|error| reason(&error))
 }
 
@@ -194,20 +137,12 @@ fn unknown(key: &str, known: &BTreeSet<String>) -> String {
     if let Some(example) = known.iter().find(|candidate| candidate.starts_with(&inside)) {
         return format!("is a section, not a value; set a key in it, such as {example}");
     }
-    let distance = |candidate: &&String| strsim::damerau_levenshtein(key, candidate);
-    match known.iter().min_by_key(distance) {
+    match nearest(key, known) {
         Some(nearest) => format!("unknown key; did you mean {nearest}?"),
         None => "unknown key".into(),
     }
 }
 
-fn source_of(value: &Value, key: &str, sources: &Sources) -> String {
-    match value.origin() {
-        Some(ENV_ORIGIN) => {
-            let name = key.replace('.', ENV_SEPARATOR).to_uppercase();
-            format!("{ENV_PREFIX}{ENV_SEPARATOR}{name}")
-        }
-        Some(flag) if flag.starts_with("--") => flag.to_owned(),
-        _ => sources.file.as_ref().map_or_else(|| "configuration".into(), |path| path.display().to_string()),
-    }
+fn nearest<'a>(key: &str, known: &'a BTreeSet<String>) -> Option<&'a String> {
+    known.iter().min_by_key(|candidate| strsim::damerau_levenshtein(key, candidate))
 }

@@ -1,4 +1,5 @@
-//! The tree itself. A key is one field: its comment gives the unit, its default is in the `Default` of its struct.
+//! The tree itself. A key is one field: its comment is its description everywhere (`cohort config explain`, the schema,
+//! the reference page), its name ends with the unit, its default is in the `Default` of its struct.
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -7,172 +8,211 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use model::Preset;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use types::limits::{BLOCK_TOKENS_MAX, RANKS_MAX};
 use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
 use worker::{Device, LoadFormat};
 
-use crate::strict;
+use crate::check::{
+    CONTEXT_MAX, GROUPS_MAX, LAYERS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S,
+    TIMEOUT_MIN_S, TOKENS_MAX,
+};
+use crate::{schema, strict};
 
 /// Default of `group.block_size`.
 const BLOCK_TOKENS: u32 = 16;
 
 /// Everything that can be configured.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// What is served.
+    /// What is served, and how it is computed.
     pub model: Model,
-    /// The front door.
+    /// The front door: what callers reach and what they may ask.
     pub router: Router,
     /// Each worker group: one replica of the model.
     pub group: Group,
-    /// How many of them.
+    /// What `cohort up` starts on one machine.
     pub cluster: Cluster,
 }
 
 /// `[model]`: what is served.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
     /// Directory of the checkpoint (`config.json`, `*.safetensors`, `tokenizer.json`). Default: the embedded demo
     /// model.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
     pub path: Option<PathBuf>,
     /// A published model whose shape is built in, with `load_format = "dummy"`. Default: none.
     #[serde(with = "strict::parsed_option")]
+    #[schemars(schema_with = "schema::preset")]
     pub preset: Option<Preset>,
     /// `checkpoint`, or `dummy`: seeded random weights in the model's shape, for which a `config.json` is enough.
-    /// Default: `checkpoint`.
     #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::load_format")]
     pub load_format: LoadFormat,
     /// Layers to keep of a model with dummy weights. Default: all.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    #[schemars(with = "u32", range(min = 1, max = LAYERS_MAX))]
     pub layers: Option<u32>,
     /// Name the model is served under. Default: the directory's or preset's name, or `cohort-demo` for the embedded model.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
     pub name: Option<String>,
-    /// Compute dtype, `f32` or `bf16`. Default: `f32`.
+    /// Compute dtype, `f32` or `bf16`.
     #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::dtype")]
     pub dtype: DType,
-    /// `cpu`, `cuda` or `auto` (a GPU when one is found). Default: `auto`.
+    /// `cpu`, `cuda` or `auto` (a GPU when one is found).
     #[serde(with = "strict::device")]
+    #[schemars(schema_with = "schema::device")]
     pub device: Device,
     /// Look at every layer's output, so that a request that fails on a value that is no number is told the layer; slow.
-    /// Default: `false`.
     #[serde(with = "strict::truth")]
+    #[schemars(with = "bool")]
     pub check_numerics: bool,
     /// Keys a sliding layer sees. Default: the checkpoint's `sliding_window`.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    #[schemars(with = "u32", range(min = 1, max = CONTEXT_MAX))]
     pub window_keys: Option<u32>,
 }
 
 /// `[router]`: the front door.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Router {
-    /// Address of the gRPC API; port 0 takes any free one. Default: `127.0.0.1:50051`.
+    /// Address of the gRPC API; port 0 takes any free one.
     #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::address")]
     pub grpc_listen: SocketAddr,
-    /// Address of the HTTP endpoints, or `off`. Default: `127.0.0.1:8080`.
+    /// Address of the HTTP endpoints, or `off`.
     #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::address_or_off")]
     pub http_listen: HttpListen,
-    /// Leaders of the worker groups, as `http://host:port`. `cohort up` fills this in. Default: none.
+    /// Leaders of the worker groups, as `http://host:port`. `cohort up` fills this in.
     #[serde(deserialize_with = "strict::text_list::deserialize")]
+    #[schemars(schema_with = "schema::workers")]
     pub workers: Vec<String>,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
     /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
-    /// Default: 10.
     #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub resume_grace_s: Duration,
     /// After the order to stop, how long requests are still taken while health says NOT_SERVING, in seconds: load
-    /// balancers turn away before anybody is refused. Default: 0.
+    /// balancers turn away before anybody is refused.
     #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub withdraw_grace_s: Duration,
-    /// After that, how long open requests may go on, in seconds. Default: 10.
+    /// Longest open requests may go on after the withdraw grace, in seconds.
     #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub drain_grace_s: Duration,
 }
 
 /// `[router.limits]`: bounds of what is let in.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RouterLimits {
-    /// Requests admitted at once; more are refused with RESOURCE_EXHAUSTED. Default: 512.
+    /// Requests admitted at once; more are refused with RESOURCE_EXHAUSTED.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = REQUESTS_MAX))]
     pub requests_max: u32,
-    /// Bytes of one prompt's text. Default: 4194304.
+    /// Bytes of one prompt's text.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = PROMPT_BYTES_MAX))]
     pub prompt_bytes_max: usize,
 }
 
 /// `[group]`: each worker group.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Group {
-    /// Ranks that share attention, dense layers and vocabulary and see the same rows. Default: 1.
+    /// Ranks that share attention, dense layers and vocabulary and see the same rows.
     #[serde(with = "strict::tp_size")]
+    #[schemars(with = "u32", range(min = 1, max = RANKS_MAX))]
     pub tensor_parallel: TpSize,
     /// Sub-groups of so many ranks, each with sequences and a KV cache of its own; all ranks share the routed experts.
-    /// More than one needs `experts = "expert"`. Default: 1.
+    /// More than one needs `experts = "expert"`.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = RANKS_MAX))]
     pub data_parallel: u32,
-    /// How the routed experts are shared out: `tensor` (a part of each) or `expert` (some of them whole). Default:
-    /// `tensor`.
+    /// How the routed experts are shared out: `tensor` (a part of each) or `expert` (some of them whole).
     #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::experts")]
     pub experts: ExpertSharding,
     /// How rows reach their experts: `replicated` (every rank has all rows), `all-to-all` (rows are sent to the ranks
     /// that hold their experts; needs `experts = "expert"`) or `auto` (replicated in one sub-group, all-to-all in
-    /// several). Default: `auto`.
+    /// several).
     #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::dispatch")]
     pub dispatch: DispatchChoice,
     /// File that says which experts each rank holds, as `cohort plan --expert-load` writes it; needs
     /// `experts = "expert"`. Default: the experts in order.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
     pub expert_placement: Option<PathBuf>,
     /// CPU threads of each rank. Default: the machine's cores shared equally among the ranks.
     #[serde(deserialize_with = "strict::whole_option::deserialize")]
+    #[schemars(with = "usize", range(min = 1, max = THREADS_MAX))]
     pub threads: Option<usize>,
-    /// Tokens of context the KV cache holds over all sequences. Default: 32768.
+    /// Tokens of context the KV cache holds over all sequences.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = TOKENS_MAX))]
     pub kv_tokens: u32,
-    /// Tokens per KV block. Default: 16.
+    /// Tokens per KV block.
     #[serde(with = "strict::block_size")]
+    #[schemars(with = "u32", range(min = 1, max = BLOCK_TOKENS_MAX))]
     pub block_size: BlockSize,
-    /// Most tokens computed in one step; longer prompts are computed in chunks. Default: 512.
+    /// Most tokens computed in one step; longer prompts are computed in chunks.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = CONTEXT_MAX))]
     pub step_tokens_max: u32,
-    /// Most sequences in the running batch. Default: 64.
+    /// Most sequences in the running batch.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = REQUESTS_MAX))]
     pub running_max: u32,
-    /// Most requests waiting for a place in the batch; more are refused. Default: 256.
+    /// Most requests waiting for a place in the batch; more are refused.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = REQUESTS_MAX))]
     pub waiting_requests_max: u32,
-    /// Most prompt tokens of all waiting requests together; more are refused. Default: 262144.
+    /// Most prompt tokens of all waiting requests together; more are refused.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = TOKENS_MAX))]
     pub waiting_tokens_max: u32,
     /// Hosts of a group that spans several, in order, as `host` or `host:port`; each runs equally many ranks, and rank 0
-    /// meets the others at the first one's port (7070 without one). For `cohort group`. Default: none, one host.
+    /// meets the others at the first one's port (7070 without one); none is one host. For `cohort group`.
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     pub hosts: Vec<String>,
-    /// Longest wait for all ranks to come together, in seconds. Default: 60.
+    /// Longest wait for all ranks to come together, in seconds.
     #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
     pub boot_timeout_s: Duration,
+    /// Address where a group's leader serves metrics and probes over HTTP, or `off`. On one machine `cohort up` gives each
+    /// group the next port.
+    #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::address_or_off")]
+    pub metrics_listen: HttpListen,
     /// Longest a step's collective may take before the missing rank is named and the group ends, in seconds.
-    /// Default: 10.
     #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
     pub step_timeout_s: Duration,
-    /// Longest open requests may go on after the order to stop, in seconds. Default: 10.
+    /// Longest open requests may go on after the order to stop, in seconds.
     #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub drain_grace_s: Duration,
 }
 
 /// `[cluster]`: what `cohort up` starts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cluster {
-    /// Worker groups. Default: 1.
+    /// Worker groups.
     #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = GROUPS_MAX))]
     pub groups: u32,
 }
 
@@ -192,6 +232,19 @@ impl HttpListen {
         match self {
             Self::Off => None,
             Self::At(address) => Some(address),
+        }
+    }
+
+    /// The address for the `index`th of several processes on one machine: its port counts on, unless any is taken.
+    #[must_use]
+    pub fn nth(self, index: u32) -> Self {
+        match self {
+            Self::At(address) if address.port() != 0 => {
+                let port = u16::try_from(index).ok().and_then(|index| address.port().checked_add(index));
+                // The configuration's check has seen to it that all of them fit.
+                Self::At(SocketAddr::new(address.ip(), port.unwrap_or(u16::MAX)))
+            }
+            Self::At(_) | Self::Off => self,
         }
     }
 }
@@ -272,6 +325,7 @@ impl Default for Group {
             waiting_tokens_max: 262_144,
             hosts: Vec::new(),
             boot_timeout_s: Duration::from_secs(60),
+            metrics_listen: HttpListen::Off,
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),
         }

@@ -84,6 +84,14 @@ fn each_bad_value_is_refused_with_its_key() {
             "router.http_listen = '127.0.0.1:50051'",
             "router.http_listen: is the same address as router.grpc_listen",
         ),
+        (
+            "group.metrics_listen = '127.0.0.1:50050'\ncluster.groups = 2",
+            "group.metrics_listen: one of the groups would take 127.0.0.1:50051, which is the router's",
+        ),
+        (
+            "group.metrics_listen = '0.0.0.0:65535'\ncluster.groups = 2",
+            "group.metrics_listen: leaves no ports for 2 groups after 65535",
+        ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
     ];
     refused(&cases);
@@ -125,7 +133,7 @@ fn refused(cases: &[(&str, &str)]) {
 fn a_bad_flag_is_named_as_typed() {
     let flags = vec![flag("--kv-tokens", "group.kv_tokens", "many")];
     let found = complaints(&Sources { flags, ..Sources::default() });
-    assert_eq!(found[0].source, "--kv-tokens");
+    assert_eq!(found[0].origin.to_string(), "--kv-tokens");
     assert_eq!(found[0].reason, "must be a whole number of at least 0, not \"many\"");
 }
 
@@ -147,7 +155,7 @@ fn a_file_that_cannot_be_used_is_named() {
     let yaml = file(".yaml", "group: [1\n");
     for path in [broken.path(), odd.path(), large.path(), yaml.path(), "/nonexistent/cluster.toml".as_ref()] {
         let error =
-            Settings::load(&Sources { file: Some(path.to_owned()), ..Sources::default() }).unwrap_err();
+            Settings::load(&Sources { files: vec![path.to_owned()], ..Sources::default() }).unwrap_err();
         assert!(matches!(&error, Error::File { path: named, .. } if named == path), "{error}");
     }
 }

@@ -5,7 +5,7 @@ mod support;
 
 use std::time::Duration;
 
-use settings::{HttpListen, Settings, Sources};
+use settings::{HttpListen, Origin, Settings, Sources};
 use support::{file, flag, from_environment, from_file, toml};
 use types::DType;
 use worker::Device;
@@ -82,7 +82,7 @@ fn a_variable_wins_over_the_file_and_a_flag_over_both() {
         ("HOME", "/root"),
         ("COHORT_LOG", "debug"),
     ]);
-    sources.file = Some(file.path().to_owned());
+    sources.files.push(file.path().to_owned());
     sources.flags.push(flag("--kv-tokens", "group.kv_tokens", "4096"));
     let group = Settings::load(&sources).unwrap().group;
     assert_eq!((group.kv_tokens, group.running_max, group.block_size.tokens()), (4096, 2, 8));
@@ -98,4 +98,28 @@ fn a_list_comes_from_a_variable_with_commas() {
 fn a_name_that_looks_like_a_number_stays_as_it_was_typed() {
     let sources = from_environment(&[("COHORT__MODEL__NAME", "007")]);
     assert_eq!(Settings::load(&sources).unwrap().model.name.as_deref(), Some("007"));
+}
+
+#[test]
+fn a_later_file_wins_over_an_earlier_one_key_by_key() {
+    let base = file(".toml", "[group]\nkv_tokens = 1024\nrunning_max = 1\n");
+    let site = file(".yaml", "group:\n  kv_tokens: 2048\n");
+    let files = vec![base.path().to_owned(), site.path().to_owned()];
+    let loaded = Settings::load_traced(&Sources { files, ..Sources::default() }).unwrap();
+    assert_eq!((loaded.settings.group.kv_tokens, loaded.settings.group.running_max), (2048, 1));
+    assert_eq!(loaded.origin("group.kv_tokens").to_string(), format!("{}:2", site.path().display()));
+    assert_eq!(loaded.origin("group.running_max").to_string(), format!("{}:3", base.path().display()));
+}
+
+#[test]
+fn every_value_knows_where_it_comes_from() {
+    let mut sources = from_environment(&[("COHORT__ROUTER__LIMITS__REQUESTS_MAX", "7")]);
+    sources.flags.push(flag("--groups", "cluster.groups", "3"));
+    let loaded = Settings::load_traced(&sources).unwrap();
+    assert_eq!(
+        loaded.origin("router.limits.requests_max"),
+        Origin::Variable("COHORT__ROUTER__LIMITS__REQUESTS_MAX".into())
+    );
+    assert_eq!(loaded.origin("cluster.groups"), Origin::Flag("--groups"));
+    assert_eq!(loaded.origin("group.kv_tokens"), Origin::Default);
 }

@@ -10,7 +10,7 @@ fn an_unknown_key_names_the_file_and_the_nearest_key() {
     let file = file(".toml", "[group]\nkv_tokns = 5\n");
     let found = complaints(&from_file(&file));
     assert_eq!(found.len(), 1);
-    assert_eq!(found[0].source, file.path().display().to_string());
+    assert_eq!(found[0].origin.to_string(), format!("{}:2", file.path().display()));
     assert_eq!(found[0].key, "group.kv_tokns");
     assert_eq!(found[0].reason, "unknown key; did you mean group.kv_tokens?");
 }
@@ -24,7 +24,7 @@ fn a_key_in_the_wrong_section_is_unknown_there() {
 #[test]
 fn an_unknown_variable_is_named_as_it_was_set() {
     let found = complaints(&from_environment(&[("COHORT__GROUP__THREAD", "5")]));
-    assert_eq!(found[0].source, "COHORT__GROUP__THREAD");
+    assert_eq!(found[0].origin.to_string(), "COHORT__GROUP__THREAD");
     assert_eq!(found[0].reason, "unknown key; did you mean group.threads?");
 }
 

@@ -65,6 +65,14 @@ pub enum Error {
         /// The system's words.
         source: std::io::Error,
     },
+    /// The listener for metrics could not be opened.
+    #[error("cannot listen on {address}: {source}; choose another --metrics-listen address")]
+    MetricsListen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's words.
+        source: std::io::Error,
+    },
     /// The system refused a thread or a runtime.
     #[error("cannot start {what}: {source}")]
     Start {

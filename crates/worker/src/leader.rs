@@ -16,6 +16,7 @@ use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 use crate::follower::{ACTIVITY, END};
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
+use crate::metrics::EngineCounters;
 use crate::numerics::Numerics;
 use crate::pipeline::{Pipeline, Steps};
 use crate::state::{State, StatePublisher};
@@ -62,6 +63,7 @@ pub(crate) struct Leader {
     plans: Plans,
     outlet: Outlet,
     state: Arc<StatePublisher>,
+    counters: EngineCounters,
     clock: Instant,
     open: Streams,
     guides: Arc<Guides>,
@@ -81,6 +83,7 @@ pub(crate) struct Seat {
     pub(crate) plans: Plans,
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
+    pub(crate) counters: EngineCounters,
 }
 
 impl Leader {
@@ -94,6 +97,7 @@ impl Leader {
             plans: seat.plans,
             outlet: seat.outlet,
             state: seat.state,
+            counters: seat.counters,
             clock: Instant::now(),
             open: Streams::new(Arc::clone(&seat.guides)),
             guides: seat.guides,
@@ -234,6 +238,7 @@ impl Leader {
         match message {
             Message::Submit(submission) => self.submit(*submission),
             Message::Ran(job) => {
+                self.counters.stepped();
                 let now = self.now();
                 self.pipeline.answer(job, now, &mut self.effects);
                 self.deliver();
@@ -269,6 +274,7 @@ impl Leader {
     fn submit(&mut self, submission: Submission) {
         let Submission { mut request, deadline, sink, key, guides } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
+        self.counters.submitted(request.prompt.len());
         let seq = SeqId(self.next_id);
         self.next_id += u64::from(request.generation.sequences());
         self.open.open(seq..SeqId(self.next_id), request.options.first_stream, key, &sink);
@@ -293,7 +299,10 @@ impl Leader {
 
     /// Passes effects on to the streams they belong to.
     fn deliver(&mut self) {
-        self.effects.drain(..).for_each(|effect| self.open.deliver(effect));
+        for effect in self.effects.drain(..) {
+            self.counters.count(&effect);
+            self.open.deliver(effect);
+        }
     }
 
     /// Ends every open request, and those still in the inbox, with the same status.

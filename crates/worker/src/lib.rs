@@ -16,6 +16,7 @@ mod gap;
 mod guide;
 mod inbox;
 mod leader;
+mod metrics;
 mod numerics;
 mod pipeline;
 mod report;

@@ -15,6 +15,7 @@ use crate::executor::Executor;
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
+use crate::metrics::{EngineCounters, Metrics};
 use crate::pipeline::Steps;
 use crate::server::GrpcServer;
 use crate::state::{State, StatePublisher};
@@ -58,9 +59,11 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
 fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
     let (inbox, outlet) = Inbox::new();
     let state = Arc::new(StatePublisher::new());
-    let server = GrpcServer::start(config, inbox.clone(), Arc::clone(&state))?;
+    let metrics = Arc::new(Metrics::new(config));
+    let server = GrpcServer::start(config, inbox.clone(), &state, &metrics)?;
     reporter.report(Report::Listening(server.address()));
-    let outcome = lead_behind(&Front { config, reporter, state, inbox }, outlet, shutdown);
+    let outcome =
+        lead_behind(&Front { config, reporter, state, inbox, counters: metrics.engine() }, outlet, shutdown);
     let closed = server.close();
     outcome.and(closed)
 }
@@ -71,6 +74,7 @@ struct Front<'a> {
     reporter: &'a Arc<dyn Reporter>,
     state: Arc<StatePublisher>,
     inbox: Inbox,
+    counters: EngineCounters,
 }
 
 /// Reports to whoever started the rank, and keeps routers informed of the phase.
@@ -97,7 +101,7 @@ impl Reporter for Both {
 }
 
 fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) -> Result<(), Error> {
-    let Front { config, state, inbox, .. } = front;
+    let Front { config, state, inbox, counters, .. } = front;
     let started = Instant::now();
     let reporter: Arc<dyn Reporter> =
         Arc::new(Both { reporter: Arc::clone(front.reporter), state: Arc::clone(state) });
@@ -116,8 +120,8 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
     let plans = Plans::new(config.rank, plans);
     let guides = Guides::start().map_err(|source| Error::Start { what: "the mask threads", source })?;
     let guides = Arc::new(guides);
-    let (own, state) = (Arc::clone(&guides), Arc::clone(state));
-    let seat = Seat { engine, guides: own, plans: plans.clone(), outlet, state };
+    let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters.clone());
+    let seat = Seat { engine, guides: own, plans: plans.clone(), outlet, state, counters };
     let (mut leader, steps) = Leader::new(config.rank, seat)?;
     leader.explain_with(numerics);
     let ended = CancellationToken::new();

@@ -15,6 +15,7 @@ use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::guide::Kitchen;
 use crate::inbox::Inbox;
+use crate::metrics::{self, Metrics};
 use crate::service::Service;
 use crate::state::StatePublisher;
 use crate::{Config, Error, boot};
@@ -26,6 +27,10 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_GRACE: Duration = Duration::from_secs(1);
 /// Threads for gRPC; tokens are computed elsewhere.
 const IO_THREADS: usize = 1;
+/// What health is reported for: the server as a whole and the service, SERVING while requests are taken.
+const SERVING_NAMES: [&str; 2] = ["", "cohort.worker.v1.Worker"];
+/// A name whose health is SERVING for as long as this process answers, whatever phase it is in: for liveness probes.
+const LIVE_NAME: &str = "live";
 
 /// The running server.
 pub(crate) struct GrpcServer {
@@ -36,20 +41,37 @@ pub(crate) struct GrpcServer {
 }
 
 impl GrpcServer {
-    pub(crate) fn start(config: &Config, inbox: Inbox, state: Arc<StatePublisher>) -> Result<Self, Error> {
-        let listen = config.listen;
-        let failed = |source| Error::Listen { address: listen, source };
-        let listener = TcpListener::bind(listen).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
+    /// Listens where `config` says, for routers and, if asked to, for whoever watches.
+    pub(crate) fn start(
+        config: &Config,
+        inbox: Inbox,
+        state: &Arc<StatePublisher>,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, Error> {
+        let (listener, address) =
+            listen(config.listen).map_err(|source| Error::Listen { address: config.listen, source })?;
+        let watched = match config.metrics_listen {
+            None => None,
+            Some(address) => {
+                let bound = listen(address).map_err(|source| Error::MetricsListen { address, source })?;
+                Some(bound)
+            }
+        };
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(IO_THREADS).thread_name("grpc").enable_all().build();
         let runtime = runtime.map_err(|source| Error::Start { what: "the gRPC threads", source })?;
         let closing = CancellationToken::new();
+        let (state, metrics) = (Arc::clone(state), Arc::clone(metrics));
+        if let Some((listener, address)) = watched {
+            tracing::info!(%address, "metrics are served");
+            let served = (Arc::clone(&metrics), Arc::clone(&state));
+            runtime.spawn(async move { metrics::serve(into_tokio(listener), served.0, served.1).await });
+        }
         let kitchen = Arc::new(Kitchen::new(config.model.clone()));
         let service = Service {
             inbox,
             state: Arc::clone(&state),
+            metrics,
             kitchen,
             plan: boot::parallel(config),
             closing: closing.clone(),
@@ -79,6 +101,21 @@ impl GrpcServer {
     }
 }
 
+fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
+}
+
+/// Inside a runtime.
+fn into_tokio(listener: TcpListener) -> tokio::net::TcpListener {
+    match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => unreachable!("the listener is non-blocking and the runtime runs: {error}"),
+    }
+}
+
 async fn serve(
     listener: TcpListener,
     service: Service,
@@ -87,12 +124,13 @@ async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
     let mut states = state.subscribe();
+    reporter.set_service_status(LIVE_NAME, ServingStatus::Serving).await;
     tokio::spawn(async move {
         loop {
             let phase = states.borrow_and_update().phase;
             let serving = phase == i32::from(proto::worker::Phase::Serving);
             let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-            for name in ["", "cohort.worker.v1.Worker"] {
+            for name in SERVING_NAMES {
                 reporter.set_service_status(name, status).await;
             }
             if states.changed().await.is_err() {
@@ -100,16 +138,12 @@ async fn serve(
             }
         }
     });
-    let listener = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => unreachable!("the listener is non-blocking and the runtime runs: {error}"),
-    };
     let worker = WorkerServer::new(service)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     // The builder's own setting does not reach an incoming of ours; without it a token waits 40 ms for a delayed
     // acknowledgement.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = TcpIncoming::from(into_tokio(listener)).with_nodelay(Some(true));
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))

@@ -21,6 +21,7 @@ use types::{GenerationSpec, Priority, TokenId};
 use crate::activity::Plan;
 use crate::guide::{Guidance, Guide, Kitchen};
 use crate::inbox::{Inbox, Message, Submission};
+use crate::metrics::{Asked, Metered, Metrics};
 use crate::state::StatePublisher;
 use crate::{activity, chunk};
 
@@ -28,6 +29,7 @@ use crate::{activity, chunk};
 pub(crate) struct Service {
     pub(crate) inbox: Inbox,
     pub(crate) state: Arc<StatePublisher>,
+    pub(crate) metrics: Arc<Metrics>,
     /// The group's.
     pub(crate) plan: Plan,
     pub(crate) kitchen: Arc<Kitchen>,
@@ -54,7 +56,7 @@ impl Service {
 #[tonic::async_trait]
 impl Worker for Service {
     type WatchStream = Boxed<WorkerState>;
-    type GenerateStream = ReceiverStream<Result<GenerateChunk, Status>>;
+    type GenerateStream = Metered<ReceiverStream<Result<GenerateChunk, Status>>>;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let router = &request.get_ref().router_id;
@@ -94,6 +96,11 @@ impl Worker for Service {
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
         let key = request.key;
+        let asked = Asked {
+            prompt_tokens: request.prompt.len(),
+            max_tokens: generation.max_tokens(),
+            sequences: generation.sequences(),
+        };
         let guidance = self.kitchen.guidance(guide, facts).await?;
         let (sink, stream) = mpsc::channel(chunk::messages_max(request.prompt.len(), &generation));
         let request = engine::Request {
@@ -104,8 +111,10 @@ impl Worker for Service {
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let guides = guidance.map_or_else(|| Ok(Vec::new()), |guidance| guides(&guidance, &request))?;
-        self.inbox.submit(Submission { request, deadline, sink, key, guides })?;
-        Ok(Response::new(ReceiverStream::new(stream)))
+        self.inbox
+            .submit(Submission { request, deadline, sink, key, guides })
+            .inspect_err(|failure| self.metrics.rejected(failure))?;
+        Ok(Response::new(Metered::new(ReceiverStream::new(stream), Arc::clone(&self.metrics), asked)))
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<CancelResponse>, Status> {

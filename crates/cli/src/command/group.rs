@@ -89,8 +89,9 @@ impl Args {
         argv
     }
 
-    /// What a supervised group of these settings is started with.
-    pub(crate) fn supervised(settings: &Settings, listen: Option<SocketAddr>) -> Self {
+    /// What the `index`th supervised group of these settings is started with.
+    pub(crate) fn supervised(settings: &Settings, index: u32, listen: Option<SocketAddr>) -> Self {
+        let metrics_listen = Some(settings.group.metrics_listen.nth(index));
         Self {
             file: FileFlag::default(),
             rendezvous: ANYWHERE,
@@ -99,7 +100,7 @@ impl Args {
             listen: listen.unwrap_or(ANYWHERE),
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
-            group: GroupFlags::from(settings),
+            group: GroupFlags { metrics_listen, ..GroupFlags::from(settings) },
             supervised: true,
         }
     }

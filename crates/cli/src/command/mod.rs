@@ -53,7 +53,7 @@ pub enum Command {
     Batch(batch::Args),
     /// Measure a running cluster
     Bench(bench::Args),
-    /// Check or show a configuration
+    /// Check, show or explain a configuration
     Config(config::Args),
     /// Say whether a group would fit and what it would serve; needs no weights and no GPU
     Plan(Box<plan::Args>),

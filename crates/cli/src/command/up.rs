@@ -109,7 +109,9 @@ pub(crate) async fn supervise(
     let cluster = Cluster {
         groups: settings.cluster.groups,
         grace: group::stop_grace(settings).max(router::stop_grace(settings)) + SUPERVISOR_SLACK,
-        group: |_, listen: Option<SocketAddr>| own(group::Args::supervised(settings, listen).to_argv()),
+        group: |index, listen: Option<SocketAddr>| {
+            own(group::Args::supervised(settings, index, listen).to_argv())
+        },
         router: |leaders: &[SocketAddr], served: Option<Serving>| {
             own(router::Args::supervised(settings, leaders, served).to_argv())
         },

@@ -20,6 +20,7 @@ mod http_errors;
 mod http_patience;
 mod http_probes;
 mod http_tokens;
+mod metrics;
 mod no_tokenizer;
 mod obedient;
 mod other_group;

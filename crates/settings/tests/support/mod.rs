@@ -14,7 +14,7 @@ pub(crate) fn file(suffix: &str, text: &str) -> tempfile::NamedTempFile {
 
 /// Only this file.
 pub(crate) fn from_file(file: &tempfile::NamedTempFile) -> Sources {
-    Sources { file: Some(file.path().to_owned()), ..Sources::default() }
+    Sources { files: vec![file.path().to_owned()], ..Sources::default() }
 }
 
 /// Only these variables.

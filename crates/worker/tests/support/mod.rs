@@ -44,6 +44,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         rendezvous: ([127, 0, 0, 1], 0).into(),
         leader: None,
         listen: ([127, 0, 0, 1], 0).into(),
+        metrics_listen: None,
         limits: Limits {
             block_size: BlockSize::new(16).unwrap(),
             kv_tokens: 8192,

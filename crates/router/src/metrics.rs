@@ -1,0 +1,248 @@
+//! What a router counts. Requests are counted where they end, stages where they are passed, groups when somebody asks.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Request};
+use axum::middleware::Next;
+use axum::response::Response;
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Metric, Registry};
+use proto::{Failure, v1};
+
+use crate::service::VERSION;
+use crate::workers::{GroupView, Groups};
+
+/// What the OpenMetrics text format is called.
+pub(crate) const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Seconds of a stage: from a fraction of what a router may add to the longest answer.
+const STAGE_SECONDS: [f64; 20] = [
+    0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0, 30.0, 60.0, 300.0,
+];
+/// How a request ended that did not fail.
+const OK: &str = "OK";
+/// How a request ended whose caller left.
+const ABANDONED: &str = "ABANDONED";
+
+/// `OK`, `ABANDONED`, or the reason of the failure.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
+/// A part of a request's way.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct InStage {
+    stage: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Kind {
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfGroup {
+    group: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Build {
+    version: &'static str,
+}
+
+/// As the usual instrumentation of Python servers has it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HttpRequest {
+    handler: String,
+    method: &'static str,
+    status: &'static str,
+}
+
+#[derive(Debug, Clone)]
+struct Stages;
+
+impl MetricConstructor<Histogram> for Stages {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(STAGE_SECONDS)
+    }
+}
+
+/// Everything a router counts.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Family<Outcome, Counter>,
+    stages: Family<InStage, Histogram, Stages>,
+    tokens: Family<Kind, Counter>,
+    http: Family<HttpRequest, Counter>,
+    open: Gauge,
+    open_max: Gauge,
+    group_up: Family<OfGroup, Gauge>,
+    group_open: Family<OfGroup, Gauge>,
+}
+
+impl Metrics {
+    pub(crate) fn new(groups: &Groups) -> Self {
+        let mut registry = Registry::default();
+        let to = &mut registry;
+        let info = Family::<Build, Gauge>::default();
+        info.get_or_create(&Build { version: VERSION }).set(1);
+        to.register("cohort_router_build_info", "Version of this router, always 1", info);
+        let stages = Family::new_with_constructor(Stages);
+        to.register("cohort_router_stage_seconds", "Seconds a request spent in a stage", stages.clone());
+        let (placements, resumed) = groups.counters();
+        to.register("cohort_router_placements", "Requests sent to a group, by how it was chosen", placements);
+        to.register("cohort_router_resumed", "Sequences that went on after the loss of their group", resumed);
+        let (requests, tokens, http, open, open_max, group_up, group_open) = (
+            add(to, "cohort_router_requests", "Requests that ended, by how"),
+            add(to, "cohort_router_tokens", "Tokens of requests that ended well, by kind"),
+            add(to, "http_requests", "HTTP requests answered, by path and class of status"),
+            add(to, "cohort_router_requests_open", "Answers that are being given"),
+            add(to, "cohort_router_requests_open_max", "Answers that may be given at once"),
+            add(to, "cohort_router_group_up", "1 for a group that takes requests, else 0"),
+            add(to, "cohort_router_group_requests_open", "Requests of this router that a group works on"),
+        );
+        let metrics = Self { registry, requests, stages, tokens, http, open, open_max, group_up, group_open };
+        metrics.start_at_nothing();
+        metrics
+    }
+
+    /// The series that everybody looks for are there from the start, so that rates are right from the first event.
+    fn start_at_nothing(&self) {
+        for outcome in [OK, ABANDONED, "OVERLOADED", "GROUP_LOST", "UNAVAILABLE", "INTERNAL"] {
+            let _ = self.requests.get_or_create(&Outcome { outcome });
+        }
+        for stage in ["admit", "tokenize", "place", "first_message", "whole"] {
+            let _ = self.stages.get_or_create(&InStage { stage });
+        }
+        self.used(&v1::Usage::default(), true);
+    }
+
+    /// All of it in the OpenMetrics text format, with the gauges as they are now.
+    pub(crate) fn render(&self, open: usize, open_max: u32, groups: &[GroupView]) -> String {
+        self.open.set(i64::try_from(open).unwrap_or(i64::MAX));
+        self.open_max.set(open_max.into());
+        for GroupView { address, takes, in_flight } in groups {
+            let label = OfGroup { group: address.clone() };
+            self.group_up.get_or_create(&label).set((*takes).into());
+            self.group_open.get_or_create(&label).set(i64::try_from(*in_flight).unwrap_or(i64::MAX));
+        }
+        let mut page = String::new();
+        match text::encode(&mut page, &self.registry) {
+            Ok(()) => page,
+            Err(error) => unreachable!("writing to a string does not fail: {error}"),
+        }
+    }
+
+    fn ended(&self, outcome: &'static str) {
+        self.requests.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    fn passed(&self, stage: &'static str, since: Instant) {
+        self.stages.get_or_create(&InStage { stage }).observe(since.elapsed().as_secs_f64());
+    }
+
+    /// Answers to one prompt share its tokens: only the `first` counts them.
+    fn used(&self, usage: &v1::Usage, first: bool) {
+        let of_prompt = |tokens: u32| if first { tokens } else { 0 };
+        for (kind, tokens) in [
+            ("prompt", of_prompt(usage.prompt_tokens)),
+            ("cached", of_prompt(usage.cached_tokens)),
+            ("generated", usage.output_tokens),
+            ("reasoning", usage.reasoning_tokens),
+        ] {
+            self.tokens.get_or_create(&Kind { kind }).inc_by(tokens.into());
+        }
+    }
+
+    fn answered(&self, handler: String, method: &'static str, status: u16) {
+        let status = match status {
+            ..200 => "1xx",
+            200..300 => "2xx",
+            300..400 => "3xx",
+            400..500 => "4xx",
+            500.. => "5xx",
+        };
+        self.http.get_or_create(&HttpRequest { handler, method, status }).inc();
+    }
+}
+
+fn add<M: Metric + Clone + Default>(to: &mut Registry, name: &str, help: &str) -> M {
+    let metric = M::default();
+    to.register(name, help, metric.clone());
+    metric
+}
+
+/// One request, counted when it ends, however it does.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    metrics: Arc<Metrics>,
+    arrived: Instant,
+    /// When the last stage ended.
+    stage: Instant,
+    answered: bool,
+    over: bool,
+}
+
+impl Counted {
+    /// A request that arrives now.
+    pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+        let now = Instant::now();
+        Self { metrics, arrived: now, stage: now, answered: false, over: false }
+    }
+
+    /// A stage of the way down is behind it.
+    pub(crate) fn passed(&mut self, stage: &'static str) {
+        self.metrics.passed(stage, self.stage);
+        self.stage = Instant::now();
+    }
+
+    /// A message goes up.
+    pub(crate) fn message(&mut self, message: &v1::GenerateResponse) {
+        if !std::mem::replace(&mut self.answered, true) {
+            self.metrics.passed("first_message", self.stage);
+        }
+        if let Some(usage) = &message.usage {
+            self.metrics.used(usage, message.index == 0);
+        }
+    }
+
+    /// The last message went up, or a failure.
+    pub(crate) fn ended(&mut self, failure: Option<&Failure>) {
+        self.end(failure.map_or(OK, Failure::reason));
+    }
+
+    fn end(&mut self, outcome: &'static str) {
+        if !std::mem::replace(&mut self.over, true) {
+            self.metrics.ended(outcome);
+            self.metrics.passed("whole", self.arrived);
+        }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.end(ABANDONED);
+    }
+}
+
+/// Counts every answer of the HTTP listener.
+pub(crate) async fn count_http(metrics: Arc<Metrics>, request: Request, next: Next) -> Response {
+    // Paths and methods nobody serves would otherwise make series without end.
+    let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let method = match request.method().as_str() {
+        "GET" => "GET",
+        "POST" => "POST",
+        "HEAD" => "HEAD",
+        _ => "other",
+    };
+    let response = next.run(request).await;
+    metrics.answered(path.unwrap_or_else(|| "none".to_owned()), method, response.status().as_u16());
+    response
+}

@@ -1,0 +1,65 @@
+//! The leader's HTTP listener for what watches it: metrics and probes. Open as early as the one for routers.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use axum::{Json, Router};
+use proto::Phase;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::Metrics;
+use crate::state::StatePublisher;
+
+/// What the OpenMetrics text format is called.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Clone)]
+struct Watched {
+    metrics: Arc<Metrics>,
+    state: Arc<StatePublisher>,
+}
+
+/// Serves `/metrics`, `/livez` (this process answers), `/startupz` (it listens, with phase and percent) and `/readyz` (it
+/// takes requests) for as long as the process lives.
+pub(crate) async fn serve(listener: TcpListener, metrics: Arc<Metrics>, state: Arc<StatePublisher>) {
+    let routes = Router::new()
+        .route("/metrics", get(page))
+        .route("/livez", get(livez))
+        .route("/startupz", get(startupz))
+        .route("/readyz", get(readyz))
+        .with_state(Watched { metrics, state });
+    if let Err(error) = axum::serve(listener, routes).await {
+        tracing::error!(%error, "metrics are not served any more");
+    }
+}
+
+async fn page(State(watched): State<Watched>) -> impl IntoResponse {
+    let state = watched.state.subscribe().borrow().clone();
+    ([(header::CONTENT_TYPE, OPEN_METRICS)], watched.metrics.render(&state))
+}
+
+async fn livez() -> Json<Value> {
+    Json(json!({ "status": "ok" }))
+}
+
+async fn startupz(State(watched): State<Watched>) -> Json<Value> {
+    watched.progress().1
+}
+
+async fn readyz(State(watched): State<Watched>) -> (StatusCode, Json<Value>) {
+    let (phase, progress) = watched.progress();
+    let code = if phase == Phase::Serving { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, progress)
+}
+
+impl Watched {
+    fn progress(&self) -> (Phase, Json<Value>) {
+        let state = self.state.subscribe().borrow().clone();
+        let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
+        (phase, Json(json!({ "phase": phase.name(), "percent": state.percent })))
+    }
+}

@@ -1,0 +1,150 @@
+//! A request's stream, measured on its way to the router.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use futures::{Stream, StreamExt};
+use proto::Failure;
+use proto::worker::{FinishReason, GenerateChunk};
+use tonic::Status;
+
+use super::{Finished, Metrics, Rejected};
+
+/// What a request asked for, as far as it is counted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked {
+    pub(crate) prompt_tokens: usize,
+    pub(crate) max_tokens: u32,
+    pub(crate) sequences: u32,
+}
+
+impl Metrics {
+    /// Counts a refusal.
+    pub(crate) fn rejected(&self, failure: &Failure) {
+        self.requests.rejected.get_or_create(&Rejected { reason: failure.reason() }).inc();
+    }
+}
+
+/// A stream of chunks whose tokens and times are counted. Dropped before its end, it counts as aborted.
+pub(crate) struct Metered<S> {
+    inner: S,
+    metrics: Arc<Metrics>,
+    asked: Asked,
+    arrived: Instant,
+    first: Option<Instant>,
+    /// When each sequence had its last token.
+    last: BTreeMap<u32, Instant>,
+    tokens: u64,
+    /// Sequences that have ended.
+    ended: u32,
+    over: bool,
+}
+
+impl<S> Metered<S> {
+    /// Measures `inner` from now on.
+    pub(crate) fn new(inner: S, metrics: Arc<Metrics>, asked: Asked) -> Self {
+        let requests = &metrics.requests;
+        requests.prompt_tokens.inc_by(asked.prompt_tokens as u64);
+        requests.prompt_length.observe(asked.prompt_tokens as f64);
+        requests.max_tokens.observe(asked.max_tokens.into());
+        requests.sequences.observe(asked.sequences.into());
+        Self {
+            inner,
+            metrics,
+            asked,
+            arrived: Instant::now(),
+            first: None,
+            last: BTreeMap::new(),
+            tokens: 0,
+            ended: 0,
+            over: false,
+        }
+    }
+
+    fn saw(&mut self, item: &Result<GenerateChunk, Status>) {
+        match item {
+            Ok(chunk) => {
+                self.metrics.requests.cached_tokens.inc_by(chunk.cached_tokens.unwrap_or(0).into());
+                self.saw_tokens(chunk.index, chunk.token_ids.len());
+                if let Some(finish) = &chunk.finish {
+                    self.ended += 1;
+                    if self.ended >= self.asked.sequences {
+                        self.end(match finish.reason() {
+                            FinishReason::Length => "length",
+                            _ => "stop",
+                        });
+                    }
+                }
+            }
+            Err(status) => self.failed(status),
+        }
+    }
+
+    fn saw_tokens(&mut self, sequence: u32, tokens: usize) {
+        if tokens == 0 {
+            return;
+        }
+        let now = Instant::now();
+        let requests = &self.metrics.requests;
+        requests.generation_tokens.inc_by(tokens as u64);
+        self.tokens += tokens as u64;
+        if self.first.is_none() {
+            self.first = Some(now);
+            requests.first_token.observe((now - self.arrived).as_secs_f64());
+        }
+        if let Some(last) = self.last.insert(sequence, now) {
+            requests.between_tokens.observe((now - last).as_secs_f64());
+        }
+    }
+
+    fn failed(&mut self, status: &Status) {
+        let failure = Failure::from_status(status);
+        if self.tokens == 0
+            && let Some(failure) = &failure
+        {
+            self.metrics.rejected(failure);
+        }
+        let gone = matches!(failure, Some(Failure::Cancelled | Failure::DeadlineExceeded));
+        self.end(if gone { "abort" } else { "error" });
+    }
+
+    fn end(&mut self, finished_reason: &'static str) {
+        if std::mem::replace(&mut self.over, true) {
+            return;
+        }
+        let requests = &self.metrics.requests;
+        requests.finished.get_or_create(&Finished { finished_reason }).inc();
+        requests.whole.observe(self.arrived.elapsed().as_secs_f64());
+        requests.generation_length.observe(self.tokens as f64);
+        if let Some(first) = self.first {
+            let decode = first.elapsed().as_secs_f64();
+            requests.decode.observe(decode);
+            // The sequences of a request are generated side by side.
+            let steps = self.tokens / u64::from(self.asked.sequences.max(1));
+            if steps > 1 {
+                requests.time_per_token.observe(decode / (steps - 1) as f64);
+            }
+        }
+    }
+}
+
+impl<S: Stream<Item = Result<GenerateChunk, Status>> + Unpin> Stream for Metered<S> {
+    type Item = Result<GenerateChunk, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let item = self.inner.poll_next_unpin(context);
+        if let Poll::Ready(Some(item)) = &item {
+            self.saw(item);
+        }
+        item
+    }
+}
+
+impl<S> Drop for Metered<S> {
+    fn drop(&mut self) {
+        self.end("abort");
+    }
+}

@@ -1,0 +1,232 @@
+{{- define "cohort.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- /* At most 40 characters: names of pods and hashes come after it. */ -}}
+{{- define "cohort.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "cohort.router" -}}
+{{ include "cohort.fullname" . }}-router
+{{- end -}}
+
+{{- define "cohort.groups" -}}
+{{ include "cohort.fullname" . }}-group
+{{- end -}}
+
+{{- define "cohort.selector" -}}
+app.kubernetes.io/name: {{ include "cohort.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "cohort.labels" -}}
+{{ include "cohort.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "cohort.image" -}}
+{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end -}}
+
+{{- define "cohort.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{ default (include "cohort.fullname" .) .Values.serviceAccount.name }}
+{{- else -}}
+{{ default "default" .Values.serviceAccount.name }}
+{{- end -}}
+{{- end -}}
+
+{{- /* Ranks of a group. */ -}}
+{{- define "cohort.ranks" -}}
+{{- mul (dig "group" "tensor_parallel" 1 .Values.config | int) (dig "group" "data_parallel" 1 .Values.config | int) -}}
+{{- end -}}
+
+{{- /* A time of the configuration in whole seconds, rounded up; the binary's own default where it is not given. */ -}}
+{{- define "cohort.seconds" -}}
+{{- $part := index . 0 -}}{{- $key := index . 1 -}}{{- $default := index . 2 -}}{{- $config := index . 3 -}}
+{{- dig $part $key $default $config | float64 | ceil | int -}}
+{{- end -}}
+
+{{- /* The longest a router may take to stop: preStop, withdraw, drain, and slack. */ -}}
+{{- define "cohort.routerGrace" -}}
+{{- $withdraw := include "cohort.seconds" (list "router" "withdraw_grace_s" 0 .Values.config) | int -}}
+{{- $drain := include "cohort.seconds" (list "router" "drain_grace_s" 10 .Values.config) | int -}}
+{{- add .Values.router.preStopSeconds $withdraw $drain 10 -}}
+{{- end -}}
+
+{{- /* The longest a group may take to stop: its followers end after its leader. */ -}}
+{{- define "cohort.groupGrace" -}}
+{{- $drain := include "cohort.seconds" (list "group" "drain_grace_s" 10 .Values.config) | int -}}
+{{- add .Values.groups.preStopSeconds $drain 15 -}}
+{{- end -}}
+
+{{- /* Where the leaders of all groups listen. */ -}}
+{{- define "cohort.workers" -}}
+{{- $service := include "cohort.groups" . -}}
+{{- $scaled := .Values.groups.autoscaling -}}
+{{- $groups := ternary $scaled.maxReplicas .Values.groups.replicas $scaled.enabled | int -}}
+{{- range $index := until $groups }}
+- http://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
+{{- end }}
+{{- end -}}
+
+{{- /* The cluster file: the given tree, and what the chart knows better. */ -}}
+{{- define "cohort.config" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- $router := dict "grpc_listen" "0.0.0.0:50051" "http_listen" "0.0.0.0:8080" -}}
+{{- $_ := set $router "workers" (include "cohort.workers" . | fromYamlArray) -}}
+{{- $config = mergeOverwrite $config (dict "router" $router) -}}
+{{- if .Values.metrics.enabled -}}
+{{- $listen := printf "0.0.0.0:%d" (int .Values.metrics.port) -}}
+{{- $config = mergeOverwrite $config (dict "group" (dict "metrics_listen" $listen)) -}}
+{{- end -}}
+{{- if ne .Values.model.source "embedded" -}}
+{{- $path := .Values.model.mountPath -}}
+{{- if .Values.model.directory -}}{{- $path = printf "%s/%s" $path .Values.model.directory -}}{{- end -}}
+{{- $config = mergeOverwrite $config (dict "model" (dict "path" $path)) -}}
+{{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{- define "cohort.checksum" -}}
+{{- include "cohort.config" . | sha256sum -}}
+{{- end -}}
+
+{{- /* What a change of which must roll the pods, in every pod template. */ -}}
+{{- define "cohort.podAnnotations" -}}
+checksum/config: {{ include "cohort.checksum" .root }}
+{{- with .annotations }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- /* The volume of the model and its mount. */ -}}
+{{- define "cohort.modelVolume" -}}
+{{- if eq .Values.model.source "pvc" }}
+- name: model
+  persistentVolumeClaim:
+    claimName: {{ required "model.pvc.claimName is needed when model.source is pvc" .Values.model.pvc.claimName }}
+    readOnly: true
+{{- else if eq .Values.model.source "hostPath" }}
+- name: model
+  hostPath:
+    path: {{ required "model.hostPath.path is needed when model.source is hostPath" .Values.model.hostPath.path }}
+    type: Directory
+{{- else if eq .Values.model.source "init" }}
+- name: model
+  emptyDir:
+    {{- if .Values.model.init.sizeLimit }}
+    sizeLimit: {{ .Values.model.init.sizeLimit }}
+    {{- else }} {}
+    {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "cohort.modelMount" -}}
+{{- if ne .Values.model.source "embedded" }}
+- name: model
+  mountPath: {{ .Values.model.mountPath }}
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- /* The init container that fetches the model: a list of the root context and what the pod needs of it. */ -}}
+{{- define "cohort.modelInit" -}}
+{{- $root := index . 0 -}}
+{{- if eq $root.Values.model.source "init" }}
+initContainers:
+  - name: model
+    image: {{ required "model.init.image is needed when model.source is init" $root.Values.model.init.image }}
+    imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+    {{- with $root.Values.model.init.command }}
+    command:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with $root.Values.model.init.args }}
+    args:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    env:
+      - name: COHORT_NEEDS
+        value: {{ index . 1 }}
+      {{- with $root.Values.model.init.env }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+    {{- with $root.Values.model.init.envFrom }}
+    envFrom:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    securityContext:
+      {{- toYaml $root.Values.securityContext | nindent 6 }}
+    volumeMounts:
+      - name: model
+        mountPath: {{ $root.Values.model.mountPath }}
+{{- end }}
+{{- end -}}
+
+{{- /* A pause before the order to stop, by the kubelet itself: the image has no shell. */ -}}
+{{- define "cohort.preStop" -}}
+{{- $root := index . 0 -}}{{- $seconds := index . 1 | int -}}
+{{- if and (gt $seconds 0) (semverCompare ">=1.30.0-0" $root.Capabilities.KubeVersion.Version) }}
+lifecycle:
+  preStop:
+    sleep:
+      seconds: {{ $seconds }}
+{{- end }}
+{{- end -}}
+
+{{- /* Fields of every pod: a dict of root, part (the values of router or groups). */ -}}
+{{- define "cohort.podCommon" -}}
+serviceAccountName: {{ include "cohort.serviceAccount" .root }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+securityContext:
+  {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+{{- with .part.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- /* Pods of one part on different nodes and zones, where there are several. */ -}}
+{{- define "cohort.spread" -}}
+{{- if .part.topologySpread }}
+topologySpreadConstraints:
+  {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ $key }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "cohort.selector" $.root | nindent 8 }}
+        app.kubernetes.io/component: {{ $.component }}
+  {{- end }}
+{{- end }}
+{{- end -}}

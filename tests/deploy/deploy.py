@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Checks that the binary takes what the compose file and the systemd units start it with, and that systemd takes them.
+
+    deploy.py --cohort target/release/cohort
+"""
+
+import argparse
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import yaml
+
+DEPLOY = pathlib.Path(__file__).resolve().parent.parent.parent / "deploy"
+
+
+def run(*command):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def starts(cohort, args, what):
+    """All arguments before --help are read first."""
+    said = run(cohort, *args, "--help")
+    return [] if said.returncode == 0 else [f"{what}: cohort {' '.join(args)}: {said.stderr}"]
+
+
+def seconds(text):
+    assert text.endswith("s"), text
+    return float(text[:-1])
+
+
+def compose(cohort):
+    file = DEPLOY / "compose" / "compose.yaml"
+    failures, every = [], yaml.safe_load(file.read_text())["services"]
+    for name, service in every.items():
+        for volume in service.get("volumes", []):
+            host = volume.split(":")[0]
+            if host.startswith(".") and not (file.parent / host).exists():
+                failures.append(f"compose.yaml: {name} mounts {host}, which is not there")
+    services = {name: service for name, service in every.items() if "command" in service}
+    said = run(cohort, "config", "check", f"--config={DEPLOY / 'compose' / 'cluster.yaml'}")
+    if said.returncode != 0:
+        failures.append(f"compose/cluster.yaml: {said.stderr}")
+    config = yaml.safe_load((DEPLOY / "compose" / "cluster.yaml").read_text())
+    for name, service in services.items():
+        failures += starts(cohort, service["command"], f"compose.yaml: {name}")
+        section = config[service["command"][0]]
+        grace = section.get("withdraw_grace_s", 0) + section["drain_grace_s"]
+        if seconds(service["stop_grace_period"]) <= grace:
+            failures.append(f"compose.yaml: {name} is killed before it has drained")
+        if not service["read_only"] or service["cap_drop"] != ["ALL"]:
+            failures.append(f"compose.yaml: {name} is not locked down")
+    leaders = {f"http://{name}:50052" for name in services if name.startswith("group-")}
+    if leaders != set(config["router"]["workers"]):
+        failures.append(f"compose/cluster.yaml: router.workers is not {sorted(leaders)}")
+    scraped = yaml.safe_load((file.parent / "prometheus.yaml").read_text())["scrape_configs"]
+    targets = {target for job in scraped for static in job["static_configs"] for target in static["targets"]}
+    port = config["group"]["metrics_listen"].rsplit(":", 1)[1]
+    expected = {f"{name}:{8080 if name == 'router' else port}" for name in services}
+    if targets != expected:
+        failures.append(f"compose/prometheus.yaml: scrapes {sorted(targets)}, not {sorted(expected)}")
+    return failures
+
+
+def rules():
+    """Alerts fire when they should, as far as promtool is on this machine."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        print("promtool is not on this machine: the alerts are not tried")
+        return []
+    said = run(promtool, "test", "rules", pathlib.Path(__file__).resolve().parent / "alerts_test.yaml")
+    return [] if said.returncode == 0 else [f"promtool test rules: {said.stdout}{said.stderr}"]
+
+
+def units(cohort):
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        copies = []
+        for unit in sorted((DEPLOY / "systemd").glob("*.service")):
+            text = unit.read_text()
+            line = next(line for line in text.splitlines() if line.startswith("ExecStart="))
+            program, *args = shlex.split(line.removeprefix("ExecStart=").replace("${LISTEN}", "0.0.0.0:50052"))
+            failures += starts(cohort, args, unit.name)
+            # systemd wants the program to be there.
+            copy = pathlib.Path(folder) / unit.name.replace("@.", "@a.")
+            copy.write_text(text.replace(program, str(cohort.resolve())))
+            copies.append(copy)
+        if not copies:
+            failures.append("no systemd units")
+        if shutil.which("systemd-analyze") is None:
+            print("systemd-analyze is not on this machine: the units are not verified")
+            return failures
+        said = run("systemd-analyze", "verify", "--man=no", *copies)
+        if said.returncode != 0 or said.stderr.strip():
+            failures.append(f"systemd-analyze verify: {said.stderr}")
+    return failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cohort", type=pathlib.Path, required=True)
+    cohort = parser.parse_args().cohort
+    failures = compose(cohort) + rules() + units(cohort)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    print(f"compose file, alerts and systemd units: {len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
