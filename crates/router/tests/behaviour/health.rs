@@ -61,7 +61,8 @@ async fn a_group_that_is_loading_is_told_with_its_phase_and_percent() {
 async fn a_group_that_comes_back_is_used_again() {
     let mut first = Leader::serving().await;
     let second = Leader::start(state(Phase::Warming, 0, Some(facts("demo")))).await;
-    let router = TestRouter::ready(&[&first.address, &second.address]).await;
+    let router = TestRouter::start(config(&[&first.address, &second.address]), demo_files()).await;
+    router.wait_for(ServingStatus::Serving).await;
     first.kill().await;
     router.wait_for(ServingStatus::NotServing).await;
     second.states.send_replace(state(Phase::Serving, 100, Some(facts("demo"))));

@@ -1,26 +1,14 @@
 use std::time::Duration;
 
-use proto::{Failure, Phase, v1};
+use proto::{Failure, Phase};
 use tonic::Code;
 
 use crate::support::{Leader, TestRouter, all, answer, facts, failure, from_text, soon, state};
 
 const WAIT: Duration = Duration::from_millis(100);
 
-/// Waits until so many groups take requests.
-async fn wait_for_ready(router: &TestRouter, groups: u32) {
-    let mut client = router.client().await;
-    while soon(client.get_model_info(v1::GetModelInfoRequest {})).await.unwrap().get_ref().groups_ready
-        != groups
-    {
-        tokio::task::yield_now().await;
-    }
-}
-
 async fn with_both(first: &Leader, second: &Leader) -> TestRouter {
-    let router = TestRouter::ready(&[&first.address, &second.address]).await;
-    wait_for_ready(&router, 2).await;
-    router
+    TestRouter::ready(&[&first.address, &second.address]).await
 }
 
 #[tokio::test]
@@ -81,7 +69,7 @@ async fn a_group_that_serves_something_else_is_not_used() {
     let mut odd = facts("demo");
     odd.config_hash = "other".to_owned();
     second.states.send_replace(state(Phase::Serving, 100, Some(odd)));
-    wait_for_ready(&router, 1).await;
+    router.wait_for_groups(1).await;
     first.play_always(answer("ok"));
     for _ in 0..4 {
         all(&router, from_text("x")).await.unwrap();

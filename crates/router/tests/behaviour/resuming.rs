@@ -20,11 +20,7 @@ async fn with_files(workers: &[&Leader], files: ModelFiles) -> TestRouter {
     let addresses: Vec<&str> = workers.iter().map(|leader| leader.address.as_str()).collect();
     let router = TestRouter::start(Config { resume_grace: PATIENCE, ..config(&addresses) }, files).await;
     router.wait_for(ServingStatus::Serving).await;
-    let mut client = router.client().await;
-    let ready = |info: v1::GetModelInfoResponse| info.groups_ready as usize == workers.len();
-    while !ready(soon(client.get_model_info(v1::GetModelInfoRequest {})).await.unwrap().into_inner()) {
-        tokio::task::yield_now().await;
-    }
+    router.wait_for_groups(workers.len()).await;
     router
 }
 

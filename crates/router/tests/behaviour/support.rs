@@ -324,11 +324,21 @@ pub(crate) fn config(workers: &[&str]) -> Config {
 }
 
 impl TestRouter {
-    /// With the demo's text files; waits until it serves.
+    /// With the demo's text files; waits until all of these groups take requests.
     pub(crate) async fn ready(workers: &[&str]) -> Self {
         let router = Self::start(config(workers), demo_files()).await;
         router.wait_for(ServingStatus::Serving).await;
+        router.wait_for_groups(workers.len()).await;
         router
+    }
+
+    /// Waits until so many groups take requests.
+    pub(crate) async fn wait_for_groups(&self, groups: usize) {
+        let mut client = self.client().await;
+        let ready = |info: v1::GetModelInfoResponse| info.groups_ready as usize == groups;
+        while !ready(soon(client.get_model_info(v1::GetModelInfoRequest {})).await.unwrap().into_inner()) {
+            tokio::task::yield_now().await;
+        }
     }
 
     pub(crate) async fn start(config: Config, files: ModelFiles) -> Self {
