@@ -405,14 +405,14 @@ impl Engine {
         if self.has_bug(Sabotage::LeakBlocks) && !self.in_flight.is_empty() {
             one.tables = crate::kv::Tables::default();
         }
-        let twice = self.has_bug(Sabotage::FreeSlotTwice);
+        let (twice, home) = (self.has_bug(Sabotage::FreeSlotTwice), self.slot_home(at));
         let group = &mut self.groups[at];
         group.slots_free.extend(twice.then_some(one.slot));
         group.kv.release(&mut one.tables);
         if let Some(cursor) = one.cursor.take() {
             group.kv.close(cursor);
         }
-        group.slots_free.push(one.slot);
+        self.groups[home].slots_free.push(one.slot);
         self.slots_released.push(one.slot);
     }
 }

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 
+use crate::flight::FlightRecorder;
 use crate::follower::{ACTIVITY, END};
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
@@ -84,13 +85,14 @@ pub(crate) struct Seat {
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
     pub(crate) counters: EngineCounters,
+    pub(crate) flight: Arc<FlightRecorder>,
 }
 
 impl Leader {
     /// A leader, and the steps an executor must run for it.
     pub(crate) fn new(rank: TpRank, seat: Seat) -> Result<(Self, Steps), Error> {
         let engine = Engine::new(seat.engine).map_err(|source| Error::Engine { rank, source })?;
-        let (pipeline, steps) = Pipeline::new(engine);
+        let (pipeline, steps) = Pipeline::recorded(engine, seat.flight);
         let leader = Self {
             rank,
             pipeline,

@@ -12,6 +12,7 @@ use types::Bytes;
 
 use crate::boot::{self, Booted, Facts};
 use crate::executor::Executor;
+use crate::flight::{DumpOnPanic, FlightRecorder};
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
@@ -60,10 +61,17 @@ fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationTo
     let (inbox, outlet) = Inbox::new();
     let state = Arc::new(StatePublisher::new());
     let metrics = Arc::new(Metrics::new(config));
-    let server = GrpcServer::start(config, inbox.clone(), &state, &metrics)?;
+    let flight = Arc::new(FlightRecorder::default());
+    let server = GrpcServer::start(config, inbox.clone(), &state, &metrics, &flight)?;
     reporter.report(Report::Listening(server.address()));
-    let outcome =
-        lead_behind(&Front { config, reporter, state, inbox, counters: metrics.engine() }, outlet, shutdown);
+    let counters = metrics.engine();
+    let front = Front { config, reporter, state, inbox, counters, flight: Arc::clone(&flight) };
+    let on_panic = DumpOnPanic { flight: &flight, config };
+    let outcome = lead_behind(&front, outlet, shutdown);
+    if let Err(error) = &outcome {
+        flight.dump(config.fault_dir.as_deref(), &config.model_name, &error.to_string());
+    }
+    drop(on_panic);
     let closed = server.close();
     outcome.and(closed)
 }
@@ -75,6 +83,7 @@ struct Front<'a> {
     state: Arc<StatePublisher>,
     inbox: Inbox,
     counters: EngineCounters,
+    flight: Arc<FlightRecorder>,
 }
 
 /// Reports to whoever started the rank, and keeps routers informed of the phase.
@@ -101,7 +110,7 @@ impl Reporter for Both {
 }
 
 fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) -> Result<(), Error> {
-    let Front { config, state, inbox, counters, .. } = front;
+    let Front { config, state, inbox, counters, flight, .. } = front;
     let started = Instant::now();
     let reporter: Arc<dyn Reporter> =
         Arc::new(Both { reporter: Arc::clone(front.reporter), state: Arc::clone(state) });
@@ -121,7 +130,8 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
     let guides = Guides::start().map_err(|source| Error::Start { what: "the mask threads", source })?;
     let guides = Arc::new(guides);
     let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters.clone());
-    let seat = Seat { engine, guides: own, plans: plans.clone(), outlet, state, counters };
+    let flight = Arc::clone(flight);
+    let seat = Seat { engine, guides: own, plans: plans.clone(), outlet, state, counters, flight };
     let (mut leader, steps) = Leader::new(config.rank, seat)?;
     leader.explain_with(numerics);
     let ended = CancellationToken::new();

@@ -56,6 +56,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         window_keys: None,
         boot_timeout: Duration::from_secs(30),
         step_timeout: Duration::from_secs(10),
+        fault_dir: None,
         drain_grace: Duration::from_secs(30),
     }
 }
