@@ -192,7 +192,7 @@ impl Engine {
         step.work.extend(
             (range.end - logit_rows..range.end).map(|row| RowWork {
                 seq: one.sequence.id,
-                purpose: one.sequence.purpose(row, &self.unbanned),
+                purpose: one.sequence.purpose(row, &self.free),
             }),
         );
         if let Some(bug) = self.sabotage {
