@@ -48,6 +48,12 @@ fn none_fails(cluster: &Cluster, order: impl FnOnce()) {
     assert!(failed.is_empty(), "{failed:?}");
 }
 
+fn serves_again(cluster: &mut Cluster) {
+    let answer =
+        cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
+    assert_eq!(answer.token_ids.len(), 3);
+}
+
 #[test]
 fn sigterm_under_fifty_streams_fails_none_when_the_grace_suffices() {
     let cluster = Cluster::up(&["--tensor-parallel=2", "--drain-grace=60", "--router-drain-grace=60"]);
@@ -118,8 +124,7 @@ fn a_killed_group_process_takes_its_ranks_along_and_the_group_comes_back() {
     let ranks = [cluster.rank(0), cluster.rank(1)];
     signal(group, Signal::KILL);
     cluster.wait("the ranks' end", |_| (!ranks.iter().any(|rank| runs(*rank))).then_some(()));
-    let answer = cluster.generate(tokens(&[5, 600], 3)).unwrap();
-    assert_eq!(answer.token_ids.len(), 3);
+    serves_again(&mut cluster);
 }
 
 #[test]
@@ -153,5 +158,5 @@ fn the_last_steps_of_a_group_are_shown_while_it_serves_and_written_down_when_it_
     });
     assert!(head["fault"].as_str().unwrap().contains("rank 1"), "{head}");
     assert!(written.lines().count() > 20, "{written}");
-    assert_eq!(cluster.generate(tokens(&[5, 600], 3)).unwrap().token_ids.len(), 3);
+    serves_again(&mut cluster);
 }

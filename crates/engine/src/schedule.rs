@@ -190,10 +190,8 @@ impl Engine {
         });
         let first = step.work.len();
         step.work.extend(
-            (range.end - logit_rows..range.end).map(|row| RowWork {
-                seq: one.sequence.id,
-                purpose: one.sequence.purpose(row, &self.free),
-            }),
+            (range.end - logit_rows..range.end)
+                .map(|row| RowWork { seq: one.sequence.id, purpose: one.sequence.purpose(row, &self.free) }),
         );
         if let Some(bug) = self.sabotage {
             Self::spoil_rows(bug, step, first, &one.sequence);

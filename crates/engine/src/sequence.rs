@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use types::{
-    BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId, TokenId,
-    TokenRules,
+    BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId,
+    TokenId, TokenRules,
 };
 
 use crate::kv::{Cursor, Kv, Root, Tables};

@@ -4,7 +4,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use collectives::{AbortHandle, PlanReceiver};
+use collectives::{AbortHandle, HangUp, PlanReceiver};
 use engine::Frame;
 use tokio_util::sync::CancellationToken;
 use types::TpRank;
@@ -70,7 +70,7 @@ fn receive(rank: TpRank, plans: &mut PlanReceiver, frame: &mut Vec<u8>) -> Resul
 pub(crate) fn run_until_stopped(
     config: &Config,
     shutdown: &CancellationToken,
-    abort: AbortHandle,
+    (abort, hang_up): (AbortHandle, HangUp),
     work: impl FnOnce() -> Result<(), Error>,
 ) -> Result<(), Error> {
     let (done, ended) = channel::<()>();
@@ -87,7 +87,9 @@ pub(crate) fn run_until_stopped(
             }
             match ended.recv_timeout(patience) {
                 Err(RecvTimeoutError::Timeout) => {
+                    // It waits for the leader in a collective or, when nothing runs, for its next plan.
                     abort.abort();
+                    hang_up.hang_up();
                     Err(Error::LeaderWouldNotEnd { rank, seconds: patience.as_secs() })
                 }
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => Ok(()),
@@ -96,6 +98,7 @@ pub(crate) fn run_until_stopped(
         let result = work();
         drop(done);
         let watched = watch.join().unwrap_or(Ok(()));
-        result.and(watched)
+        // What the work says then is only that the leader is gone.
+        watched.and(result)
     })
 }

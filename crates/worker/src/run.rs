@@ -52,9 +52,12 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
         PlanChannel::Follower(plans) => plans,
         PlanChannel::Leader(_) => unreachable!("only rank 0 is given the leader's end"),
     };
+    let hang_up = plans.hang_up().map_err(|source| Error::Group { rank: config.rank, source })?;
     phase(reporter, Phase::Serving);
     reporter.report(Report::Ready { elapsed: started.elapsed() });
-    follower::run_until_stopped(config, shutdown, abort, || follower::run(config.rank, executor, plans))
+    follower::run_until_stopped(config, shutdown, (abort, hang_up), || {
+        follower::run(config.rank, executor, plans)
+    })
 }
 
 fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {

@@ -155,7 +155,8 @@ fn a_group_that_fails_writes_its_last_steps_down() {
     leader.ready();
     // A follower that is told to stop while its leader goes on leaves after its grace.
     follower.shutdown.cancel();
-    follower.end().unwrap_err();
+    let left = follower.end().unwrap_err().to_string();
+    assert!(left.contains("rank 1"), "{left}");
     let error = leader.end().unwrap_err().to_string();
     let mut names: Vec<_> =
         std::fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
