@@ -98,6 +98,19 @@ fn a_rank_that_hangs_is_named_by_the_step_deadline_and_the_group_comes_back() {
     assert!(!runs(victim), "the hanging rank is still there");
 }
 
+/// Nobody waits for it in a collective: only its silence tells.
+#[test]
+fn a_leader_that_hangs_while_nothing_runs_is_replaced() {
+    let mut cluster = Cluster::up(&["--tensor-parallel=1"]);
+    let victim = cluster.rank(0);
+    signal(victim, Signal::STOP);
+    cluster.wait("the end of the hanging leader", |_| (!runs(victim)).then_some(()));
+    cluster.wait_for_line("gave no sign of life");
+    let answer =
+        cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
+    assert_eq!(answer.token_ids.len(), 3);
+}
+
 /// Kills one supervisor and expects everything below it gone in time.
 fn leaves_nothing_behind(victim: u32, below: &[(u32, String)]) {
     signal(victim, Signal::KILL);

@@ -22,7 +22,7 @@ use crate::numerics::Numerics;
 use crate::pipeline::{Pipeline, Steps};
 use crate::state::{State, StatePublisher};
 use crate::streams::Streams;
-use crate::{Config, Error, GapSummary};
+use crate::{Config, Error, GapSummary, Report, Reporter};
 
 /// How often the thread that watches the followers looks whether it is still needed.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
@@ -75,6 +75,7 @@ pub(crate) struct Leader {
     askers: Vec<oneshot::Sender<Vec<Activity>>>,
     /// Whether the ranks are telling it now.
     asked: bool,
+    reporter: Arc<dyn Reporter>,
 }
 
 /// What a leader is made of once the group has booted.
@@ -86,6 +87,7 @@ pub(crate) struct Seat {
     pub(crate) state: Arc<StatePublisher>,
     pub(crate) counters: EngineCounters,
     pub(crate) flight: Arc<FlightRecorder>,
+    pub(crate) reporter: Arc<dyn Reporter>,
 }
 
 impl Leader {
@@ -108,6 +110,7 @@ impl Leader {
             effects: Vec::new(),
             askers: Vec::new(),
             asked: false,
+            reporter: seat.reporter,
         };
         Ok((leader, steps))
     }
@@ -264,6 +267,7 @@ impl Leader {
                     self.apply(Event::Cancel(seq));
                 }
             }
+            Message::Beat => self.reporter.report(Report::Alive),
             Message::Wake => {}
         }
         Ok(())

@@ -18,6 +18,7 @@ use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
 use crate::metrics::{EngineCounters, Metrics};
 use crate::pipeline::Steps;
+use crate::pulse::Pulse;
 use crate::server::GrpcServer;
 use crate::state::{State, StatePublisher};
 use crate::{Config, Error, Phase, Report, Reporter, follower};
@@ -55,6 +56,8 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
     let hang_up = plans.hang_up().map_err(|source| Error::Group { rank: config.rank, source })?;
     phase(reporter, Phase::Serving);
     reporter.report(Report::Ready { elapsed: started.elapsed() });
+    let tell = Arc::clone(reporter);
+    let _pulse = Pulse::start(move || tell.report(Report::Alive))?;
     follower::run_until_stopped(config, shutdown, (abort, hang_up), || {
         follower::run(config.rank, executor, plans)
     })
@@ -134,7 +137,16 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
     let guides = Arc::new(guides);
     let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters.clone());
     let flight = Arc::clone(flight);
-    let seat = Seat { engine, guides: own, plans: plans.clone(), outlet, state, counters, flight };
+    let seat = Seat {
+        engine,
+        guides: own,
+        plans: plans.clone(),
+        outlet,
+        state,
+        counters,
+        flight,
+        reporter: Arc::clone(&reporter),
+    };
     let (mut leader, steps) = Leader::new(config.rank, seat)?;
     leader.explain_with(numerics);
     let ended = CancellationToken::new();
@@ -144,6 +156,8 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         phase(&reporter, Phase::Warming);
         leader.warm_up()?;
         wake_on(shutdown, inbox.clone(), ended)?;
+        let asked = inbox.clone();
+        let _pulse = Pulse::start(move || asked.beat())?;
         phase(&reporter, Phase::Serving);
         reporter.report(Report::Ready { elapsed: started.elapsed() });
         leader.run(config, shutdown)
