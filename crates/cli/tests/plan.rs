@@ -109,7 +109,8 @@ fn subgroups_are_planned_with_all_their_ranks() {
 
 #[test]
 fn auto_sends_rows_exactly_when_sub_groups_have_rows_of_their_own() {
-    let planned = |line: &str| json(&plan(&format!("--preset north-mini-code --json {line}")))["dispatch"].clone();
+    let planned =
+        |line: &str| json(&plan(&format!("--preset north-mini-code --json {line}")))["dispatch"].clone();
     for one in ["--tensor-parallel 1", "--tensor-parallel 4", "--tensor-parallel 4 --experts expert"] {
         assert_eq!(planned(one), "replicated", "{one}");
     }

@@ -305,7 +305,9 @@ impl Reader<'_> {
         let seq = SeqId(self.number("a sequence", u64::MAX)?);
         let position = self.small("a position")?;
         let ask = match kind {
-            RowKind::PromptLogprob(top) => Ask::Prompt { target: TokenId(self.small("a prompt token")?), top },
+            RowKind::PromptLogprob(top) => {
+                Ask::Prompt { target: TokenId(self.small("a prompt token")?), top }
+            }
             RowKind::Sample(_) => {
                 let stream = self.small("a generator stream")?;
                 let banned = self.tokens("banned tokens")?;

@@ -101,7 +101,9 @@ pub enum Error {
         expected: u64,
     },
     /// Ways to sample that are not those of the plan they came with.
-    #[error("step {step}: {rows} logit rows are told how to sample, and the plan of step {plan} has {expected}")]
+    #[error(
+        "step {step}: {rows} logit rows are told how to sample, and the plan of step {plan} has {expected}"
+    )]
     BriefingRows {
         /// The step they are of.
         step: u64,

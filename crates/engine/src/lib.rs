@@ -28,9 +28,9 @@ mod sequence;
 mod slots;
 mod wire;
 
-pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
 pub use answers::RowKind;
 pub use briefing::{Brief, Briefed, Briefing, Briefings};
+pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
 pub use drawn::Drawn;
 pub use engine::{Engine, Load, STEPS_IN_FLIGHT_MAX};
 pub use error::Error;

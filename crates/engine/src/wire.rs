@@ -131,7 +131,11 @@ pub(crate) fn seal(out: &mut Vec<u8>, begin: usize) {
 }
 
 /// Checks what encloses a frame and lets `read` read the rest.
-pub(crate) fn open<T>(bytes: &[u8], magic: [u8; 2], read: fn(&mut Reader<'_>) -> Result<T, Error>) -> Result<T, Error> {
+pub(crate) fn open<T>(
+    bytes: &[u8],
+    magic: [u8; 2],
+    read: fn(&mut Reader<'_>) -> Result<T, Error>,
+) -> Result<T, Error> {
     let Some((body, stated)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
         return Err(Error::PlanTruncated { field: "the checksum", len: bytes.len() });
     };

@@ -12,7 +12,13 @@ use types::{GenerationSpec, Logprobs, TokenId, TokenMask};
 
 fn two() -> Config {
     // So few blocks that sequences are preempted, and told again.
-    Config { data_parallel: 2, blocks: [14, 12], waiting_requests_max: 64, waiting_tokens_max: 4096, ..config() }
+    Config {
+        data_parallel: 2,
+        blocks: [14, 12],
+        waiting_requests_max: 64,
+        waiting_tokens_max: 4096,
+        ..config()
+    }
 }
 
 /// A request with some of everything.
@@ -38,7 +44,6 @@ fn mixed(random: &mut Random, tag: u32) -> engine::Request {
 
 /// Runs a busy engine and shows each step with the bytes of its briefing.
 fn each_step(seed: u64, mut see: impl FnMut(&Config, &Step, &[u8])) {
-    println!("seed {seed}");
     let (config, mut random) = (two(), Random::new(seed));
     let mut driver = Driver::new(config.clone());
     for tag in 1..=12 {
@@ -50,7 +55,7 @@ fn each_step(seed: u64, mut see: impl FnMut(&Config, &Step, &[u8])) {
         bytes.clear();
         let guided = briefings.encode(&step, |seq| seq.0 % 4 == 0, &mut bytes);
         let expected = remote(&config, &step).iter().any(|work| draws(work) && work.seq.0 % 4 == 0);
-        assert_eq!(guided, expected, "step {}", step.plan.step());
+        assert_eq!(guided, expected, "seed {seed}, step {}", step.plan.step());
         see(&config, &step, &bytes);
         driver.answer(&step, |seq| TokenId(50 + seq.0 as u32));
     }
@@ -147,7 +152,10 @@ fn masks_survive_their_encoding_and_belong_to_rows() {
     let mut bytes = Vec::new();
     masks.encode(&mut bytes);
     assert_eq!(Frame::decode(&bytes), Ok(Frame::Masks(masks.clone())));
-    assert_eq!((masks.of(1), masks.of(4), masks.of(2)), (&Allowed::Of(mask), &Allowed::Nothing, &Allowed::Any));
+    assert_eq!(
+        (masks.of(1), masks.of(4), masks.of(2)),
+        (&Allowed::Of(mask), &Allowed::Nothing, &Allowed::Any)
+    );
     for len in 0..bytes.len() {
         assert!(Masks::decode(&bytes[..len]).is_err(), "{len} bytes");
     }

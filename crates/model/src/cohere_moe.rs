@@ -181,7 +181,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     ///
     /// # Errors
     /// As [`Model::step_among`].
-    pub fn most_likely_among(&mut self, batch: &Batch, rows: &[usize]) -> Result<Vec<Option<TokenId>>, Error> {
+    pub fn most_likely_among(
+        &mut self,
+        batch: &Batch,
+        rows: &[usize],
+    ) -> Result<Vec<Option<TokenId>>, Error> {
         let before = self.begin(batch, rows)?;
         let x = self.hidden(batch, rows)?;
         let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));

@@ -251,15 +251,8 @@ where
     let subgroup = split.then(|| collective.split(config.tensor)).transpose();
     let subgroup = subgroup.map_err(|source| Error::Group { rank, source })?.map(&wrap).transpose()?;
     let comm = wrap(collective)?;
-    let parts = Parts {
-        config: model_config,
-        plan,
-        backend,
-        comm,
-        subgroup,
-        weights,
-        dispatch: config.dispatch,
-    };
+    let parts =
+        Parts { config: model_config, plan, backend, comm, subgroup, weights, dispatch: config.dispatch };
     Ok(Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?)
 }
 

@@ -211,7 +211,8 @@ fn what_ranks_did_is_counted_for_every_sub_group() {
     let after = asked();
     assert_eq!(after.plan, "tensor=2 data=2 experts=expert dispatch=all-to-all");
     assert_eq!(after.tokens - before.tokens, 6 * (3 + 9));
-    let rows: Vec<u64> = after.ranks.iter().zip(&before.ranks).map(|(now, then)| now.rows - then.rows).collect();
+    let rows: Vec<u64> =
+        after.ranks.iter().zip(&before.ranks).map(|(now, then)| now.rows - then.rows).collect();
     assert_eq!((rows[0], rows[2]), (rows[1], rows[3]), "ranks of a sub-group see the same rows");
     assert!(rows.iter().all(|rows| *rows > 0), "{rows:?}");
     let steps: Vec<u64> = after.ranks.iter().map(|rank| rank.steps).collect();
