@@ -11,8 +11,8 @@ use crate::support::{Cluster, runs, signal, tokens};
 /// How long anything may stay behind after its supervisor was killed.
 const ORPHAN_MAX: Duration = Duration::from_secs(2);
 
-fn killed_rank_ends_its_group(rank: u32) {
-    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--resume-grace=0"]);
+fn killed_rank_ends_its_group(rank: u32, plan: &[&str]) {
+    let mut cluster = Cluster::up(&[plan, &["--resume-grace=0"]].concat());
     let mut client = cluster.client();
     let victim = cluster.rank(rank);
     let status = cluster.block_on(async {
@@ -38,12 +38,19 @@ fn killed_rank_ends_its_group(rank: u32) {
 
 #[test]
 fn a_killed_follower_ends_its_group_with_a_status_and_the_group_comes_back() {
-    killed_rank_ends_its_group(1);
+    killed_rank_ends_its_group(1, &["--tensor-parallel=2"]);
 }
 
 #[test]
 fn a_killed_leader_ends_its_group_with_a_status_and_the_group_comes_back() {
-    killed_rank_ends_its_group(0);
+    killed_rank_ends_its_group(0, &["--tensor-parallel=2"]);
+}
+
+#[test]
+fn a_killed_rank_of_a_sub_group_ends_all_of_them_with_a_status_and_they_come_back() {
+    // The only request runs in the first sub-group; rank 3 is in the second and has no rows.
+    let plan = ["--tensor-parallel=2", "--data-parallel=2", "--experts=expert"];
+    killed_rank_ends_its_group(3, &plan);
 }
 
 #[test]

@@ -16,6 +16,7 @@ use types::{Bytes, DType};
 
 use crate::activity::Plan;
 use crate::device::{self, Chosen, OnDevice, RankModel, StepBounds};
+use crate::executor::VOCABULARY_MAX;
 use crate::{Config, Error, LoadFormat, Part, Phase, RankMemory, Report, Reporter, capacity};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
@@ -76,14 +77,19 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
 
 /// What this rank holds.
 fn plan(config: &Config, model: &ModelConfig) -> Result<ShardPlan, Error> {
-    let data = config.rank.size().get() / config.tensor.get();
-    if data > 1 {
-        let needed = "1: this worker schedules one sub-group".to_owned();
+    let data = data_parallel(config);
+    if data > 1 && model.vocab_size as u64 > u64::from(VOCABULARY_MAX) {
+        let needed = format!("1 for a vocabulary of more than {VOCABULARY_MAX} tokens");
         return Err(Error::Budget { field: "data_parallel", got: data.to_string(), needed });
     }
     let placement = config.expert_placement.as_deref().map(Placement::from_file).transpose()?.map(Arc::new);
     let sharing = Sharing { tensor: config.tensor, experts: config.experts, placement };
     Ok(ShardPlan::shared(model, config.rank, &sharing)?)
+}
+
+/// Sub-groups of the group.
+const fn data_parallel(config: &Config) -> u32 {
+    config.rank.size().get() / config.tensor.get()
 }
 
 /// The engine's budgets for this model.
@@ -101,7 +107,7 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
         step_tokens_max: limits.step_tokens_max,
         logit_rows_max: LOGIT_ROWS_MAX.max(limits.running_max),
         running_max: limits.running_max,
-        data_parallel: 1,
+        data_parallel: data_parallel(config),
         waiting_requests_max: limits.waiting_requests_max,
         waiting_tokens_max: limits.waiting_tokens_max.max(model.context_tokens_max),
     };
@@ -112,7 +118,7 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
 /// The parallel plan, equal on all ranks.
 pub(crate) fn parallel(config: &Config) -> Plan {
     let (tensor, experts, dispatch) = (config.tensor, config.experts, config.dispatch);
-    let data = config.rank.size().get() / tensor.get();
+    let data = data_parallel(config);
     let placed = if config.expert_placement.is_some() { " placed" } else { "" };
     let name = format!("tensor={tensor} data={data} experts={experts} dispatch={dispatch}{placed}");
     Plan { name, tensor }
@@ -200,7 +206,7 @@ fn assemble<B, C, F>(
 where
     B: Backend,
     C: Collective<B::Tensor>,
-    F: FnOnce(Tcp) -> Result<C, Error>,
+    F: Fn(Tcp) -> Result<C, Error>,
 {
     let rank = config.rank;
     let started = Instant::now();
@@ -241,16 +247,12 @@ where
     let Line { mut collective, wrap } = line;
     // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
     collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
+    let split = plan.subgroups() > 1;
+    let subgroup = split.then(|| collective.split(config.tensor)).transpose();
+    let subgroup = subgroup.map_err(|source| Error::Group { rank, source })?.map(&wrap).transpose()?;
     let comm = wrap(collective)?;
-    let parts = Parts {
-        config: model_config,
-        plan,
-        backend,
-        comm,
-        subgroup: None,
-        weights,
-        dispatch: config.dispatch,
-    };
+    let parts =
+        Parts { config: model_config, plan, backend, comm, subgroup, weights, dispatch: config.dispatch };
     Ok(Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?)
 }
 

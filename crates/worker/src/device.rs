@@ -135,24 +135,37 @@ impl RankModel {
         self.numerics.clone()
     }
 
-    /// As [`Model::step`].
+    /// As [`Model::step_among`].
     pub(crate) fn step(
         &mut self,
         batch: &Batch,
+        rows: &[usize],
         sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
     ) -> Result<(), model::Error> {
         let numerics = self.numerics.as_ref();
         match &mut self.on {
-            OnDevice::Cpu(model) => step(model, batch, sink, numerics),
-            OnDevice::Cuda(model) => step(model, batch, sink, numerics),
+            OnDevice::Cpu(model) => step(model, (batch, rows), sink, numerics),
+            OnDevice::Cuda(model) => step(model, (batch, rows), sink, numerics),
         }
     }
 
-    /// As [`Model::most_likely`]; when every layer is looked at, logits come from [`RankModel::step`].
-    pub(crate) fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, model::Error> {
+    /// As [`Model::most_likely_among`]; when every layer is looked at, logits come from [`RankModel::step`].
+    pub(crate) fn most_likely(
+        &mut self,
+        batch: &Batch,
+        rows: &[usize],
+    ) -> Result<Vec<Option<TokenId>>, model::Error> {
         match &mut self.on {
-            OnDevice::Cpu(model) => model.most_likely(batch),
-            OnDevice::Cuda(model) => model.most_likely(batch),
+            OnDevice::Cpu(model) => model.most_likely_among(batch, rows),
+            OnDevice::Cuda(model) => model.most_likely_among(batch, rows),
+        }
+    }
+
+    /// As [`Model::gather_numbers`].
+    pub(crate) fn gather_numbers(&mut self, own: &[f32], counts: &[usize]) -> Result<Vec<f32>, model::Error> {
+        match &mut self.on {
+            OnDevice::Cpu(model) => model.gather_numbers(own, counts),
+            OnDevice::Cuda(model) => model.gather_numbers(own, counts),
         }
     }
 
@@ -179,13 +192,13 @@ impl RankModel {
 
 fn step<B: Backend, C: Collective<B::Tensor>>(
     model: &mut Model<B, C>,
-    batch: &Batch,
+    (batch, rows): (&Batch, &[usize]),
     sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
     numerics: Option<&Numerics>,
 ) -> Result<(), model::Error> {
-    let Some(numerics) = numerics else { return model.step(batch, sink) };
+    let Some(numerics) = numerics else { return model.step_among(batch, rows, sink) };
     let mut found = false;
-    model.step_observed(batch, &[batch.tokens.len()], sink, |backend, at, x| {
+    model.step_observed(batch, rows, sink, |backend, at, x| {
         // What follows the first is a consequence.
         found = found || numerics.look(backend, at, x)?;
         Ok(())

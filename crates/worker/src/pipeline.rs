@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use engine::{Effect, Engine, Event, RowOutput, STEPS_IN_FLIGHT_MAX, Step, StepOutput, StepPlan};
+use engine::{Effect, Engine, Event, RowOutput, STEPS_IN_FLIGHT_MAX, Step, StepOutput};
 use types::Micros;
 
 use crate::flight::FlightRecorder;
@@ -63,8 +63,8 @@ impl Pipeline {
     #[must_use]
     pub fn recorded(engine: Engine, flight: Arc<FlightRecorder>) -> (Self, Steps) {
         flight.begin(engine.config());
-        // One step runs, the others wait here: sending never blocks.
-        let (jobs, steps) = sync_channel(STEPS_IN_FLIGHT_MAX);
+        // One step runs, the others and a pause wait here: sending never blocks.
+        let (jobs, steps) = sync_channel(STEPS_IN_FLIGHT_MAX + 1);
         let spare = (0..STEPS_IN_FLIGHT_MAX).map(|_| Box::default()).collect();
         (Self { engine, jobs, spare, rested: true, gaps: Gaps::default(), flight }, Steps(steps))
     }
@@ -94,7 +94,7 @@ impl Pipeline {
         &mut self,
         now: Micros,
         effects: &mut Vec<Effect>,
-        mut send: impl FnMut(&StepPlan) -> Result<(), E>,
+        mut send: impl FnMut(&Step) -> Result<(), E>,
     ) -> Result<(), E> {
         self.rested |= self.engine.is_idle();
         while let Some(mut job) = self.spare.pop() {
@@ -105,14 +105,14 @@ impl Pipeline {
             }
             self.flight.planned(&job.step.plan, &self.engine.load(), begun.elapsed(), now);
             job.follows = !std::mem::take(&mut self.rested);
-            send(&job.step.plan)?;
+            send(&job.step)?;
             // An executor that is gone says so on its own way.
             let _ = self.jobs.send(Work::Run(job));
         }
         Ok(())
     }
 
-    /// Lets the executor do its other work when it has run the steps it was given.
+    /// Lets the executor do its other work when it has run the steps it was given; not again before it has.
     pub fn pause(&self) {
         // An executor that is gone says so on its own way.
         let _ = self.jobs.send(Work::Pause);

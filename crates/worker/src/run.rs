@@ -13,6 +13,7 @@ use types::Bytes;
 use crate::boot::{self, Booted, Facts};
 use crate::executor::Executor;
 use crate::flight::{DumpOnPanic, FlightRecorder};
+use crate::follower::Followed;
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
@@ -48,7 +49,7 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
     let engine = facts.engine.clone();
     let joined = boot::meet(config, &facts, reporter.as_ref())?;
     let Booted { model, plans, abort } = boot::load(config, facts, joined, reporter)?;
-    let executor = Executor::new(config.rank, model, &engine)?;
+    let executor = Executor::new(config.rank, config.tensor, model, &engine)?;
     let plans = match plans {
         PlanChannel::Follower(plans) => plans,
         PlanChannel::Leader(_) => unreachable!("only rank 0 is given the leader's end"),
@@ -59,7 +60,7 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
     let tell = Arc::clone(reporter);
     let _pulse = Pulse::start(move || tell.report(Report::Alive))?;
     follower::run_until_stopped(config, shutdown, (abort, hang_up), || {
-        follower::run(config.rank, executor, plans)
+        follower::run(config, Followed { executor, engine }, plans)
     })
 }
 
@@ -131,8 +132,8 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         PlanChannel::Follower(_) => unreachable!("rank 0 is given the leader's end"),
     };
     let numerics = model.numerics();
-    let executor = Executor::new(config.rank, model, &engine)?;
-    let plans = Plans::new(config.rank, plans);
+    let executor = Executor::new(config.rank, config.tensor, model, &engine)?;
+    let plans = Plans::new(config.rank, &engine, plans);
     let guides = Guides::start().map_err(|source| Error::Start { what: "the mask threads", source })?;
     let guides = Arc::new(guides);
     let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters.clone());
@@ -177,7 +178,7 @@ fn execute(
     mut executor: Executor,
     steps: Steps,
     plans: &Plans,
-    (inbox, guides): (&Inbox, &Guides),
+    (inbox, guides): (&Inbox, &Arc<Guides>),
 ) -> Result<(), Error> {
     /// Tells the engine's thread, which would otherwise wait for ever, however this thread ends.
     struct Stopped<'a>(&'a Inbox, String);
@@ -189,7 +190,8 @@ fn execute(
     let mut stopped = Stopped(inbox, "the executor panicked".into());
     let mut frame = Vec::new();
     let run = |executor: &mut Executor, step: &Step| {
-        let rows = executor.lead(step, guides)?;
+        let tell = |others: &mut dyn Iterator<Item = usize>| plans.masks(&mut frame, step, guides, others);
+        let rows = executor.lead(step, &mut guides.as_ref(), tell)?;
         plans.drawn(&mut frame, &executor.drawn)?;
         Ok(rows)
     };

@@ -75,9 +75,11 @@ impl Worker for Service {
         self.serving()?;
         let (asker, told) = oneshot::channel();
         self.inbox.ask(Message::Activity(asker))?;
-        let stopping =
-            || Failure::Unavailable { why: "the group is stopping".into(), retry_after: RETRY_AFTER };
-        let ranks = told.await.map_err(|_| stopping())?;
+        let dropped = || Failure::Unavailable {
+            why: "the group is stopping, or many callers ask for its activity".into(),
+            retry_after: RETRY_AFTER,
+        };
+        let ranks = told.await.map_err(|_| dropped())?;
         Ok(Response::new(activity::wire(&self.plan, &ranks)))
     }
 
