@@ -126,7 +126,9 @@ impl CudaBackend {
         let mut counts = Vec::with_capacity(owners.ranks);
         for owner in 0..owners.ranks {
             let before = source.len();
-            source.extend(rows_for(experts, k, owners, owner).map(|row| u32::try_from(row).unwrap_or(u32::MAX)));
+            source.extend(
+                rows_for(experts, k, owners, owner).map(|row| u32::try_from(row).unwrap_or(u32::MAX)),
+            );
             counts.push(source.len() - before);
         }
         let rows = Tensor::new(self.device(), source.len(), x.width() + 2 * k, DType::F32)?;
@@ -150,7 +152,8 @@ impl CudaBackend {
         let extra = packed.width().checked_sub(hidden).filter(|extra| *extra > 0 && extra.is_multiple_of(2));
         let (Some(extra), DType::F32) = (extra, packed.dtype()) else {
             let (width, dtype) = (packed.width(), packed.dtype());
-            let detail = format!("rows of {width} {dtype} are not {hidden} and pairs of expert and weight in f32");
+            let detail =
+                format!("rows of {width} {dtype} are not {hidden} and pairs of expert and weight in f32");
             return Err(Error::Shape { op: "unpack", detail });
         };
         let (rows, top_k) = (packed.rows(), extra / 2);
@@ -185,7 +188,8 @@ impl CudaBackend {
         let (first, place) = places(self.choices(routed)?, routed.top_k, owners);
         if place.len() != returned.rows() || returned.dtype() != DType::F32 {
             let (back, dtype) = (returned.rows(), returned.dtype());
-            let detail = format!("{back} rows of {dtype} came back for {} of f32 that were sent", place.len());
+            let detail =
+                format!("{back} rows of {dtype} came back for {} of f32 that were sent", place.len());
             return Err(Error::Shape { op: "combine", detail });
         }
         let width = returned.width();
@@ -213,10 +217,8 @@ impl CudaBackend {
     ) -> Result<Tensor, Error> {
         if a.width() != b.width() || first_row + b.rows() > a.rows() || a.dtype() != DType::F32 {
             let (have, from, more) = (a.rows(), a.width(), b.width());
-            let detail = format!(
-                "rows {first_row}..{} of {have}, {more} wide on {from}, f32",
-                first_row + b.rows()
-            );
+            let detail =
+                format!("rows {first_row}..{} of {have}, {more} wide on {from}, f32", first_row + b.rows());
             return Err(Error::Shape { op: "add_rows", detail });
         }
         let at = a.address() + (first_row * a.width() * WORD) as u64;

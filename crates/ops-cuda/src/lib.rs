@@ -40,7 +40,7 @@ pub use attention::KvLayer;
 pub use backend::{CudaBackend, Options};
 pub use cache::KernelCache;
 pub use check::{KernelReport, KernelShape, ProgramReport, check, sources};
-pub use comm::{CardLine, Patience, SoloDevice, Staged, connect, place_on_machine};
+pub use comm::{CardLine, Patience, SoloDevice, Staged, connect, connect_nccl, place_on_machine};
 pub use error::Error;
 pub use kernels::Source;
 pub use libraries::FOLDERS_VARIABLE;

@@ -89,13 +89,17 @@ impl Nccl {
 
     fn load() -> Result<Self, Error> {
         let library = libraries::nccl()?;
-        let refused = |call, reason| Error::Nccl { rank: 0, version: "of unknown version".to_owned(), call, reason };
+        let refused =
+            |call, reason| Error::Nccl { rank: 0, version: "of unknown version".to_owned(), call, reason };
         let functions = Functions::load(&library).map_err(|reason| refused("loading", reason))?;
         let mut version = 0;
         // SAFETY: the pointer is valid for the call.
         let result = unsafe { (functions.version)(&raw mut version) };
         if result != ncclResult_t::ncclSuccess || version < OLDEST {
-            return Err(refused("ncclGetVersion", format!("version {version}; 2.21 (22100) or newer is needed")));
+            return Err(refused(
+                "ncclGetVersion",
+                format!("version {version}; 2.21 (22100) or newer is needed"),
+            ));
         }
         Ok(Self { functions, version, _library: library })
     }
@@ -125,7 +129,8 @@ impl Nccl {
         let last = unsafe { (self.functions.last_error)(ptr::null_mut()) };
         // SAFETY: as above; NCCL gives an empty string when there was none.
         let last = if last.is_null() { "".into() } else { unsafe { CStr::from_ptr(last) }.to_string_lossy() };
-        let reason = if last.trim().is_empty() { words.into_owned() } else { format!("{words}: {}", last.trim()) };
+        let reason =
+            if last.trim().is_empty() { words.into_owned() } else { format!("{words}: {}", last.trim()) };
         Err(Error::Nccl { rank: rank.index(), version: self.version(), call, reason })
     }
 }

@@ -14,13 +14,13 @@ mod support;
 use std::thread;
 use std::time::Duration;
 
-use collectives::{Collective, InProcess};
+use collectives::InProcess;
 use golden::{CASES, Golden, distance, load, log_probabilities};
-use model::{Checkpoint, ExpertSharding, Files, KvBudget, Model, ModelConfig, Parts, ShardPlan, Sharing};
+use model::{Checkpoint, Files, KvBudget, Model, ModelConfig, Parts, ShardPlan, Sharing};
 use ops::{Batch, BatchSequence, BlockTable};
 use ops_cuda::{CardLine, CudaBackend, Patience};
 use support::{backend, skipped};
-use types::{BlockId, BlockSize, DType, Dispatch, Position, TokenId, TpRank, TpSize};
+use types::{BlockId, BlockSize, DType, Dispatch, ExpertSharding, Position, TokenId, TpRank, TpSize};
 
 const BLOCK_TOKENS: u32 = 4;
 const BLOCKS: u32 = 300;
@@ -139,7 +139,12 @@ fn ranks_that_share_a_card_agree_with_the_reference_in_every_plan() {
         let golden = load(name);
         let vocab = golden.config.vocab_size;
         for way in WAYS {
-            if ShardPlan::shared(&golden.config, TpSize::new(2).unwrap().ranks().next().unwrap(), &sharing(way)).is_err()
+            if ShardPlan::shared(
+                &golden.config,
+                TpSize::new(2).unwrap().ranks().next().unwrap(),
+                &sharing(way),
+            )
+            .is_err()
             {
                 println!("{name}: {way:?} is not legal");
                 continue;
@@ -150,8 +155,10 @@ fn ranks_that_share_a_card_agree_with_the_reference_in_every_plan() {
                     if logits.is_empty() {
                         continue;
                     }
-                    let off =
-                        distance(&log_probabilities(logits, vocab), &log_probabilities(&prompt.logits, vocab));
+                    let off = distance(
+                        &log_probabilities(logits, vocab),
+                        &log_probabilities(&prompt.logits, vocab),
+                    );
                     most = most.max(off);
                     assert!(
                         off <= LOGPROB_TOLERANCE,

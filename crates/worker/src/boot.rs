@@ -167,7 +167,8 @@ pub(crate) fn load(
             let backend = CudaBackend::new(&options).map_err(Error::Cuda)?;
             let name = format!("cuda, {}, {}", backend.card().map_err(Error::Cuda)?, config.dtype);
             let patience = Patience { boot: config.boot_timeout, step: config.step_timeout };
-            let wrap = |backend: &CudaBackend, tcp| ops_cuda::connect(backend, tcp, patience).map_err(Error::Cuda);
+            let wrap =
+                |backend: &CudaBackend, tcp| ops_cuda::connect(backend, tcp, patience).map_err(Error::Cuda);
             let line = Line { collective, wrap };
             let free = backend.memory_free().map_err(Error::Cuda)?;
             let available = Some((free, RankMemory::OfEachRank));

@@ -46,7 +46,10 @@ impl Cards {
         device.unchain();
         let mut communicator = self.watch.communicator();
         if communicator.is_over() {
-            return Err(Error::Aborted { rank: communicator.rank().index(), cause: collectives::Cause::Failed });
+            return Err(Error::Aborted {
+                rank: communicator.rank().index(),
+                cause: collectives::Cause::Failed,
+            });
         }
         let queued = communicator.queue(transfers, &lane);
         let queued = queued.and_then(|()| self.watch.queued(op, lane.stream));
@@ -78,7 +81,12 @@ impl Cards {
             return Ok(());
         }
         let expected = format!("{} on both sides", one.dtype());
-        Err(Error::Argument { collective: op.name(), what: "the dtype", expected, got: other.dtype().bytes() as u64 })
+        Err(Error::Argument {
+            collective: op.name(),
+            what: "the dtype",
+            expected,
+            got: other.dtype().bytes() as u64,
+        })
     }
 
     /// Sends and receives of an all-to-all, those with nothing in them left out.
@@ -113,7 +121,11 @@ impl Cards {
 }
 
 const fn root(rank: usize) -> c_int {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "groups have at most 1,024 ranks")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        reason = "groups have at most 1,024 ranks"
+    )]
     {
         rank as c_int
     }
@@ -250,7 +262,10 @@ impl Collective<Tensor> for Cards {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "both halves are far below 2^24 for any count of a tensor in memory")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "both halves are far below 2^24 for any count of a tensor in memory"
+)]
 const fn halves(count: usize) -> [f32; 2] {
     [(count / HALF) as f32, (count % HALF) as f32]
 }

@@ -56,6 +56,18 @@ where
         );
         return Ok(Box::new(Staged::new(line)));
     }
+    connect_nccl(backend, line, patience)
+}
+
+/// As [`connect`], through NCCL in any case, also for a rank that is alone.
+///
+/// # Errors
+/// As [`connect`]; when two ranks share a card.
+pub fn connect_nccl<C>(backend: &CudaBackend, mut line: C, patience: Patience) -> Result<CardLine, Error>
+where
+    C: Collective<[f32]> + 'static,
+{
+    let rank = line.rank();
     let nccl = Nccl::find();
     let found = told(&mut line, &[u8::from(nccl.is_ok())])?;
     let nccl = nccl?;
@@ -70,7 +82,7 @@ where
     }
     line.broadcast(0, &mut id)?;
     let communicator = Communicator::join(nccl, &id.map(byte), rank, patience.boot)?;
-    tracing::info!(version = nccl.version(), ranks, "cards talk through NCCL");
+    tracing::info!(version = nccl.version(), ranks = rank.size().get(), "cards talk through NCCL");
     let watch = Rc::new(Watch::new(communicator, Box::new(line), patience.step));
     backend.device().watch(Rc::clone(&watch));
     Ok(Box::new(Cards::new(watch)))

@@ -105,7 +105,12 @@ impl Watch {
         let open = marks.queued.iter().zip(&marks.events).position(|(_, event)| !event.is_passed());
         match open {
             Some(number) => {
-                format!("{} number {} of the {} of this step", marks.queued[number], number + 1, marks.queued.len())
+                format!(
+                    "{} number {} of the {} of this step",
+                    marks.queued[number],
+                    number + 1,
+                    marks.queued.len()
+                )
             }
             None => "the collectives of a recorded step".to_owned(),
         }
