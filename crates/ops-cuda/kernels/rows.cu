@@ -96,19 +96,20 @@ extern "C" __global__ void gather(const GatherParams p) {
 // k weights. The host says which row goes where (`dispatch.rs`).
 struct PackParams {
     float* out;         // [N, width + 2 top_k]
-    const T* x;         // [T, width]
+    const void* x;      // [T, width]
     const u32* experts; // [T, top_k]
     const float* weights;
     const u32* source; // [N] rows of x
     u32 width;
     u32 top_k;
+    u32 x_f32;
 };
 
 extern "C" __global__ void pack_rows(const PackParams p) {
     u64 from = p.source[blockIdx.x];
     u32 whole = p.width + 2 * p.top_k;
     float* out = p.out + (u64)blockIdx.x * whole;
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) out[i] = widen(p.x[from * p.width + i]);
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) out[i] = either(p.x, p.x_f32, from * p.width + i);
     for (u32 i = threadIdx.x; i < p.top_k; i += blockDim.x) {
         out[p.width + i] = (float)p.experts[from * p.top_k + i];
         out[p.width + p.top_k + i] = p.weights[from * p.top_k + i];

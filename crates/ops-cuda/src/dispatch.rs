@@ -117,8 +117,8 @@ impl CudaBackend {
         owners: ExpertOwners,
     ) -> Result<Packed<Tensor>, Error> {
         let k = routed.top_k;
-        if routed.rows != x.rows() || x.dtype() != self.storage() {
-            let detail = format!("{} rows of {} with the choices of {}", x.rows(), x.dtype(), routed.rows);
+        if routed.rows != x.rows() {
+            let detail = format!("{} rows with the choices of {}", x.rows(), routed.rows);
             return Err(Error::Shape { op: "pack", detail });
         }
         let experts = self.choices(routed)?;
@@ -141,6 +141,7 @@ impl CudaBackend {
             source: indices.address(),
             width: size("pack", x.width())?,
             top_k: size("pack", k)?,
+            x_f32: x.is_f32(),
         };
         let grid = Grid::new(size("pack", source.len())?, 1, 256);
         self.device().launch(self.device().kernels.pack, grid, &params)?;
