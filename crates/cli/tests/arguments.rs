@@ -94,28 +94,24 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
 
 fn router_flags() -> impl Strategy<Value = RouterFlags> {
     let seconds = || of(0.0..1e6_f64);
-    (of(address()), of(http()), any::<Option<u32>>(), any::<Option<usize>>(), seconds(), seconds(), seconds())
-        .prop_map(
-            |(
-                grpc_listen,
-                http_listen,
-                requests_max,
-                prompt_bytes_max,
-                resume_grace_s,
-                withdraw_grace_s,
-                router_drain_grace_s,
-            )| {
-                RouterFlags {
-                    grpc_listen,
-                    http_listen,
-                    requests_max,
-                    prompt_bytes_max,
-                    resume_grace_s,
-                    withdraw_grace_s,
-                    router_drain_grace_s,
-                }
-            },
-        )
+    let graces = (seconds(), seconds(), seconds());
+    let patience = (seconds(), seconds(), seconds(), seconds());
+    let limits = any::<(Option<u32>, Option<usize>)>();
+    (of(address()), of(http()), limits, graces, patience).prop_map(
+        |(grpc_listen, http_listen, (requests_max, prompt_bytes_max), graces, patience)| RouterFlags {
+            grpc_listen,
+            http_listen,
+            requests_max,
+            prompt_bytes_max,
+            http_head_timeout_s: patience.0,
+            http_body_timeout_s: patience.1,
+            http_write_timeout_s: patience.2,
+            http_keep_alive_s: patience.3,
+            resume_grace_s: graces.0,
+            withdraw_grace_s: graces.1,
+            router_drain_grace_s: graces.2,
+        },
+    )
 }
 
 proptest! {
@@ -165,7 +161,8 @@ fn flags_made_from_settings_give_the_same_settings() {
                 group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\ngroup.metrics_listen = '0.0.0.0:9100'\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
-                router.resume_grace_s = 7\n\
+                router.http.head_timeout_s = 8\nrouter.http.body_timeout_s = 9.5\nrouter.http.write_timeout_s = 10\n\
+                router.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
                 router.drain_grace_s = 3";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
@@ -224,6 +221,8 @@ fn the_commands_of_the_readme_are_understood() {
         "generate --server http://127.0.0.1:50051 --token-ids 1,2,3 --max-tokens 4 --temperature 0 --top-k 1 --top-p \
          0.5 --min-p 0.1 --seed 7 --stop a --stop b --stop-token-ids 5,6 --ignore-eos --logprobs 2 --prompt-logprobs \
          0 --timeout 2.5 --json",
+        "generate --chat x --json-schema s.json --thinking-tokens-max 50",
+        "chat --choice yes --choice no",
         "bench --clients 4 --json",
         "bench serve --rate 3.5 --requests 10",
         "config check --config cluster.toml",
