@@ -433,22 +433,29 @@ __device__ __forceinline__ void for_each_pair(const GroupParams& p, Each each) {
     }
 }
 
-// Pairs by expert, one block: counts in shared memory, offsets by one thread, then a scatter. The order inside an
+// Pairs by expert, one block: counts in shared memory, offsets by one warp, then a scatter. The order inside an
 // expert varies from run to run; every pair is computed by itself, so results do not.
 extern "C" __global__ void __launch_bounds__(1024) group_pairs(const GroupParams p) {
     extern __shared__ u32 shared[];
     u32 *counts = shared, *starts = shared + p.local;
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) counts[e] = 0;
+    await_inputs();
     __syncthreads();
     for_each_pair(p, [&](u32 expert, u32) { atomicAdd(&counts[expert], 1u); });
     __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 tile = 0;
-        for (u32 e = 0; e < p.local; e++) {
-            starts[e] = tile * p.tile;
-            tile += (counts[e] + p.tile - 1) / p.tile;
+    if (threadIdx.x < WARP) {
+        u32 before = 0;
+        for (u32 first = 0; first < p.local; first += WARP) {
+            u32 e = first + threadIdx.x, own = e < p.local ? (counts[e] + p.tile - 1) / p.tile : 0, sum = own;
+#pragma unroll
+            for (int step = 1; step < WARP; step *= 2) {
+                u32 left = __shfl_up_sync(ALL, sum, step);
+                if (threadIdx.x >= step) sum += left;
+            }
+            if (e < p.local) starts[e] = (before + sum - own) * p.tile;
+            before += __shfl_sync(ALL, sum, WARP - 1);
         }
-        *p.tiles = tile;
+        if (threadIdx.x == 0) *p.tiles = before;
     }
     __syncthreads();
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) {

@@ -5,16 +5,14 @@ use std::thread::available_parallelism;
 
 use collectives::{Collective, Tcp};
 use model::{Activity, Model, ModelConfig, ShardPlan};
+use ops::sample::{Choice, Plain};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
-use types::{Bytes, DType, TokenId, TpSize};
+use ops_cuda::{Activations, CudaBackend, DRAWN_ROWS_MAX, KernelCache, KernelShape, Options, SoloDevice};
+use types::{Bytes, DType, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
-
-/// Rows whose logits the model makes at once at most.
-const LOGIT_ROWS: usize = 64;
 
 /// What was decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +95,7 @@ pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &
     let blocks: usize = KvGroup::ALL.iter().map(|group| step.blocks[group.index()] as usize).sum();
     let activations = Activations {
         rows: step.rows,
-        logit_rows: LOGIT_ROWS,
+        logit_rows: step.rows.min(DRAWN_ROWS_MAX),
         hidden: model.hidden_size,
         qkv: (plan.query_heads.len() + 2 * plan.kv_heads.len()) * model.head_dim,
         intermediate: dense.max(shared),
@@ -107,7 +105,14 @@ pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &
         vocab: plan.vocab_rows,
         table_words: 2 * blocks + 4 * step.sequences,
     };
-    Options { ordinal: 0, dtype, activations: activations.bytes(), cache: KernelCache::user() }
+    let heads = KernelShape {
+        dtype,
+        head_dim: model.head_dim,
+        query_heads: plan.query_heads.len(),
+        kv_heads: plan.kv_heads.len(),
+    };
+    let (activations, cache) = (activations.bytes(), KernelCache::user());
+    Options { ordinal: 0, dtype, activations, cache, heads: Some(heads) }
 }
 
 /// The model one rank runs.
@@ -148,11 +153,16 @@ impl RankModel {
         }
     }
 
-    /// As [`Model::most_likely`]; when every layer is looked at, logits come from [`RankModel::step`].
-    pub(crate) fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, model::Error> {
+    /// As [`Model::choose`]; when every layer is looked at, logits come from [`RankModel::step`].
+    pub(crate) fn choose(
+        &mut self,
+        batch: &Batch,
+        how: &[Option<Plain>],
+        sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
+    ) -> Result<Vec<Choice>, model::Error> {
         match &mut self.on {
-            OnDevice::Cpu(model) => model.most_likely(batch),
-            OnDevice::Cuda(model) => model.most_likely(batch),
+            OnDevice::Cpu(model) => model.choose(batch, how, sink),
+            OnDevice::Cuda(model) => model.choose(batch, how, sink),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use engine::{Drawn, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
 use model::Activity;
-use ops::sample::{Draw, Logits};
+use ops::sample::{self, Draw, Logits, Plain};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TpRank};
 
@@ -39,16 +39,35 @@ impl Executor {
         let Step { plan, work } = step;
         self.prepare(plan)?;
         assert_eq!(work.len(), self.batch.logit_rows.len(), "each logit row has work");
-        let outputs = if !self.model.looks() && work.iter().all(|row| takes_the_most_likely(row, guides)) {
-            let output = |token| RowOutput::Sampled { token, logprob: None };
-            let tokens = self.model.most_likely(&self.batch)?;
-            tokens.into_iter().map(|token| token.map_or(RowOutput::NotANumber, output)).collect()
+        let how: Vec<Option<Plain>> = work.iter().map(|row| plain(row, guides)).collect();
+        let outputs = if !self.model.looks() && how.iter().any(Option::is_some) {
+            self.choose(&how, (work, guides))?
         } else {
             self.sample(work, guides)?
         };
         self.exchange_tables(plan);
         self.drawn.take(plan.step(), &outputs);
         Ok(outputs)
+    }
+
+    /// The device draws where it can; the other rows' logits come to the host.
+    fn choose(
+        &mut self,
+        how: &[Option<Plain>],
+        (work, guides): (&[RowWork], &Guides),
+    ) -> Result<Vec<RowOutput>, Error> {
+        let mut left = Vec::new();
+        let chosen = self.model.choose(&self.batch, how, |row, logits| {
+            left.push(row_output(row, logits, &work[row], guides));
+            Ok(())
+        })?;
+        let mut left = left.into_iter();
+        let output = |choice| match choice {
+            sample::Choice::Token(token) => RowOutput::Sampled { token, logprob: None },
+            sample::Choice::NotANumber => RowOutput::NotANumber,
+            sample::Choice::Left => left.next().unwrap_or(RowOutput::NotANumber),
+        };
+        Ok(chosen.into_iter().map(output).collect())
     }
 
     fn sample(&mut self, work: &[RowWork], guides: &Guides) -> Result<Vec<RowOutput>, Error> {
@@ -97,14 +116,14 @@ impl Executor {
     }
 }
 
-/// Whether the most likely token is all that a row's logits are for.
-fn takes_the_most_likely(row: &RowWork, guides: &Guides) -> bool {
+/// How a row's token is drawn when nothing but its logits as they are matters, and nothing but the token is asked for.
+fn plain(row: &RowWork, guides: &Guides) -> Option<Plain> {
     match &row.purpose {
         RowPurpose::Sample { params, rules, history, banned, logprobs, stream, position } => {
             let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask: None };
-            history.is_none() && logprobs.is_none() && draw.is_greedy() && !guides.guide(row.seq)
+            draw.plain().filter(|_| history.is_none() && logprobs.is_none() && !guides.guide(row.seq))
         }
-        RowPurpose::PromptLogprob { .. } => false,
+        RowPurpose::PromptLogprob { .. } => None,
     }
 }
 
@@ -139,6 +158,6 @@ fn row_output(row: usize, logits: &[f32], work: &RowWork, guides: &Guides) -> Ro
     }
 }
 
-fn ours(from: ops::sample::TokenLogprob) -> engine::TokenLogprob {
+fn ours(from: sample::TokenLogprob) -> engine::TokenLogprob {
     engine::TokenLogprob { token: from.token, logprob: from.logprob, top: from.top }
 }
