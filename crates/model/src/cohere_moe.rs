@@ -275,10 +275,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         Ok(())
     }
 
-    /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless
-    /// other ranks have a part in it: collectives and what depends on their sizes run anew each time.
+    /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless the
+    /// host has a part in it: collectives that are not queued on the device, and what depends on the sizes of an
+    /// exchange, run anew each time.
     fn hidden(&mut self, batch: &Batch, rows: &[usize]) -> Result<B::Tensor, Error> {
-        if self.comm.rank().size().as_usize() > 1 || self.dispatch == Dispatch::AllToAll {
+        if !self.comm.queues() || self.dispatch == Dispatch::AllToAll {
             self.backend.begin_step(batch)?;
             return self.layers(rows, &mut |_, _, _| Ok(()));
         }

@@ -11,7 +11,7 @@ use collectives::{
 use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, Placement, ShardPlan, Sharing};
 use ops::Backend;
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::{CudaBackend, SoloDevice};
+use ops_cuda::{CudaBackend, Patience};
 use types::{Bytes, DType};
 
 use crate::activity::Plan;
@@ -145,7 +145,7 @@ pub(crate) fn load(
     reporter: &Arc<dyn Reporter>,
 ) -> Result<Booted, Error> {
     let rank = config.rank;
-    let Joined { collective, plan: plans } = joined;
+    let Joined { mut collective, plan: plans } = joined;
     let abort = collective.abort_handle();
     let on = match facts.device {
         Chosen::Cpu => {
@@ -154,17 +154,22 @@ pub(crate) fn load(
                 CpuBackend::new(config.dtype, threads).map_err(|source| Error::Device { rank, source })?;
             let plural = if threads == 1 { "" } else { "s" };
             let name = format!("cpu, {threads} thread{plural}, {}", config.dtype);
-            let line = Line { collective, wrap: |tcp| Ok(HostCollective(tcp)) };
+            let line = Line { collective, wrap: |_: &CpuBackend, tcp| Ok(HostCollective(tcp)) };
             let available = device::memory_available().map(|bytes| (bytes, RankMemory::Shared));
             let ready = Ready { backend, name, available };
             OnDevice::Cpu(Box::new(assemble(config, facts, ready, line, reporter)?))
         }
         Chosen::Cuda => {
-            let bounds = StepBounds::of(&facts.engine);
-            let options = device::cuda_options(config.dtype, &facts.model, &facts.plan, &bounds);
+            let bounds = StepBounds::of(&facts.engine, config.dispatch);
+            let mut options = device::cuda_options(config.dtype, &facts.model, &facts.plan, &bounds);
+            options.ordinal =
+                device::card(ops_cuda::place_on_machine(&mut collective).map_err(Error::Cuda)?)?;
             let backend = CudaBackend::new(&options).map_err(Error::Cuda)?;
             let name = format!("cuda, {}, {}", backend.card().map_err(Error::Cuda)?, config.dtype);
-            let line = Line { collective, wrap: |tcp| SoloDevice::new(tcp).map_err(Error::Cuda) };
+            let patience = Patience { boot: config.boot_timeout, step: config.step_timeout };
+            let wrap =
+                |backend: &CudaBackend, tcp| ops_cuda::connect(backend, tcp, patience).map_err(Error::Cuda);
+            let line = Line { collective, wrap };
             let free = backend.memory_free().map_err(Error::Cuda)?;
             let available = Some((free, RankMemory::OfEachRank));
             let ready = Ready { backend, name, available };
@@ -200,7 +205,7 @@ fn assemble<B, C, F>(
 where
     B: Backend,
     C: Collective<B::Tensor>,
-    F: FnOnce(Tcp) -> Result<C, Error>,
+    F: Fn(&B, Tcp) -> Result<C, Error>,
 {
     let rank = config.rank;
     let started = Instant::now();
@@ -241,7 +246,7 @@ where
     let Line { mut collective, wrap } = line;
     // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
     collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
-    let comm = wrap(collective)?;
+    let comm = wrap(&backend, collective)?;
     let parts = Parts {
         config: model_config,
         plan,

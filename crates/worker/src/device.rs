@@ -8,8 +8,8 @@ use model::{Activity, Model, ModelConfig, ShardPlan};
 use ops::sample::{Choice, Plain};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::{Activations, CudaBackend, DRAWN_ROWS_MAX, KernelCache, KernelShape, Options, SoloDevice};
-use types::{Bytes, DType, TpSize};
+use ops_cuda::{Activations, CardLine, CudaBackend, DRAWN_ROWS_MAX, KernelCache, KernelShape, Options};
+use types::{Bytes, DType, Dispatch, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
@@ -19,29 +19,31 @@ use crate::{Device, Error};
 pub(crate) enum Chosen {
     /// The CPU op set.
     Cpu,
-    /// The first card this process may use.
+    /// A card each.
     Cuda,
 }
 
-/// Decides, or says why CUDA cannot be used.
+/// Decides, or says why CUDA cannot be used. `ranks` are those of the group; a machine with fewer cards shares them
+/// only when CUDA was asked for.
 ///
 /// # Errors
 /// [`Error::Cuda`] when CUDA was asked for.
 pub(crate) fn choose(device: Device, ranks: TpSize) -> Result<Chosen, Error> {
     match device {
         Device::Cpu => Ok(Chosen::Cpu),
-        Device::Cuda if ranks != TpSize::ONE => {
-            Err(Error::Cuda(ops_cuda::Error::NoNccl { ranks: ranks.get() }))
-        }
         Device::Cuda => ops_cuda::probe().map(|_| Chosen::Cuda).map_err(Error::Cuda),
         Device::Auto => match ops_cuda::probe() {
-            Ok(found) if ranks == TpSize::ONE => {
+            Ok(found) if found.cards.len() >= ranks.as_usize() => {
                 tracing::info!(%found, "a GPU is there, and is used");
                 Ok(Chosen::Cuda)
             }
             Ok(found) => {
-                let why = ops_cuda::Error::NoNccl { ranks: ranks.get() };
-                tracing::info!(%found, %why, "a GPU is there, and this group computes on the CPU");
+                let (cards, ranks) = (found.cards.len(), ranks.get());
+                tracing::info!(
+                    %found,
+                    "{cards} GPUs are fewer than {ranks} ranks: this group computes on the CPU; --device cuda shares \
+                     them, and is right for a group over several hosts"
+                );
                 Ok(Chosen::Cpu)
             }
             Err(_) => Ok(Chosen::Cpu),
@@ -72,13 +74,16 @@ pub struct StepBounds {
     pub sequences: usize,
     /// Blocks of each KV pool, by [`KvGroup::index`].
     pub blocks: [u32; 2],
+    /// Whether rows are sent to the ranks of their experts.
+    pub all_to_all: bool,
 }
 
 impl StepBounds {
     /// Of what an engine plans.
     #[must_use]
-    pub fn of(engine: &engine::Config) -> Self {
+    pub fn of(engine: &engine::Config, dispatch: Dispatch) -> Self {
         Self {
+            all_to_all: dispatch == Dispatch::AllToAll,
             rows: engine.step_tokens_max.max(engine.running_max) as usize,
             sequences: engine.running_max as usize,
             blocks: engine.blocks,
@@ -86,7 +91,13 @@ impl StepBounds {
     }
 }
 
-/// How a card is used for one rank: memory for the largest step.
+/// The card of a rank that is number `place` of those on its machine.
+pub(crate) fn card(place: usize) -> Result<usize, Error> {
+    let found = ops_cuda::probe().map_err(Error::Cuda)?;
+    Ok(place % found.cards.len())
+}
+
+/// How a card is used for one rank: memory for the largest step. The card is the first; [`Options::ordinal`] says which.
 #[must_use]
 pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &StepBounds) -> Options {
     let shared = plan.shared.as_ref().map_or(0, ExactSizeIterator::len);
@@ -103,6 +114,8 @@ pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &
         top_k: model.moe.as_ref().map_or(0, |moe| moe.routing.top_k),
         expert_intermediate: plan.experts.as_ref().map_or(0, |shard| shard.width.len()),
         vocab: plan.vocab_rows,
+        ranks: plan.rank.size().as_usize(),
+        exchanged_rows: if step.all_to_all { plan.subgroups() * step.rows } else { 0 },
         table_words: 2 * blocks + 4 * step.sequences,
     };
     let heads = KernelShape {
@@ -126,8 +139,8 @@ pub(crate) struct RankModel {
 pub(crate) enum OnDevice {
     /// On the CPU, in a group of any size.
     Cpu(Box<Model<CpuBackend, HostCollective<Tcp>>>),
-    /// On a card, alone.
-    Cuda(Box<Model<CudaBackend, SoloDevice<Tcp>>>),
+    /// On a card.
+    Cuda(Box<Model<CudaBackend, CardLine>>),
 }
 
 impl RankModel {
