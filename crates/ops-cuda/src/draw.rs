@@ -90,7 +90,8 @@ impl CudaBackend {
         how: &[Option<Plain>],
     ) -> Result<Vec<Choice>, Error> {
         if how.len() != logits.rows() || how.len() > DRAWN_ROWS_MAX {
-            let detail = format!("{} rows of logits for {} draws, at most {DRAWN_ROWS_MAX}", logits.rows(), how.len());
+            let detail =
+                format!("{} rows of logits for {} draws, at most {DRAWN_ROWS_MAX}", logits.rows(), how.len());
             return Err(Error::Shape { op: "draw", detail });
         }
         if how.iter().flatten().all(Plain::is_greedy) {

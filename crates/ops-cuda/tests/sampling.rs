@@ -63,8 +63,7 @@ fn check(dtype: DType) {
     let (mut drawn, mut same) = (0, 0);
     for (width, rows, scale) in [(37, 9, 1.0), (4099, 12, 0.0625), (32_000, 24, 1.0), (262_144, 16, 1.0)] {
         for spread in [0.3, 2.0, 8.0] {
-            let mut data: Vec<f32> =
-                (0..rows * width).map(|_| random.normal() * spread / scale).collect();
+            let mut data: Vec<f32> = (0..rows * width).map(|_| random.normal() * spread / scale).collect();
             // A row with one token, a row of equals, one with a logit that is none.
             data[width..2 * width].fill(f32::NEG_INFINITY);
             data[width + 5] = 1.0;
@@ -79,7 +78,8 @@ fn check(dtype: DType) {
             let choices = card.draw(&logits, (width, scale), &how).unwrap();
             assert_eq!(choices, card.draw(&logits, (width, scale), &how).unwrap(), "the same again");
             for (row, choice) in choices.into_iter().enumerate() {
-                let place = format!("seed {SEED}, {dtype} width {width} spread {spread} row {row} {:?}", how[row]);
+                let place =
+                    format!("seed {SEED}, {dtype} width {width} spread {spread} row {row} {:?}", how[row]);
                 match (how[row], Logits::new(row, &kept[row * width..][..width])) {
                     (None, _) => assert_eq!(choice, Choice::Left, "{place}"),
                     (Some(_), Err(_)) => assert_eq!(choice, Choice::NotANumber, "{place}"),

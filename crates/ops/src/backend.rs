@@ -523,7 +523,9 @@ pub trait Backend {
         let mut values = self.read(logits)?;
         values.iter_mut().for_each(|value| *value *= scale);
         let rows = values.chunks_exact(width).zip(how).enumerate();
-        Ok(rows.map(|(row, (logits, how))| how.map_or(Choice::Left, |how| drawn(row, logits, &how))).collect())
+        Ok(rows
+            .map(|(row, (logits, how))| how.map_or(Choice::Left, |how| drawn(row, logits, &how)))
+            .collect())
     }
 
     /// As [`Backend::read`] of some rows of `x`.
