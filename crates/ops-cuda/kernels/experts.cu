@@ -7,6 +7,8 @@
 // For 3 to 256 rows expert_up_tiles and expert_down_tiles read each touched expert once; more rows are grouped for gemm.cu.
 // Measured (North, one row, ncu with cold caches, 2026-11-24): H200 expert_up 18.5 us, expert_down 11.1 us, router 9.4 us;
 // H100 23.4, 13.6 and 10.2 us. For 8192 rows on an H100: group_pairs 77 us (one block), combine 217 us (the bytes' floor).
+// All launches of a layer's routed experts (H200, cohort bench kernels, 2026-11-24): 64 rows 331 us, 87 % of the floor
+// (1.21 GB of weights); 256 rows 345 us, 84 %.
 
 struct RouteParams {
     u32* experts;    // [T, k]
