@@ -9,6 +9,7 @@ mod deaths;
 mod dummy_weights;
 mod endings;
 mod examples;
+mod forms;
 mod metrics;
 mod parity;
 mod resumes;
