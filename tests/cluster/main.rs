@@ -10,6 +10,7 @@ mod dummy_weights;
 mod endings;
 mod examples;
 mod forms;
+mod lifecycle;
 mod metrics;
 mod parity;
 mod resumes;

@@ -161,6 +161,9 @@ pub struct GroupFlags {
     /// Longest open requests may go on after the order to stop, in seconds [default: 10]
     #[arg(long = "drain-grace", value_name = "SECONDS")]
     pub drain_grace_s: Option<f64>,
+    /// Directory for the last steps of a group that fails [default: the system's for temporary files]
+    #[arg(long, value_name = "DIR")]
+    pub fault_dir: Option<String>,
 }
 
 /// The front door.
@@ -266,6 +269,7 @@ impl ConfigFlags for GroupFlags {
             given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
             given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
             given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
+            given("--fault-dir", "group.fault_dir", self.fault_dir.as_ref()),
         ]
         .into_iter()
         .flatten()
@@ -344,6 +348,7 @@ impl From<&Settings> for GroupFlags {
             boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
             step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
             drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),
+            fault_dir: group.fault_dir.as_ref().map(|directory| directory.display().to_string()),
         }
     }
 }

@@ -67,9 +67,11 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
     let experts = of(prop_oneof![Just("tensor".to_owned()), Just("expert".to_owned())]);
     let dispatch =
         of(prop_oneof![Just("auto"), Just("replicated"), Just("all-to-all")].prop_map(str::to_owned));
-    let (experts, spans) =
-        ((experts, dispatch, of("[ -~]{1,12}"), of(http())), (seconds(), seconds(), seconds()));
-    (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain))| GroupFlags {
+    let (experts, spans) = (
+        (experts, dispatch, of("[ -~]{1,12}"), of(http())),
+        (seconds(), seconds(), seconds(), of("[ -~]{1,12}")),
+    );
+    (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain, fault))| GroupFlags {
         tensor_parallel: counts[0],
         data_parallel: counts[7],
         experts: experts.0,
@@ -86,6 +88,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
+        fault_dir: fault,
     })
 }
 
@@ -183,6 +186,7 @@ fn every_flag_names_a_key_that_exists() {
     settings.model.window_keys = Some(1);
     settings.group.threads = Some(1);
     settings.group.expert_placement = Some("p".into());
+    settings.group.fault_dir = Some("p".into());
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());

@@ -96,6 +96,7 @@ impl Settings {
             boot_timeout: group.boot_timeout_s,
             step_timeout: group.step_timeout_s,
             drain_grace: group.drain_grace_s,
+            fault_dir: group.fault_dir.clone(),
         }
     }
 }

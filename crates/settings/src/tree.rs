@@ -228,6 +228,11 @@ pub struct Group {
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub drain_grace_s: Duration,
+    /// Directory where a leader writes the last 2,048 steps when its group fails; the newest 8 files are kept. Default: the
+    /// system's directory for temporary files; stderr when that cannot be written.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub fault_dir: Option<PathBuf>,
 }
 
 /// `[cluster]`: what `cohort up` starts.
@@ -361,6 +366,7 @@ impl Default for Group {
             metrics_listen: HttpListen::Off,
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),
+            fault_dir: None,
         }
     }
 }

@@ -13,6 +13,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use types::limits::MESSAGE_BYTES_MAX;
 
+use crate::flight::FlightRecorder;
 use crate::guide::Kitchen;
 use crate::inbox::Inbox;
 use crate::metrics::{self, Metrics};
@@ -47,6 +48,7 @@ impl GrpcServer {
         inbox: Inbox,
         state: &Arc<StatePublisher>,
         metrics: &Arc<Metrics>,
+        flight: &Arc<FlightRecorder>,
     ) -> Result<Self, Error> {
         let (listener, address) =
             listen(config.listen).map_err(|source| Error::Listen { address: config.listen, source })?;
@@ -72,6 +74,7 @@ impl GrpcServer {
             inbox,
             state: Arc::clone(&state),
             metrics,
+            flight: Arc::clone(flight),
             kitchen,
             plan: boot::parallel(config),
             closing: closing.clone(),

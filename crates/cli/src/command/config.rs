@@ -231,6 +231,7 @@ fn flag_of(key: &str) -> Option<String> {
     settings.model.layers = Some(1);
     settings.group.expert_placement = Some("FILE".into());
     settings.group.threads = Some(1);
+    settings.group.fault_dir = Some("DIR".into());
     let groups: [&dyn ConfigFlags; 4] = [
         &args::ModelFlags::from(&settings),
         &args::ComputeFlags::from(&settings),
