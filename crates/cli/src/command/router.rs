@@ -102,7 +102,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let files = embedded::text_files(&settings)?;
     let config = settings.router();
     let supervised = args.supervised;
-    super::runtime()?.block_on(async {
+    super::serving_runtime()?.block_on(async {
         let announce = |bound: router::Bound| _ = tokio::spawn(announce(bound, supervised));
         Ok(router::serve(config, files, announce, stop).await?)
     })
