@@ -12,4 +12,5 @@ mod examples;
 mod metrics;
 mod parity;
 mod resumes;
+mod security;
 mod support;

@@ -11,7 +11,7 @@ use cli::args::{
 use cli::command::{Cli, Command, group, router, worker};
 use proptest::option::of;
 use proptest::prelude::*;
-use settings::{HttpListen, Settings, Sources};
+use settings::{ClusterTls, HttpListen, Settings, Sources, Tls};
 
 fn parse(argv: &[String]) -> Cli {
     let line = std::iter::once("cohort".to_owned()).chain(argv.iter().cloned());
@@ -74,7 +74,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         data_parallel: counts[7],
         experts: experts.0,
         dispatch: experts.1,
-        expert_placement: experts.2,
+        expert_placement: experts.2.clone(),
         threads,
         kv_tokens: counts[1],
         block_size: counts[2],
@@ -83,6 +83,9 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         waiting_requests_max: counts[5],
         waiting_tokens_max: counts[6],
         metrics_listen: experts.3,
+        group_tls_certificate: experts.2.clone(),
+        group_tls_key: experts.2.clone(),
+        group_tls_client_ca: experts.2.clone(),
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
@@ -102,7 +105,16 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
                 withdraw_grace_s,
                 router_drain_grace_s,
             )| {
+                let path = |name: &str| requests_max.map(|at| format!("{name} {at}"));
                 RouterFlags {
+                    tls_certificate: path("certificate"),
+                    tls_key: path("key"),
+                    tls_client_ca: path("client ca"),
+                    keys_file: path("keys"),
+                    cluster_secret_file: path("secret"),
+                    cluster_tls_ca: path("ca"),
+                    cluster_tls_certificate: path("certificate"),
+                    cluster_tls_key: path("key"),
                     grpc_listen,
                     http_listen,
                     requests_max,
@@ -163,7 +175,9 @@ fn flags_made_from_settings_give_the_same_settings() {
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
                 router.resume_grace_s = 7\n\
-                router.drain_grace_s = 3";
+                router.drain_grace_s = 3\nrouter.tls.certificate = 'a'\nrouter.tls.key = 'b'\nrouter.tls.client_ca = 'c'\n\
+                router.keys_file = 'd'\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
+                cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
     let settings =
@@ -185,6 +199,12 @@ fn every_flag_names_a_key_that_exists() {
     settings.model.layers = Some(1);
     settings.model.window_keys = Some(1);
     settings.group.threads = Some(1);
+    let tls = Tls { certificate: Some("c".into()), key: Some("k".into()), client_ca: Some("a".into()) };
+    (settings.router.tls, settings.group.tls) = (tls.clone(), tls);
+    settings.router.keys_file = Some("f".into());
+    settings.cluster.secret_file = Some("s".into());
+    settings.cluster.tls =
+        ClusterTls { ca: Some("a".into()), certificate: Some("c".into()), key: Some("k".into()) };
     settings.group.expert_placement = Some("p".into());
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
@@ -221,6 +241,7 @@ fn the_commands_of_the_readme_are_understood() {
          0.5 --min-p 0.1 --seed 7 --stop a --stop b --stop-token-ids 5,6 --ignore-eos --logprobs 2 --prompt-logprobs \
          0 --timeout 2.5 --json",
         "bench --clients 4 --json",
+        "keys new alice --requests-per-minute 60 --tokens-per-minute 1000 --concurrency 2 --priority-min -3 --json",
         "bench serve --rate 3.5 --requests 10",
         "config check --config cluster.toml",
         "plan --preset north-mini-code --tensor-parallel 2 --memory 139GiB --context 131072 --json",

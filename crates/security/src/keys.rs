@@ -54,15 +54,17 @@ impl Keys {
     /// # Errors
     /// What is wrong and which key it concerns.
     pub fn parse(text: &str, old: Option<&Self>) -> Result<Self, String> {
-        let lines: BTreeMap<String, KeyLine> =
-            toml::from_str(text).map_err(|error| format!("is no file of API keys: {}", shown(&error, text)))?;
+        let lines: BTreeMap<String, KeyLine> = toml::from_str(text)
+            .map_err(|error| format!("is no file of API keys: {}", shown(&error, text)))?;
         if lines.len() > KEYS_MAX {
             return Err(format!("has {} keys; at most {KEYS_MAX}", lines.len()));
         }
         let mut entries: Vec<([u8; DIGEST_BYTES], Meter)> = Vec::with_capacity(lines.len());
         for (name, line) in lines {
             let digest = digest_of(&line.sha256).ok_or_else(|| {
-                format!("key {name:?}: sha256 must be 64 hexadecimal digits, as `cohort keys new` prints them")
+                format!(
+                    "key {name:?}: sha256 must be 64 hexadecimal digits, as `cohort keys new` prints them"
+                )
             })?;
             let limits = line.limits().map_err(|reason| format!("key {name:?}: {reason}"))?;
             if let Some((_, other)) = entries.iter().find(|(known, _)| *known == digest) {

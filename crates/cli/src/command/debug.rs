@@ -6,19 +6,21 @@ use anyhow::bail;
 use model::ExpertLoad;
 use proto::worker::worker_client::WorkerClient;
 use proto::worker::{GetActivityRequest, GroupActivity};
+use security::Badge;
 use serde_json::json;
 use tonic::Request;
 use types::limits::MESSAGE_BYTES_MAX;
 
-use crate::client;
 use crate::out::say;
 use crate::table::{Align, Table};
+use crate::{client, identity};
 
 /// Longest wait for an answer, which comes between two steps.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 const MORE: &str = "\
 A group's leader says where it listens when it starts, and `cohort bench` needs only the router.
+The variable COHORT_CLUSTER_SECRET holds the cluster's secret, where it has one.
 
 Examples:
   cohort debug expert-load --worker http://127.0.0.1:7000 > load.json
@@ -80,7 +82,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 
 async fn activity(args: &WorkerArgs) -> anyhow::Result<GroupActivity> {
     let channel = client::channel_of("--worker", &args.worker).await?;
-    let mut worker = WorkerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let badge = Badge::new(identity::from_variable()?.as_ref());
+    let mut worker =
+        WorkerClient::with_interceptor(channel, badge).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let mut request = Request::new(GetActivityRequest {});
     request.set_timeout(PATIENCE);
     let answer = worker.get_activity(request).await.map_err(|status| client::explain(&status))?;

@@ -85,5 +85,6 @@ fn valid_now(der: &CertificateDer<'_>, path: &Path) -> Result<(), Error> {
 
 fn date(since_epoch: Duration) -> String {
     let seconds = Duration::from_secs(since_epoch.as_secs());
-    DateTime::from_unix_duration(seconds).map_or_else(|_| format!("{} s", seconds.as_secs()), |date| date.to_string())
+    DateTime::from_unix_duration(seconds)
+        .map_or_else(|_| format!("{} s", seconds.as_secs()), |date| date.to_string())
 }

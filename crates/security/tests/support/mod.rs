@@ -38,12 +38,14 @@ impl Authority {
 
     /// The same, valid until a year.
     pub(crate) fn sign_until(&self, name: &str, year: i32) -> (PathBuf, PathBuf) {
-        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned(), "localhost".to_owned()]).unwrap();
+        let mut params =
+            CertificateParams::new(vec!["127.0.0.1".to_owned(), "localhost".to_owned()]).unwrap();
         params.not_before = date_time_ymd(2000, 1, 1);
         params.not_after = date_time_ymd(year, 1, 1);
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let (certificate_file, key_file) = (self.path(&format!("{name}.crt")), self.path(&format!("{name}.key")));
+        let (certificate_file, key_file) =
+            (self.path(&format!("{name}.crt")), self.path(&format!("{name}.key")));
         replace(&certificate_file, &certificate.pem());
         replace(&key_file, &key.serialize_pem());
         (certificate_file, key_file)

@@ -57,6 +57,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         boot_timeout: Duration::from_secs(30),
         step_timeout: Duration::from_secs(10),
         drain_grace: Duration::from_secs(30),
+        access: worker::Access::default(),
     }
 }
 
