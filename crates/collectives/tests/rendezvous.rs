@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use collectives::{
-    Collective, Error, Field, GroupSecret, Joined, Member, PROTOCOL_VERSION, PlanChannel, Rendezvous, RendezvousOptions,
-    join,
+    Collective, Error, Field, GroupSecret, Joined, Member, PROTOCOL_VERSION, PlanChannel, Rendezvous,
+    RendezvousOptions, join,
 };
 use common::{LOOPBACK, PATIENT, member, options};
 
@@ -99,7 +99,10 @@ fn a_rank_that_disagrees_is_refused_with_both_values_at_both_ends() {
 
 #[test]
 fn ranks_with_one_secret_meet_and_others_are_refused() {
-    let with = |text: &str| RendezvousOptions { secret: Some(GroupSecret::new(text.as_bytes())), ..options(PATIENT) };
+    let with = |text: &str| RendezvousOptions {
+        secret: Some(GroupSecret::new(text.as_bytes())),
+        ..options(PATIENT)
+    };
     let meet = |leads: RendezvousOptions, joins: RendezvousOptions| {
         let (door, address) = door();
         thread::scope(|scope| {
@@ -136,7 +139,8 @@ fn who_repeats_a_hello_without_the_secret_does_not_get_into_the_mesh() {
     let refused = leading.join().unwrap().unwrap_err();
     assert!(matches!(refused, Error::Disagreement { rank: 1, .. }), "{refused}");
     // … and not enough to open a connection of the mesh.
-    let hash: Vec<u8> = (0..32).map(|at| u8::from_str_radix(&theirs[2 * at..2 * at + 2], 16).unwrap()).collect();
+    let hash: Vec<u8> =
+        (0..32).map(|at| u8::from_str_radix(&theirs[2 * at..2 * at + 2], 16).unwrap()).collect();
     let repeated = Member { config_hash: hash.try_into().unwrap(), ..member(1, 2) };
     let (door, address) = self::door();
     let leading = thread::spawn(move || {

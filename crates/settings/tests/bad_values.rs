@@ -93,6 +93,18 @@ fn each_bad_value_is_refused_with_its_key() {
             "group.metrics_listen: leaves no ports for 2 groups after 65535",
         ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
+        ("router.tls.certificate = 'c'", "router.tls.certificate: is of no use without router.tls.key"),
+        ("group.tls.key = 'k'", "group.tls.key: is of no use without group.tls.certificate"),
+        ("group.tls.client_ca = 'a'", "group.tls.client_ca: is of no use without group.tls.certificate"),
+        (
+            "cluster.tls.certificate = 'c'\ncluster.tls.key = 'k'",
+            "cluster.tls.certificate: is of no use without cluster.tls.ca",
+        ),
+        (
+            "router.workers = ['https://a:1']",
+            "cluster.tls.ca: is needed where router.workers has an https:// address",
+        ),
+        ("router.keys_file = ''", "router.keys_file: must not be empty; leave the key out instead"),
     ];
     refused(&cases);
 }

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use collectives::{
-    AbortHandle, Collective, GroupSecret, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions,
+    AbortHandle, Collective, GroupSecret, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp,
+    TcpOptions,
 };
 use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, Placement, ShardPlan, Sharing};
 use ops::Backend;

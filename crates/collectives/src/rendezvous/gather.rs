@@ -121,11 +121,7 @@ impl<'a> Gathering<'a> {
 }
 
 /// Tells every rank where the others listen.
-pub(super) fn welcome(
-    seats: &[Seat],
-    secret: Option<GroupSecret>,
-    until: Instant,
-) -> Result<Book, Error> {
+pub(super) fn welcome(seats: &[Seat], secret: Option<GroupSecret>, until: Instant) -> Result<Book, Error> {
     let token = token().map_err(|error| Error::io("reading /dev/urandom", &error))?;
     let addresses: Vec<SocketAddr> = seats.iter().map(|seat| seat.mesh).collect();
     let message = encode(&Message::Welcome { token, addresses: addresses.clone() });

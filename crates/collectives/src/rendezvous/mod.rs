@@ -108,7 +108,7 @@ impl Rendezvous {
         }
         check_plan(member)?;
         let until = socket::from_now(options.within);
-        let member = &bound(member, options);
+        let member = &as_shown(member, options);
         let seats = Gathering::new(&self.listener, member, options.within).run(until)?;
         let mesh = Mesh::new(member.rank, welcome(&seats, options.secret, until)?);
         finish(mesh, &self.listener, options, until)
@@ -139,7 +139,7 @@ pub fn join(leader: &str, member: &Member, options: &RendezvousOptions) -> Resul
     let hello = Message::Hello(Hello {
         rank,
         size: member.rank.size().get(),
-        config_hash: bound(member, options).config_hash,
+        config_hash: as_shown(member, options).config_hash,
         plan: member.plan.clone(),
         mesh,
     });
@@ -162,7 +162,7 @@ pub fn join(leader: &str, member: &Member, options: &RendezvousOptions) -> Resul
 }
 
 /// The member as it shows itself: ranks with other secrets have other hashes.
-fn bound(member: &Member, options: &RendezvousOptions) -> Member {
+fn as_shown(member: &Member, options: &RendezvousOptions) -> Member {
     Member { config_hash: secret::bound_hash(options.secret, member.config_hash), ..member.clone() }
 }
 
