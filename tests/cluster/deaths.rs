@@ -11,8 +11,8 @@ use crate::support::{Cluster, runs, signal, tokens};
 /// How long anything may stay behind after its supervisor was killed.
 const ORPHAN_MAX: Duration = Duration::from_secs(2);
 
-fn killed_rank_ends_its_group(rank: u32) {
-    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--resume-grace=0"]);
+fn killed_rank_ends_its_group(rank: u32, plan: &[&str]) {
+    let mut cluster = Cluster::up(&[plan, &["--resume-grace=0"]].concat());
     let mut client = cluster.client();
     let victim = cluster.rank(rank);
     let status = cluster.block_on(async {
@@ -38,12 +38,19 @@ fn killed_rank_ends_its_group(rank: u32) {
 
 #[test]
 fn a_killed_follower_ends_its_group_with_a_status_and_the_group_comes_back() {
-    killed_rank_ends_its_group(1);
+    killed_rank_ends_its_group(1, &["--tensor-parallel=2"]);
 }
 
 #[test]
 fn a_killed_leader_ends_its_group_with_a_status_and_the_group_comes_back() {
-    killed_rank_ends_its_group(0);
+    killed_rank_ends_its_group(0, &["--tensor-parallel=2"]);
+}
+
+#[test]
+fn a_killed_rank_of_a_sub_group_ends_all_of_them_with_a_status_and_they_come_back() {
+    // The only request runs in the first sub-group; rank 3 is in the second and has no rows.
+    let plan = ["--tensor-parallel=2", "--data-parallel=2", "--experts=expert"];
+    killed_rank_ends_its_group(3, &plan);
 }
 
 #[test]
@@ -96,6 +103,19 @@ fn a_rank_that_hangs_is_named_by_the_step_deadline_and_the_group_comes_back() {
         cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
     assert_eq!(answer.token_ids.len(), 3);
     assert!(!runs(victim), "the hanging rank is still there");
+}
+
+/// Nobody waits for it in a collective: only its silence tells.
+#[test]
+fn a_leader_that_hangs_while_nothing_runs_is_replaced() {
+    let mut cluster = Cluster::up(&["--tensor-parallel=1"]);
+    let victim = cluster.rank(0);
+    signal(victim, Signal::STOP);
+    cluster.wait("the end of the hanging leader", |_| (!runs(victim)).then_some(()));
+    cluster.wait_for_line("gave no sign of life");
+    let answer =
+        cluster.wait("an answer after the restart", |cluster| cluster.generate(tokens(&[5, 600], 3)).ok());
+    assert_eq!(answer.token_ids.len(), 3);
 }
 
 /// Kills one supervisor and expects everything below it gone in time.

@@ -9,6 +9,7 @@ mod deaths;
 mod dummy_weights;
 mod endings;
 mod examples;
+mod lifecycle;
 mod metrics;
 mod parity;
 mod resumes;

@@ -69,6 +69,13 @@ fn two_ranks_that_send_rows_to_their_experts_give_the_references_tokens_and_log_
 }
 
 #[test]
+fn sub_groups_with_sequences_of_their_own_give_the_references_tokens_and_log_probabilities() {
+    for tensor in ["--tensor-parallel=1", "--tensor-parallel=2"] {
+        check(&Cluster::up(&[tensor, "--data-parallel=2", "--experts=expert"]));
+    }
+}
+
+#[test]
 fn four_ranks_with_copies_of_experts_where_a_file_says_give_the_references_tokens_and_log_probabilities() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("placement.json");

@@ -7,6 +7,7 @@ use std::process::Command;
 use proto::worker::WatchRequest;
 use proto::worker::worker_client::WorkerClient;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustix::process::Signal;
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -88,6 +89,35 @@ fn worker_ports_refuse_whoever_is_not_of_their_cluster() {
         let secrets: Vec<&str> =
             words.filter(|word| word.bytes().all(|byte| byte.is_ascii_hexdigit())).collect();
         assert!(secrets.is_empty(), "a secret stands on a command line: {line}");
+    }
+}
+
+#[test]
+fn neither_keys_nor_secrets_nor_prompts_are_in_the_log_even_at_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let (key, line) = new_key();
+    let (secret, prompt, wrong) =
+        ("5ecret".repeat(8), "the plumtree in the garden", "cohort-mistyped-but-nearly-right");
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    fs::write(file("keys.toml"), line).unwrap();
+    fs::write(file("secret"), &secret).unwrap();
+    let cluster = Cluster::up(&[
+        "--log-level=trace",
+        &format!("--keys-file={}", file("keys.toml")),
+        &format!("--cluster-secret-file={}", file("secret")),
+    ]);
+    let server = cluster.server();
+    let asked = |key: &str| {
+        let args = ["generate", "--server", &server, "--prompt", prompt, "--max-tokens", "3", "--json"];
+        cohort(&args).env("COHORT_API_KEY", key).output().unwrap().status.success()
+    };
+    assert!(asked(&key) && !asked(wrong));
+    cluster.signal(Signal::TERM);
+    let (status, said) = cluster.end();
+    assert!(status.success() && said.contains("refused at the door"), "the log was not read");
+    for hidden in [key.as_str(), wrong, &secret, "plumtree"] {
+        let shown: Vec<&str> = said.lines().filter(|line| line.contains(hidden)).collect();
+        assert!(shown.is_empty(), "{hidden} is in {shown:#?}");
     }
 }
 

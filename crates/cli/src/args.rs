@@ -170,6 +170,9 @@ pub struct GroupFlags {
     /// Longest open requests may go on after the order to stop, in seconds [default: 10]
     #[arg(long = "drain-grace", value_name = "SECONDS")]
     pub drain_grace_s: Option<f64>,
+    /// Directory for the last steps of a group that fails [default: the system's for temporary files]
+    #[arg(long, value_name = "DIR")]
+    pub fault_dir: Option<String>,
 }
 
 /// The front door.
@@ -213,6 +216,18 @@ pub struct RouterFlags {
     /// Bytes of one prompt's text [default: 4194304]
     #[arg(long, value_name = "N")]
     pub prompt_bytes_max: Option<usize>,
+    /// Longest wait for the head of an HTTP request, and between two on a connection, in seconds [default: 30]
+    #[arg(long = "http-head-timeout", value_name = "SECONDS")]
+    pub http_head_timeout_s: Option<f64>,
+    /// Longest wait for the body of an HTTP request, in seconds [default: 30]
+    #[arg(long = "http-body-timeout", value_name = "SECONDS")]
+    pub http_body_timeout_s: Option<f64>,
+    /// Longest wait for an HTTP caller that reads nothing of its answer, in seconds [default: 30]
+    #[arg(long = "http-write-timeout", value_name = "SECONDS")]
+    pub http_write_timeout_s: Option<f64>,
+    /// Silence after which an HTTP stream says a comment that keeps its connection, in seconds [default: 10]
+    #[arg(long = "http-keep-alive", value_name = "SECONDS")]
+    pub http_keep_alive_s: Option<f64>,
     /// How long a request that lost its group waits for one that goes on with it, in seconds; 0 ends it at once
     /// [default: 10]
     #[arg(long = "resume-grace", value_name = "SECONDS")]
@@ -291,6 +306,7 @@ impl ConfigFlags for GroupFlags {
             given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
             given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
             given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
+            given("--fault-dir", "group.fault_dir", self.fault_dir.as_ref()),
         ]
         .into_iter()
         .flatten()
@@ -317,6 +333,10 @@ impl ConfigFlags for RouterFlags {
             given("--cluster-tls-key", "cluster.tls.key", self.cluster_tls_key.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
             given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
+            given("--http-head-timeout", "router.http.head_timeout_s", self.http_head_timeout_s.as_ref()),
+            given("--http-body-timeout", "router.http.body_timeout_s", self.http_body_timeout_s.as_ref()),
+            given("--http-write-timeout", "router.http.write_timeout_s", self.http_write_timeout_s.as_ref()),
+            given("--http-keep-alive", "router.http.keep_alive_s", self.http_keep_alive_s.as_ref()),
             given("--resume-grace", "router.resume_grace_s", self.resume_grace_s.as_ref()),
             given("--withdraw-grace", "router.withdraw_grace_s", self.withdraw_grace_s.as_ref()),
             given("--router-drain-grace", "router.drain_grace_s", self.router_drain_grace_s.as_ref()),
@@ -384,6 +404,7 @@ impl From<&Settings> for GroupFlags {
             boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
             step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
             drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),
+            fault_dir: group.fault_dir.as_ref().map(|directory| directory.display().to_string()),
         }
     }
 }
@@ -404,6 +425,10 @@ impl From<&Settings> for RouterFlags {
             cluster_tls_key: shown(cluster.key.as_deref()),
             requests_max: Some(router.limits.requests_max),
             prompt_bytes_max: Some(router.limits.prompt_bytes_max),
+            http_head_timeout_s: Some(router.http.head_timeout_s.as_secs_f64()),
+            http_body_timeout_s: Some(router.http.body_timeout_s.as_secs_f64()),
+            http_write_timeout_s: Some(router.http.write_timeout_s.as_secs_f64()),
+            http_keep_alive_s: Some(router.http.keep_alive_s.as_secs_f64()),
             resume_grace_s: Some(router.resume_grace_s.as_secs_f64()),
             withdraw_grace_s: Some(router.withdraw_grace_s.as_secs_f64()),
             router_drain_grace_s: Some(router.drain_grace_s.as_secs_f64()),

@@ -1,6 +1,10 @@
 //! The flags that say how to generate, the same wherever a request is made.
 
-use proto::v1::{GenerateRequest, Sampling, Stopping};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use proto::v1::{Choices, Constraint, GenerateRequest, Sampling, Stopping, constraint};
 
 /// How tokens are drawn, when to stop, and how the request is treated.
 #[derive(Debug, Clone, Default, PartialEq, clap::Args)]
@@ -11,6 +15,9 @@ pub struct GenerationFlags {
     /// When to stop.
     #[command(flatten)]
     pub stopping: StoppingFlags,
+    /// What the answer must look like.
+    #[command(flatten)]
+    pub form: FormFlags,
     /// How the request is treated beside others.
     #[command(flatten)]
     pub scheduling: SchedulingFlags,
@@ -74,6 +81,57 @@ pub struct StoppingFlags {
     /// Go on past the model's own end-of-sequence tokens
     #[arg(long)]
     pub ignore_eos: bool,
+    /// Most tokens of reasoning; after them the model must come to its answer [default: no limit]
+    #[arg(long, value_name = "N")]
+    pub thinking_tokens_max: Option<u32>,
+}
+
+/// What the answer must look like: at most one of these.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+#[command(next_help_heading = "Form of the answer (at most one)")]
+#[group(multiple = false)]
+pub struct FormFlags {
+    /// File with the JSON schema that the answer keeps to
+    #[arg(long, value_name = "FILE")]
+    pub json_schema: Option<PathBuf>,
+    /// Any JSON object
+    #[arg(long)]
+    pub json_object: bool,
+    /// Regular expression for the whole answer
+    #[arg(long, value_name = "REGEX")]
+    pub regex: Option<String>,
+    /// One of these texts; given again for each
+    #[arg(long, value_name = "TEXT")]
+    pub choice: Vec<String>,
+    /// File with a Lark grammar
+    #[arg(long, value_name = "FILE")]
+    pub grammar: Option<PathBuf>,
+}
+
+impl FormFlags {
+    /// Reads the files that are named.
+    ///
+    /// # Errors
+    /// A file that cannot be read as text, by its flag and path.
+    fn to_constraint(&self) -> anyhow::Result<Option<Constraint>> {
+        use constraint::Form;
+        let read = |flag: &str, path: &Path| {
+            fs::read_to_string(path).with_context(|| format!("{flag} {}: cannot be read", path.display()))
+        };
+        let form = if let Some(path) = &self.json_schema {
+            Some(Form::Json(read("--json-schema", path)?))
+        } else if let Some(path) = &self.grammar {
+            Some(Form::Grammar(read("--grammar", path)?))
+        } else if let Some(regex) = &self.regex {
+            Some(Form::Regex(regex.clone()))
+        } else if self.json_object {
+            Some(Form::JsonObject(true))
+        } else {
+            let choices = || Form::Choice(Choices { choices: self.choice.clone() });
+            (!self.choice.is_empty()).then(choices)
+        };
+        Ok(form.map(|form| Constraint { form: Some(form) }))
+    }
 }
 
 /// How the request is treated beside others.
@@ -93,10 +151,12 @@ pub struct SchedulingFlags {
 
 impl GenerationFlags {
     /// A request without a prompt that asks for what these flags say.
-    #[must_use]
-    pub fn to_request(&self) -> GenerateRequest {
-        let Self { sampling, stopping, scheduling } = self;
-        GenerateRequest {
+    ///
+    /// # Errors
+    /// A file with the form of the answer that cannot be read.
+    pub fn to_request(&self) -> anyhow::Result<GenerateRequest> {
+        let Self { sampling, stopping, form, scheduling } = self;
+        Ok(GenerateRequest {
             sampling: Some(Sampling {
                 temperature: sampling.temperature,
                 top_k: sampling.top_k,
@@ -118,13 +178,14 @@ impl GenerationFlags {
                 stop: stopping.stop.clone(),
                 stop_token_ids: stopping.stop_token_ids.clone(),
                 ignore_eos: stopping.ignore_eos,
-                ..Stopping::default()
+                thinking_tokens_max: stopping.thinking_tokens_max,
             }),
+            constraint: form.to_constraint()?,
             priority: scheduling.priority.unwrap_or_default(),
             cache_salt: scheduling.cache_salt.clone().unwrap_or_default(),
             bypass_prefix_cache: scheduling.bypass_prefix_cache,
             ..GenerateRequest::default()
-        }
+        })
     }
 }
 

@@ -45,8 +45,11 @@ impl Progress {
             Event::Phase { phase, done, total } => self.phase(key, *phase, *done, *total),
             Event::Loaded(loaded) => self.loaded(key, loaded),
             Event::Ready { .. } => self.settle(key),
-            Event::Rendezvous { .. } | Event::Listening { .. } | Event::Serving(_) | Event::Failed { .. } => {
-            }
+            Event::Rendezvous { .. }
+            | Event::Listening { .. }
+            | Event::Alive
+            | Event::Serving(_)
+            | Event::Failed { .. } => {}
         }
     }
 

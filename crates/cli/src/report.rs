@@ -51,6 +51,8 @@ pub enum Event {
         /// Since the rank started, in milliseconds.
         elapsed_ms: u64,
     },
+    /// A rank that takes work goes on.
+    Alive,
     /// A router takes requests.
     Serving(Serving),
     /// The process ends because of this.
@@ -157,6 +159,7 @@ impl From<worker::Report> for Event {
                 elapsed_ms: millis(elapsed),
                 device,
             }),
+            worker::Report::Alive => Self::Alive,
             worker::Report::Ready { elapsed } => Self::Ready { elapsed_ms: millis(elapsed) },
         }
     }

@@ -67,9 +67,11 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
     let experts = of(prop_oneof![Just("tensor".to_owned()), Just("expert".to_owned())]);
     let dispatch =
         of(prop_oneof![Just("auto"), Just("replicated"), Just("all-to-all")].prop_map(str::to_owned));
-    let (experts, spans) =
-        ((experts, dispatch, of("[ -~]{1,12}"), of(http())), (seconds(), seconds(), seconds()));
-    (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain))| GroupFlags {
+    let (experts, spans) = (
+        (experts, dispatch, of("[ -~]{1,12}"), of(http())),
+        (seconds(), seconds(), seconds(), of("[ -~]{1,12}")),
+    );
+    (counts, experts, spans).prop_map(|((counts, threads), experts, (boot, step, drain, fault))| GroupFlags {
         tensor_parallel: counts[0],
         data_parallel: counts[7],
         experts: experts.0,
@@ -89,42 +91,43 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
+        fault_dir: fault,
     })
+}
+
+/// A file's name, or none where there is no number.
+fn numbered(name: &str, number: Option<u32>) -> Option<String> {
+    number.map(|number| format!("{name} {number}"))
 }
 
 fn router_flags() -> impl Strategy<Value = RouterFlags> {
     let seconds = || of(0.0..1e6_f64);
-    (of(address()), of(http()), any::<Option<u32>>(), any::<Option<usize>>(), seconds(), seconds(), seconds())
-        .prop_map(
-            |(
-                grpc_listen,
-                http_listen,
-                requests_max,
-                prompt_bytes_max,
-                resume_grace_s,
-                withdraw_grace_s,
-                router_drain_grace_s,
-            )| {
-                let path = |name: &str| requests_max.map(|at| format!("{name} {at}"));
-                RouterFlags {
-                    tls_certificate: path("certificate"),
-                    tls_key: path("key"),
-                    tls_client_ca: path("client ca"),
-                    keys_file: path("keys"),
-                    cluster_secret_file: path("secret"),
-                    cluster_tls_ca: path("ca"),
-                    cluster_tls_certificate: path("certificate"),
-                    cluster_tls_key: path("key"),
-                    grpc_listen,
-                    http_listen,
-                    requests_max,
-                    prompt_bytes_max,
-                    resume_grace_s,
-                    withdraw_grace_s,
-                    router_drain_grace_s,
-                }
-            },
-        )
+    let graces = (seconds(), seconds(), seconds());
+    let patience = (seconds(), seconds(), seconds(), seconds());
+    let limits = any::<(Option<u32>, Option<usize>)>();
+    (of(address()), of(http()), limits, graces, patience).prop_map(
+        |(grpc_listen, http_listen, (requests_max, prompt_bytes_max), graces, patience)| RouterFlags {
+            tls_certificate: numbered("certificate", requests_max),
+            tls_key: numbered("key", requests_max),
+            tls_client_ca: numbered("client ca", requests_max),
+            keys_file: numbered("keys", requests_max),
+            cluster_secret_file: numbered("secret", requests_max),
+            cluster_tls_ca: numbered("ca", requests_max),
+            cluster_tls_certificate: numbered("certificate", requests_max),
+            cluster_tls_key: numbered("key", requests_max),
+            grpc_listen,
+            http_listen,
+            requests_max,
+            prompt_bytes_max,
+            http_head_timeout_s: patience.0,
+            http_body_timeout_s: patience.1,
+            http_write_timeout_s: patience.2,
+            http_keep_alive_s: patience.3,
+            resume_grace_s: graces.0,
+            withdraw_grace_s: graces.1,
+            router_drain_grace_s: graces.2,
+        },
+    )
 }
 
 proptest! {
@@ -174,7 +177,8 @@ fn flags_made_from_settings_give_the_same_settings() {
                 group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\ngroup.metrics_listen = '0.0.0.0:9100'\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
-                router.resume_grace_s = 7\n\
+                router.http.head_timeout_s = 8\nrouter.http.body_timeout_s = 9.5\nrouter.http.write_timeout_s = 10\n\
+                router.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
                 router.drain_grace_s = 3\nrouter.tls.certificate = 'a'\nrouter.tls.key = 'b'\nrouter.tls.client_ca = 'c'\n\
                 router.keys_file = 'd'\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
                 cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'";
@@ -206,6 +210,7 @@ fn every_flag_names_a_key_that_exists() {
     settings.cluster.tls =
         ClusterTls { ca: Some("a".into()), certificate: Some("c".into()), key: Some("k".into()) };
     settings.group.expert_placement = Some("p".into());
+    settings.group.fault_dir = Some("p".into());
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
@@ -240,6 +245,8 @@ fn the_commands_of_the_readme_are_understood() {
         "generate --server http://127.0.0.1:50051 --token-ids 1,2,3 --max-tokens 4 --temperature 0 --top-k 1 --top-p \
          0.5 --min-p 0.1 --seed 7 --stop a --stop b --stop-token-ids 5,6 --ignore-eos --logprobs 2 --prompt-logprobs \
          0 --timeout 2.5 --json",
+        "generate --chat x --json-schema s.json --thinking-tokens-max 50",
+        "chat --choice yes --choice no",
         "bench --clients 4 --json",
         "keys new alice --requests-per-minute 60 --tokens-per-minute 1000 --concurrency 2 --priority-min -3 --json",
         "bench serve --rate 3.5 --requests 10",

@@ -149,3 +149,31 @@ fn a_request_without_a_prompt_says_what_to_give() {
     let error = request(&[]).unwrap_err().to_string();
     assert!(error.contains("--prompt TEXT, --chat TEXT and --token-ids"), "{error}");
 }
+
+#[test]
+fn the_form_of_an_answer_is_on_the_wire_and_only_one_is_taken() {
+    use proto::v1::constraint::Form;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("form");
+    std::fs::write(&file, "{\"type\": \"integer\"}").unwrap();
+    let file = file.to_str().unwrap();
+    let form = |flags: &[&str]| {
+        let request = request(&[&["--chat", "x"], flags].concat()).unwrap();
+        (request.constraint.unwrap().form.unwrap(), request.response.unwrap().parse)
+    };
+    assert_eq!(form(&["--json-schema", file]), (Form::Json("{\"type\": \"integer\"}".to_owned()), true));
+    assert_eq!(form(&["--grammar", file]).0, Form::Grammar("{\"type\": \"integer\"}".to_owned()));
+    assert_eq!(form(&["--regex", "a|b"]).0, Form::Regex("a|b".to_owned()));
+    assert_eq!(form(&["--json-object"]).0, Form::JsonObject(true));
+    let choices = vec!["yes".to_owned(), "no".to_owned()];
+    assert_eq!(
+        form(&["--choice", "yes", "--choice", "no", "--keep-special-tokens"]),
+        (Form::Choice(proto::v1::Choices { choices }), false)
+    );
+    let budget = request(&["--chat", "x", "--thinking-tokens-max", "7"]).unwrap().stopping.unwrap();
+    assert_eq!(budget.thinking_tokens_max, Some(7));
+    let missing = request(&["--chat", "x", "--json-schema", "nowhere.json"]).unwrap_err();
+    assert!(missing.to_string().contains("--json-schema nowhere.json: cannot be read"), "{missing}");
+    let two = ["cohort", "chat", "--regex", "a", "--choice", "b"];
+    assert!(Cli::try_parse_from(two).unwrap_err().to_string().contains("--choice"));
+}

@@ -32,6 +32,7 @@ fn group(
         size: TpSize::new(u32::try_from(scripts.len()).unwrap()).unwrap(),
         ranks: 0..u32::try_from(scripts.len()).unwrap(),
         leader_grace: Duration::from_secs(5),
+        silence_max: Duration::from_secs(3600),
         spec: move |rank, address: Option<SocketAddr>| {
             let script = scripts[rank as usize].replace("READY", &saying(&ready())).replace("WAIT", WAIT);
             let meet = saying(&rendezvous());
@@ -67,6 +68,28 @@ fn other_ranks_start_where_rank_0_waits_and_reports_carry_their_rank() {
     let mut ranks: Vec<_> = said.iter().filter(|line| line.event == ready()).map(|line| line.rank).collect();
     ranks.sort_unstable();
     assert_eq!(ranks, [Some(0), Some(1), Some(2)]);
+}
+
+#[test]
+fn a_rank_that_falls_silent_is_ended_and_named() {
+    let beats = format!("while :; do {}; sleep 0.2; done", saying(&Event::Alive));
+    let silent = within_reason(async {
+        let both = group(&["trap 'exit 0' TERM; READY; BEATS", "READY; kill -STOP $$"]);
+        let spec = |rank, address: Option<SocketAddr>| -> anyhow::Result<Spec> {
+            let spec = (both.spec)(rank, address)?;
+            let args = spec.args.iter().map(|arg| arg.to_str().unwrap().replace("BEATS", &beats).into());
+            Ok(Spec { args: args.collect(), ..spec })
+        };
+        let group = Group {
+            size: both.size,
+            ranks: both.ranks.clone(),
+            leader_grace: both.leader_grace,
+            silence_max: Duration::from_secs(3),
+            spec,
+        };
+        run(&group, &CancellationToken::new(), |line| assert_ne!(line.event, Event::Alive)).await
+    });
+    assert_eq!(silent.unwrap_err().to_string(), "rank 1 of 2 gave no sign of life for 3 s");
 }
 
 #[test]

@@ -108,6 +108,20 @@ fn subgroups_are_planned_with_all_their_ranks() {
 }
 
 #[test]
+fn auto_sends_rows_exactly_when_sub_groups_have_rows_of_their_own() {
+    let planned =
+        |line: &str| json(&plan(&format!("--preset north-mini-code --json {line}")))["dispatch"].clone();
+    for one in ["--tensor-parallel 1", "--tensor-parallel 4", "--tensor-parallel 4 --experts expert"] {
+        assert_eq!(planned(one), "replicated", "{one}");
+    }
+    for several in ["--data-parallel 2", "--tensor-parallel 2 --data-parallel 4"] {
+        assert_eq!(planned(&format!("{several} --experts expert")), "all-to-all", "{several}");
+    }
+    let asked = "--tensor-parallel 4 --experts expert --dispatch all-to-all";
+    assert_eq!(planned(asked), "all-to-all", "what is asked for goes before");
+}
+
+#[test]
 fn subgroups_that_cannot_work_are_refused_with_the_numbers() {
     let parts = stderr(&plan("--preset north-mini-code --data-parallel 2"));
     assert!(parts.contains("2 sub-groups share whole experts"), "{parts}");

@@ -1,5 +1,7 @@
 //! The trait every transport implements, and the only thing the model knows about other ranks.
 
+use std::time::Duration;
+
 use types::TpRank;
 
 use crate::{Counters, Error};
@@ -76,6 +78,22 @@ pub trait Collective<T: ?Sized> {
     /// As [`Collective::all_reduce_sum`].
     fn barrier(&mut self) -> Result<(), Error>;
 
+    /// A barrier whose deadline is not the usual one, where a transport can tell them apart: for work that ranks finish
+    /// far apart, such as reading weights, and for asking quickly who is still there.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn barrier_within(&mut self, within: Duration) -> Result<(), Error> {
+        let _ = within;
+        self.barrier()
+    }
+
+    /// Whether operations are queued on a device, in order with its other work, and return before they are done. Such
+    /// operations may be recorded and repeated with the work around them.
+    fn queues(&self) -> bool {
+        false
+    }
+
     /// What this rank has done so far.
     fn counters(&self) -> Counters;
 
@@ -83,4 +101,67 @@ pub trait Collective<T: ?Sized> {
     /// [`Error::PeerLost`] instead of waiting for its deadline. An operation this rank has completed may still end
     /// well on the others; their next one fails.
     fn abort(&mut self);
+}
+
+impl<T: ?Sized, C: Collective<T> + ?Sized> Collective<T> for Box<C> {
+    fn rank(&self) -> TpRank {
+        (**self).rank()
+    }
+
+    fn all_reduce_sum(&mut self, data: &mut T) -> Result<(), Error> {
+        (**self).all_reduce_sum(data)
+    }
+
+    fn reduce_scatter_sum(&mut self, data: &T, counts: &[usize], own: &mut T) -> Result<(), Error> {
+        (**self).reduce_scatter_sum(data, counts, own)
+    }
+
+    fn all_gather(&mut self, own: &T, counts: &[usize], all: &mut T) -> Result<(), Error> {
+        (**self).all_gather(own, counts, all)
+    }
+
+    fn all_to_all_v(
+        &mut self,
+        send: &T,
+        send_counts: &[usize],
+        recv: &mut T,
+        recv_counts: &[usize],
+    ) -> Result<(), Error> {
+        (**self).all_to_all_v(send, send_counts, recv, recv_counts)
+    }
+
+    fn all_to_all_open(
+        &mut self,
+        send: &T,
+        send_counts: &[usize],
+        recv: &mut T,
+        room: &[usize],
+        came: &mut [usize],
+    ) -> Result<(), Error> {
+        (**self).all_to_all_open(send, send_counts, recv, room, came)
+    }
+
+    fn broadcast(&mut self, root: u32, data: &mut T) -> Result<(), Error> {
+        (**self).broadcast(root, data)
+    }
+
+    fn barrier(&mut self) -> Result<(), Error> {
+        (**self).barrier()
+    }
+
+    fn barrier_within(&mut self, within: Duration) -> Result<(), Error> {
+        (**self).barrier_within(within)
+    }
+
+    fn queues(&self) -> bool {
+        (**self).queues()
+    }
+
+    fn counters(&self) -> Counters {
+        (**self).counters()
+    }
+
+    fn abort(&mut self) {
+        (**self).abort();
+    }
 }

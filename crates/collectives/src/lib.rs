@@ -26,7 +26,7 @@ pub use counters::{Counters, Op, Traffic};
 pub use error::{Cause, Error, Field};
 pub use faulty::{Fault, Faulty};
 pub use in_process::InProcess;
-pub use link::{PLAN_BYTES_MAX, PlanChannel, PlanReceiver, PlanSender, PlanWatch};
+pub use link::{HangUp, PLAN_BYTES_MAX, PlanChannel, PlanReceiver, PlanSender, PlanWatch};
 pub use rendezvous::{GroupSecret, Joined, Member, PROTOCOL_VERSION, Rendezvous, RendezvousOptions, join};
 pub use solo::Solo;
 pub use tcp::{AbortHandle, ONE_SHOT_BYTES_MAX, Tcp, TcpOptions};

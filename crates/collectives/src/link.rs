@@ -48,6 +48,18 @@ pub struct PlanReceiver {
     failed: Option<Error>,
 }
 
+/// Ends a follower's part in the channel from another thread, also while it waits for a plan.
+#[derive(Debug)]
+pub struct HangUp(TcpStream);
+
+impl HangUp {
+    /// The next plan is never read: [`PlanReceiver::recv`] fails, and the leader finds this follower gone.
+    pub fn hang_up(&self) {
+        // An error means that the connection is closed already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
 /// Watches the followers' connections from another thread, for leaders that sleep between steps.
 #[derive(Debug)]
 pub struct PlanWatch {
@@ -133,6 +145,15 @@ impl PlanWatch {
 impl PlanReceiver {
     pub(crate) const fn new(leader: TcpStream, options: TcpOptions) -> Self {
         Self { leader, sequence: 0, deadline: options.deadline, failed: None }
+    }
+
+    /// What ends this from another thread.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system has no descriptors left.
+    pub fn hang_up(&self) -> Result<HangUp, Error> {
+        let copy = self.leader.try_clone();
+        copy.map(HangUp).map_err(|error| Error::io("copying the plan channel's descriptor", &error))
     }
 
     /// Waits for the next plan, however long that takes, and puts it into `buf` in place of what was there; `buf`

@@ -74,6 +74,19 @@ fn a_leader_that_leaves_ends_the_wait_of_its_followers_at_once() {
 }
 
 #[test]
+fn a_follower_that_hangs_up_waits_no_more_and_is_seen_to_be_gone() {
+    let (leader, mut followers, _collectives) = channel(2);
+    let mut follower = followers.pop().unwrap();
+    let hang_up = follower.hang_up().unwrap();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(move || follower.recv(&mut Vec::new()));
+        hang_up.hang_up();
+        assert_eq!(waits.join().unwrap(), Err(Error::PeerLost { rank: 0, collective: "step plan" }));
+    });
+    assert_eq!(leader.watch().unwrap().wait(PATIENT), Ok(Some(1)));
+}
+
+#[test]
 fn an_idle_leader_notices_which_follower_is_lost() {
     let (mut leader, mut followers, _collectives) = channel(3);
     let watch = leader.watch().unwrap();

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::mem;
-use std::sync::Arc;
 
 use types::limits::SEQUENCES_MAX;
 use types::{Generation, Micros, SeqId, SlotId, TokenId};
@@ -11,7 +10,7 @@ use crate::group::SubGroup;
 use crate::kv::Kv;
 use crate::rank::Rank;
 use crate::sabotage::Sabotage;
-use crate::sequence::{Leaving, Running, Sequence, stops};
+use crate::sequence::{Free, Leaving, Running, Sequence, stops};
 use crate::{Config, Effect, Error, Event, Finish, KvGroup, Refusal, Request, RowOutput, StepOutput};
 
 /// Steps that may be planned and not answered: one that runs, and one that is ready when it ends. A token that is not
@@ -54,8 +53,8 @@ pub struct Engine {
     /// The oldest first.
     pub(crate) in_flight: VecDeque<InFlight>,
     pub(crate) steps: u64,
-    /// The list of banned tokens of a row that may draw any, shared.
-    pub(crate) unbanned: Arc<[TokenId]>,
+    /// What the rows of sequences without constraints carry.
+    pub(crate) free: Free,
     /// Sequences that have just stopped computing the prompt of others, and whether it is there.
     led: Vec<(SeqId, bool)>,
     /// A bug a test has switched on.
@@ -105,7 +104,7 @@ impl Engine {
             slots_released: Vec::new(),
             in_flight: VecDeque::with_capacity(STEPS_IN_FLIGHT_MAX),
             steps: 0,
-            unbanned: Arc::from([]),
+            free: Free::default(),
             led: Vec::new(),
             sabotage: None,
             last_id: None,
@@ -405,14 +404,14 @@ impl Engine {
         if self.has_bug(Sabotage::LeakBlocks) && !self.in_flight.is_empty() {
             one.tables = crate::kv::Tables::default();
         }
-        let twice = self.has_bug(Sabotage::FreeSlotTwice);
+        let (twice, home) = (self.has_bug(Sabotage::FreeSlotTwice), self.slot_home(at));
         let group = &mut self.groups[at];
         group.slots_free.extend(twice.then_some(one.slot));
         group.kv.release(&mut one.tables);
         if let Some(cursor) = one.cursor.take() {
             group.kv.close(cursor);
         }
-        group.slots_free.push(one.slot);
+        self.groups[home].slots_free.push(one.slot);
         self.slots_released.push(one.slot);
     }
 }

@@ -1,6 +1,6 @@
 //! What this crate refuses: budgets that cannot work, and step plans that cannot be read or do not fit.
 
-use types::{BlockId, SlotId, TokenId};
+use types::{BlockId, SeqId, SlotId, TokenId};
 
 use crate::KvGroup;
 
@@ -99,6 +99,40 @@ pub enum Error {
         got: u64,
         /// The step whose tokens are wanted.
         expected: u64,
+    },
+    /// Ways to sample that are not those of the plan they came with.
+    #[error(
+        "step {step}: {rows} logit rows are told how to sample, and the plan of step {plan} has {expected}"
+    )]
+    BriefingRows {
+        /// The step they are of.
+        step: u64,
+        /// Its logit rows.
+        rows: usize,
+        /// The step of the plan.
+        plan: u64,
+        /// Its logit rows.
+        expected: u32,
+    },
+    /// A sequence that must be sampled here in a way nobody told.
+    #[error("step {step}, {slot}: {seq} is to be sampled, and this rank was not told how")]
+    BriefingMissing {
+        /// The step.
+        step: u64,
+        /// The slot.
+        slot: SlotId,
+        /// The sequence.
+        seq: SeqId,
+    },
+    /// A way to sample that no request can ask for.
+    #[error("step {step}, {slot}: {source}")]
+    BriefingInvalid {
+        /// The step.
+        step: u64,
+        /// The slot.
+        slot: SlotId,
+        /// What is wrong with it.
+        source: types::Error,
     },
     /// A step plan that disagrees with the state of a slot here.
     #[error("step {step}, {slot}: {what} is {got} in the plan and {expected} on this rank")]

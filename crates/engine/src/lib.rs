@@ -9,6 +9,8 @@
 //! it may refer to) and [`SlotTables`] (its mirror image on every rank).
 #![forbid(unsafe_code)]
 
+mod answers;
+mod briefing;
 mod check;
 mod config;
 mod drawn;
@@ -17,6 +19,7 @@ mod error;
 mod event;
 mod group;
 pub mod kv;
+mod masks;
 mod plan;
 mod rank;
 mod sabotage;
@@ -25,6 +28,8 @@ mod sequence;
 mod slots;
 mod wire;
 
+pub use answers::RowKind;
+pub use briefing::{Brief, Briefed, Briefing, Briefings};
 pub use config::{BLOCKS_CEILING, Config, RUNNING_CEILING, STEP_TOKENS_CEILING};
 pub use drawn::Drawn;
 pub use engine::{Engine, Load, STEPS_IN_FLIGHT_MAX};
@@ -33,6 +38,7 @@ pub use event::{
     Effect, Event, Finish, PrefixReuse, Refusal, Request, RequestOptions, RowOutput, StepOutput,
     TokenLogprob, Usage,
 };
+pub use masks::{Allowed, Masks};
 pub use plan::{Input, PlannedSequence, RowPurpose, RowWork, Step, StepPlan};
 pub use rank::{AGEING_MAX, AGEING_PER_LEVEL};
 #[doc(hidden)]

@@ -45,11 +45,15 @@ pub enum Sabotage {
     DeliverDiscarded,
     /// Blocks that a step in flight fills are put into the prefix tree.
     PublishUnanswered,
+    /// A deadline that passes ends nothing.
+    ForgetDeadline,
+    /// Every slot comes back to the first sub-group.
+    MixSubGroups,
 }
 
 impl Sabotage {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::LeakBlocks,
         Self::FreeSlotTwice,
         Self::WindowOffByOne,
@@ -68,6 +72,8 @@ impl Sabotage {
         Self::ForgetPending,
         Self::DeliverDiscarded,
         Self::PublishUnanswered,
+        Self::ForgetDeadline,
+        Self::MixSubGroups,
     ];
 }
 
@@ -127,6 +133,11 @@ impl Engine {
             Some(Sabotage::PublishUnanswered) => one.computed,
             _ => one.answered,
         }
+    }
+
+    /// The sub-group that gets the slot of a sequence that leaves sub-group `at`.
+    pub(crate) fn slot_home(&self, at: usize) -> usize {
+        if self.has_bug(Sabotage::MixSubGroups) { 0 } else { at }
     }
 
     /// Whether a sequence that has ended stays for what a later step computes for it.

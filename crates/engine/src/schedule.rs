@@ -64,7 +64,8 @@ impl Engine {
 
     /// Ends what has a deadline that has passed.
     fn end_late(&mut self, now: Micros, effects: &mut Vec<Effect>) {
-        if self.first_deadline.is_some_and(|first| first <= now) {
+        let passed = self.first_deadline.is_some_and(|first| first <= now);
+        if passed && !self.has_bug(Sabotage::ForgetDeadline) {
             self.end_where(effects, |sequence| sequence.is_late(now).then_some(Finish::DeadlineExceeded));
             self.first_deadline = self.sequences().filter_map(Sequence::deadline).min();
         }
@@ -189,10 +190,8 @@ impl Engine {
         });
         let first = step.work.len();
         step.work.extend(
-            (range.end - logit_rows..range.end).map(|row| RowWork {
-                seq: one.sequence.id,
-                purpose: one.sequence.purpose(row, &self.unbanned),
-            }),
+            (range.end - logit_rows..range.end)
+                .map(|row| RowWork { seq: one.sequence.id, purpose: one.sequence.purpose(row, &self.free) }),
         );
         if let Some(bug) = self.sabotage {
             Self::spoil_rows(bug, step, first, &one.sequence);

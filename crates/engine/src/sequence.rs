@@ -5,7 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use types::{
-    BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId, TokenId,
+    BlockId, Generation, History, Logprobs, Micros, Position, Priority, SeqId, SharedHistory, SlotId,
+    TokenId, TokenRules,
 };
 
 use crate::kv::{Cursor, Kv, Root, Tables};
@@ -14,6 +15,21 @@ use crate::{
     Config, Effect, Finish, Input, KvGroup, PrefixReuse, Request, RowOutput, RowPurpose, STEPS_IN_FLIGHT_MAX,
     TokenLogprob, Usage,
 };
+
+/// What rows without constraints carry, one of each for all sequences: a step of thousands of rows then counts references
+/// in one place instead of one for each row.
+#[derive(Debug)]
+pub(crate) struct Free {
+    /// No token is banned.
+    banned: Arc<[TokenId]>,
+    rules: Arc<TokenRules>,
+}
+
+impl Default for Free {
+    fn default() -> Self {
+        Self { banned: Arc::from([]), rules: Arc::default() }
+    }
+}
 
 /// Tokens and progress of one sequence; nothing in here depends on when or beside what it runs.
 #[derive(Debug)]
@@ -30,6 +46,8 @@ pub(crate) struct Sequence {
     pending: u32,
     prompt_tokens: u32,
     generation: Generation,
+    /// Whether the generation has rules about tokens.
+    ruled: bool,
     deadline: Option<Micros>,
     /// What ends it, and must not be drawn before `min_tokens`.
     stops: Arc<[TokenId]>,
@@ -93,6 +111,7 @@ impl Sequence {
                 tokens: tokens.clone(),
                 pending: 0,
                 prompt_tokens,
+                ruled: !generation.rules().is_empty(),
                 generation: generation.clone(),
                 deadline,
                 stops: Arc::clone(&stops),
@@ -211,18 +230,18 @@ impl Sequence {
         }
     }
 
-    /// What the logits of row `row` are for. `unbanned` is the empty list of banned tokens, shared.
-    pub(crate) fn purpose(&self, row: u32, unbanned: &Arc<[TokenId]>) -> RowPurpose {
+    /// What the logits of row `row` are for. `free` is what it carries when nothing is constrained.
+    pub(crate) fn purpose(&self, row: u32, free: &Free) -> RowPurpose {
         if row + 1 == self.expected() {
             let position = self.expected() - self.prompt_tokens;
             let early = position < self.generation.min_tokens();
             return RowPurpose::Sample {
                 params: *self.generation.sampling(),
-                rules: Arc::clone(self.generation.rules()),
+                rules: Arc::clone(if self.ruled { self.generation.rules() } else { &free.rules }),
                 history: self.history.clone(),
                 stream: self.stream,
                 position,
-                banned: Arc::clone(if early { &self.stops } else { unbanned }),
+                banned: Arc::clone(if early { &self.stops } else { &free.banned }),
                 logprobs: self.generation.logprobs(),
             };
         }

@@ -12,19 +12,22 @@
 //! step, row count, then of each logit row the token + 1, or 0 when none was drawn,
 //! CRC-32 likewise
 //! ```
+//! `briefing.rs` and `masks.rs` have two frames more, for groups of several sub-groups.
 //! Numbers are LEB128 (7 bits a byte, low bits first): a sequence in steady decode takes about ten bytes.
 
 use types::limits::CONTEXT_TOKENS_MAX;
 use types::{BlockId, Position, SlotId, TokenId};
 
 use crate::plan::SequenceEntry;
-use crate::{Drawn, Error, Input, StepPlan};
+use crate::{Briefing, Drawn, Error, Input, Masks, StepPlan};
 
 /// Version of the encoding. Ranks of one group run the same build, so there is no need to read older ones.
-pub const PLAN_VERSION: u8 = 2;
+pub const PLAN_VERSION: u8 = 3;
 
 const PLAN: [u8; 2] = *b"CP";
 const DRAWN: [u8; 2] = *b"CT";
+pub(crate) const BRIEFING: [u8; 2] = *b"CW";
+pub(crate) const MASKS: [u8; 2] = *b"CM";
 const HEADER_BYTES: usize = PLAN.len() + 1;
 const CHECKSUM_BYTES: usize = size_of::<u32>();
 
@@ -86,29 +89,35 @@ impl Drawn {
 }
 
 /// What a leader sends its followers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Frame {
     /// The next step.
     Plan(StepPlan),
     /// What a step drew. It comes when the step has run, so that may be after the next step's plan.
     Drawn(Drawn),
+    /// How other sub-groups sample the rows of the plan that came before it.
+    Briefing(Briefing),
+    /// What those rows may draw that a grammar limits; sent while the step runs.
+    Masks(Masks),
 }
 
 impl Frame {
-    /// Reads whichever of the two fills `bytes`.
+    /// Reads whichever of them fills `bytes`.
     ///
     /// # Errors
     /// As [`StepPlan::decode`].
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
-        match bytes.starts_with(&DRAWN) {
-            true => Drawn::decode(bytes).map(Self::Drawn),
-            false => StepPlan::decode(bytes).map(Self::Plan),
+        match bytes.first_chunk() {
+            Some(&DRAWN) => Drawn::decode(bytes).map(Self::Drawn),
+            Some(&BRIEFING) => Briefing::decode(bytes).map(Self::Briefing),
+            Some(&MASKS) => Masks::decode(bytes).map(Self::Masks),
+            _ => StepPlan::decode(bytes).map(Self::Plan),
         }
     }
 }
 
 /// Begins a frame; where it begins.
-fn start(out: &mut Vec<u8>, magic: [u8; 2]) -> usize {
+pub(crate) fn start(out: &mut Vec<u8>, magic: [u8; 2]) -> usize {
     let begin = out.len();
     out.extend_from_slice(&magic);
     out.push(PLAN_VERSION);
@@ -116,13 +125,17 @@ fn start(out: &mut Vec<u8>, magic: [u8; 2]) -> usize {
 }
 
 /// Ends the frame that began at `begin`.
-fn seal(out: &mut Vec<u8>, begin: usize) {
+pub(crate) fn seal(out: &mut Vec<u8>, begin: usize) {
     let checksum = crc32fast::hash(&out[begin..]);
     out.extend_from_slice(&checksum.to_le_bytes());
 }
 
 /// Checks what encloses a frame and lets `read` read the rest.
-fn open<T>(bytes: &[u8], magic: [u8; 2], read: fn(&mut Reader<'_>) -> Result<T, Error>) -> Result<T, Error> {
+pub(crate) fn open<T>(
+    bytes: &[u8],
+    magic: [u8; 2],
+    read: fn(&mut Reader<'_>) -> Result<T, Error>,
+) -> Result<T, Error> {
     let Some((body, stated)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
         return Err(Error::PlanTruncated { field: "the checksum", len: bytes.len() });
     };
@@ -154,7 +167,7 @@ fn number(input: Input) -> u64 {
     }
 }
 
-fn put(out: &mut Vec<u8>, mut number: u64) {
+pub(crate) fn put(out: &mut Vec<u8>, mut number: u64) {
     while number >= 0x80 {
         out.push((number & 0x7f) as u8 | 0x80);
         number >>= 7;
@@ -162,11 +175,11 @@ fn put(out: &mut Vec<u8>, mut number: u64) {
     out.push(number as u8);
 }
 
-fn within(field: &'static str, got: u64, min: u64, max: u64) -> Result<(), Error> {
+pub(crate) fn within(field: &'static str, got: u64, min: u64, max: u64) -> Result<(), Error> {
     if (min..=max).contains(&got) { Ok(()) } else { Err(Error::PlanField { field, got, min, max }) }
 }
 
-struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     rest: &'a [u8],
     /// Bytes of the whole plan, for errors.
     len: usize,
@@ -193,6 +206,15 @@ impl Reader<'_> {
             drawn.tokens.push(number.checked_sub(1).map(|token| TokenId(token as u32)));
         }
         Ok(drawn)
+    }
+
+    /// The next `bytes` as they are.
+    pub(crate) fn take(&mut self, field: &'static str, bytes: usize) -> Result<&[u8], Error> {
+        let Some((taken, rest)) = self.rest.split_at_checked(bytes) else {
+            return Err(Error::PlanTruncated { field, len: self.len });
+        };
+        self.rest = rest;
+        Ok(taken)
     }
 
     fn sequence(&mut self, plan: &mut StepPlan) -> Result<(), Error> {
@@ -222,13 +244,13 @@ impl Reader<'_> {
     }
 
     /// A number of things to come, each of which takes at least a byte.
-    fn count(&mut self, field: &'static str) -> Result<u32, Error> {
+    pub(crate) fn count(&mut self, field: &'static str) -> Result<u32, Error> {
         let count = self.small(field)?;
         within(field, count.into(), 0, self.rest.len() as u64)?;
         Ok(count)
     }
 
-    fn small(&mut self, field: &'static str) -> Result<u32, Error> {
+    pub(crate) fn small(&mut self, field: &'static str) -> Result<u32, Error> {
         let number = self.number(field, u32::MAX.into())?;
         u32::try_from(number).map_err(|_| Error::PlanField {
             field,
@@ -238,7 +260,7 @@ impl Reader<'_> {
         })
     }
 
-    fn number(&mut self, field: &'static str, max: u64) -> Result<u64, Error> {
+    pub(crate) fn number(&mut self, field: &'static str, max: u64) -> Result<u64, Error> {
         let mut number = 0_u64;
         for shift in (0..u64::BITS).step_by(7) {
             let Some((&byte, rest)) = self.rest.split_first() else {

@@ -56,7 +56,8 @@ fn every_request_gets_the_tokens_it_would_get_alone() {
     if seeds == SEEDS {
         let Counts { steps, finished, ended_early, refused, preempted, resumed, .. } = sum;
         let common = [finished / 10, ended_early, refused, preempted, resumed, sum.cached_starts];
-        let rarest = common.into_iter().chain([sum.planned_ahead / 10, sum.spoiled * 10]).min();
+        let rare = [sum.spoiled * 10, sum.barred * 10, sum.shared_steps / 10, sum.uneven_steps / 10];
+        let rarest = common.into_iter().chain(rare).chain([sum.planned_ahead / 10]).min();
         assert!(steps > 500_000 && rarest > Some(5_000), "the runs exercise all of it: {sum:?}");
     }
 }

@@ -174,14 +174,25 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     /// # Errors
     /// As [`Model::step`].
     pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
-        let rows = [batch.tokens.len()];
-        let before = self.begin(batch, &rows)?;
-        let x = self.hidden(batch, &rows)?;
+        self.most_likely_among(batch, &[batch.tokens.len()])
+    }
+
+    /// As [`Model::most_likely`], in a group of several sub-groups.
+    ///
+    /// # Errors
+    /// As [`Model::step_among`].
+    pub fn most_likely_among(
+        &mut self,
+        batch: &Batch,
+        rows: &[usize],
+    ) -> Result<Vec<Option<TokenId>>, Error> {
+        let before = self.begin(batch, rows)?;
+        let x = self.hidden(batch, rows)?;
         let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));
         while first < batch.logit_rows.len() {
             let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
             let vocab = self.config.vocab_size;
-            if self.comm.rank().size().as_usize() == 1 {
+            if self.plan.rank.size().as_usize() == 1 {
                 let logits = self.own_logits(&x, first..end)?;
                 chosen.extend(self.backend.largest(&logits, vocab, self.config.logit_scale)?);
             } else {
@@ -229,10 +240,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         Ok(())
     }
 
-    /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless
-    /// other ranks have a part in it: collectives and what depends on their sizes run anew each time.
+    /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless the
+    /// host has a part in it: collectives that are not queued on the device, and what depends on the sizes of an
+    /// exchange, run anew each time.
     fn hidden(&mut self, batch: &Batch, rows: &[usize]) -> Result<B::Tensor, Error> {
-        if self.comm.rank().size().as_usize() > 1 || self.dispatch == Dispatch::AllToAll {
+        if !self.comm.queues() || self.dispatch == Dispatch::AllToAll {
             self.backend.begin_step(batch)?;
             return self.layers(rows, &mut |_, _, _| Ok(()));
         }
@@ -367,6 +379,19 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     pub fn gather_activity(&mut self) -> Result<Vec<Activity>, Error> {
         let own = self.activity();
         activity::gather(&mut self.backend, &mut self.comm, &own)
+    }
+
+    /// Concatenates every rank's numbers in rank order, `counts[r]` of rank `r`, as they are. All ranks call it together,
+    /// between two steps, and it is counted in none.
+    ///
+    /// # Errors
+    /// When a rank is lost or late or brings another count, or the device fails.
+    pub fn gather_numbers(&mut self, own: &[f32], counts: &[usize]) -> Result<Vec<f32>, Error> {
+        // A rank may bring nothing, and still no tensor is 0 wide.
+        let sent = self.backend.upload(own.len().max(1), own)?;
+        let mut all = self.backend.buffer(1, counts.iter().sum())?;
+        self.comm.all_gather(&sent, counts, &mut all)?;
+        Ok(self.backend.read(&all)?)
     }
 
     /// What the checkpoint computes.

@@ -93,6 +93,8 @@ fn options(config: &ModelConfig, rows: usize, table_words: usize) -> Options {
         top_k: moe.map_or(0, |m| m.routing.top_k),
         expert_intermediate: moe.map_or(0, |m| m.intermediate_size),
         vocab: config.vocab_size,
+        ranks: 1,
+        exchanged_rows: 0,
         table_words,
     };
     Options { ordinal: 0, dtype: DType::BF16, activations: activations.bytes(), cache: KernelCache::user() }

@@ -92,6 +92,67 @@ extern "C" __global__ void gather(const GatherParams p) {
     }
 }
 
+// Rows on their way to the ranks that hold their experts, and back: values, k expert numbers (fp32 holds them exactly),
+// k weights. The host says which row goes where (`dispatch.rs`).
+struct PackParams {
+    float* out;         // [N, width + 2 top_k]
+    const void* x;      // [T, width]
+    const u32* experts; // [T, top_k]
+    const float* weights;
+    const u32* source; // [N] rows of x
+    u32 width;
+    u32 top_k;
+    u32 x_f32;
+};
+
+extern "C" __global__ void pack_rows(const PackParams p) {
+    u64 from = p.source[blockIdx.x];
+    u32 whole = p.width + 2 * p.top_k;
+    float* out = p.out + (u64)blockIdx.x * whole;
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) out[i] = either(p.x, p.x_f32, from * p.width + i);
+    for (u32 i = threadIdx.x; i < p.top_k; i += blockDim.x) {
+        out[p.width + i] = (float)p.experts[from * p.top_k + i];
+        out[p.width + p.top_k + i] = p.weights[from * p.top_k + i];
+    }
+}
+
+struct UnpackParams {
+    T* x;         // [N, width]
+    u32* experts; // [N, top_k]
+    float* weights;
+    const float* rows; // [N, width + 2 top_k]
+    u32 width;
+    u32 top_k;
+};
+
+extern "C" __global__ void unpack_rows(const UnpackParams p) {
+    u64 row = blockIdx.x;
+    u32 whole = p.width + 2 * p.top_k;
+    const float* in = p.rows + row * whole;
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) p.x[row * p.width + i] = narrow(in[i]);
+    for (u32 i = threadIdx.x; i < p.top_k; i += blockDim.x) {
+        p.experts[row * p.top_k + i] = (u32)in[p.width + i];
+        p.weights[row * p.top_k + i] = in[p.width + p.top_k + i];
+    }
+}
+
+struct CombineRowsParams {
+    float* out;            // [T, width]
+    const float* returned; // [N, width]
+    const u32* first;      // [T + 1]: row t takes place[first[t]..first[t + 1]]
+    const u32* place;      // [N] rows of returned, of each row in rank order
+    u32 width;
+};
+
+extern "C" __global__ void combine_rows(const CombineRowsParams p) {
+    u32 begin = p.first[blockIdx.x], end = p.first[blockIdx.x + 1];
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
+        float sum = 0.0f;
+        for (u32 n = begin; n < end; n++) sum += p.returned[(u64)p.place[n] * p.width + i];
+        p.out[(u64)blockIdx.x * p.width + i] = sum;
+    }
+}
+
 struct NormParams {
     T* out;          // [T, width]
     const void* x;   // [T, width]

@@ -23,8 +23,12 @@ pub struct Activations {
     pub top_k: usize,
     /// I of one expert.
     pub expert_intermediate: usize,
-    /// V
+    /// V of this rank.
     pub vocab: usize,
+    /// Ranks whose logits are gathered here.
+    pub ranks: usize,
+    /// Rows that may come from all ranks for the experts of this one; 0 without an all-to-all.
+    pub exchanged_rows: usize,
     /// Words of block tables in a step at most, both groups.
     pub table_words: usize,
 }
@@ -48,12 +52,24 @@ impl Activations {
         let pair = 3 * self.expert_intermediate + self.hidden + 4;
         let tiles = 129 * self.experts.min(rows * self.top_k);
         let expert_row = self.experts + self.top_k * (pair + 3);
-        let experts = rows * expert_row + tiles;
+        let experts = rows.max(self.exchanged_rows) * expert_row + tiles + self.exchange();
         let branches =
             attention.min(recorded * 3 * self.qkv + split) + recorded * (expert_row + 3 * self.intermediate);
-        let logits = self.logit_rows * (2 * self.hidden + self.vocab);
+        let gathered = if self.ranks > 1 { self.ranks * self.vocab } else { 0 };
+        let logits = self.logit_rows * (2 * self.hidden + self.vocab + gathered);
         let widest = attention.max(dense).max(experts).max(logits).max(branches);
         let words = rows * stream + widest + self.table_words;
         Bytes((words * WORD + words * WORD / 4 + (1 << 20)) as u64)
+    }
+
+    /// Words of the rows under way: laid out to send, as they come in, without the room that stayed empty, their values,
+    /// the experts' results, and those that come back.
+    const fn exchange(&self) -> usize {
+        if self.exchanged_rows == 0 {
+            return 0;
+        }
+        let row = self.hidden + 2 * self.top_k;
+        let copies = if self.ranks < self.top_k { self.ranks } else { self.top_k };
+        self.rows * copies * (row + self.hidden) + self.exchanged_rows * (2 * row + 2 * self.hidden)
     }
 }

@@ -524,8 +524,8 @@ impl Backend for CudaBackend {
         Tensor::new(&self.device, rows, width, DType::F32)
     }
 
-    fn place(&mut self, _routed: Routed, _slots: &ExpertSlots, _first_row: usize) -> Result<Routed, Error> {
-        Err(alone("place"))
+    fn place(&mut self, routed: Routed, slots: &ExpertSlots, first_row: usize) -> Result<Routed, Error> {
+        self.place_choices(routed, slots, first_row)
     }
 
     /// The choices stay on the card.
@@ -533,38 +533,34 @@ impl Backend for CudaBackend {
         Ok(false)
     }
 
-    fn slice_rows(&mut self, _x: &Tensor, _rows: Range<usize>) -> Result<Tensor, Error> {
-        Err(alone("slice_rows"))
+    fn slice_rows(&mut self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, Error> {
+        self.slice(x, rows)
     }
 
-    fn pack(
-        &mut self,
-        _x: &Tensor,
-        _routed: &Routed,
-        _owners: ExpertOwners,
-    ) -> Result<Packed<Tensor>, Error> {
-        Err(alone("pack"))
+    fn pack(&mut self, x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
+        self.pack_rows(x, routed, owners)
     }
 
-    fn unpack(&mut self, _packed: &Tensor, _hidden: usize) -> Result<(Tensor, Routed), Error> {
-        Err(alone("unpack"))
+    fn unpack(&mut self, packed: &Tensor, hidden: usize) -> Result<(Tensor, Routed), Error> {
+        self.unpack_rows(packed, hidden)
     }
 
-    fn combine(
-        &mut self,
-        _returned: &Tensor,
-        _routed: &Routed,
-        _owners: ExpertOwners,
-    ) -> Result<Tensor, Error> {
-        Err(alone("combine"))
+    fn combine(&mut self, returned: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Tensor, Error> {
+        self.combine_rows(returned, routed, owners)
     }
 
-    fn add_rows(&mut self, _a: Tensor, _first_row: usize, _b: &Tensor, _scale: f32) -> Result<Tensor, Error> {
-        Err(alone("add_rows"))
+    fn add_rows(&mut self, a: Tensor, first_row: usize, b: &Tensor, scale: f32) -> Result<Tensor, Error> {
+        self.add_some_rows(a, first_row, b, scale)
     }
 
-    fn upload(&mut self, _width: usize, _values: &[f32]) -> Result<Tensor, Error> {
-        Err(alone("upload"))
+    fn upload(&mut self, width: usize, values: &[f32]) -> Result<Tensor, Error> {
+        if width == 0 || !values.len().is_multiple_of(width) {
+            let detail = format!("{} values are not rows of {width}", values.len());
+            return Err(Error::Shape { op: "upload", detail });
+        }
+        let out = Tensor::new(&self.device, values.len() / width, width, DType::F32)?;
+        self.device.upload(out.address(), values)?;
+        Ok(out)
     }
 
     fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {
@@ -573,13 +569,5 @@ impl Backend for CudaBackend {
             DType::F32 => landed.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
             DType::BF16 => landed.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
         })
-    }
-}
-
-/// A card serves a group of one (see [`crate::Error::NoNccl`]), which never sends rows to other ranks.
-fn alone(op: &'static str) -> Error {
-    Error::Device {
-        op,
-        reason: "rows go to other ranks, and a card runs alone as long as there is no NCCL".into(),
     }
 }

@@ -187,7 +187,7 @@ ptxas info    : Used 255 registers, used 0 barriers
     fn work_in_parallel_keeps_its_order_and_its_first_error() {
         let items: Vec<u32> = (0..100).collect();
         assert_eq!(in_parallel(&items, |&i| Ok(2 * i)), Ok(items.iter().map(|i| 2 * i).collect()));
-        let failed = in_parallel(&items, |&i| if i > 40 { Err(Error::NoNccl { ranks: i }) } else { Ok(i) });
-        assert_eq!(failed, Err(Error::NoNccl { ranks: 41 }));
+        let failed = in_parallel(&items, |&i| if i > 40 { Err(Error::NotAlone { ranks: i }) } else { Ok(i) });
+        assert_eq!(failed, Err(Error::NotAlone { ranks: 41 }));
     }
 }

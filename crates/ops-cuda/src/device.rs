@@ -4,11 +4,13 @@
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_void};
 use std::ptr;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{
     CUdevice_attribute, CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
-    CUlaunchConfig, CUmodule, CUstream, cuLaunchKernelEx,
+    CUlaunchConfig, CUmodule, CUresult, CUstream, cuLaunchKernelEx, cuStreamQuery,
 };
 use cudarc::driver::{CudaContext, result};
 use types::{Bytes, DType};
@@ -16,6 +18,7 @@ use types::{Bytes, DType};
 use crate::arena::FreeList;
 use crate::cache::KernelCache;
 use crate::check::in_parallel;
+use crate::comm::Watch;
 use crate::graph::Lanes;
 use crate::kernels::{Address, Params, Source};
 use crate::memory::DeviceBuffer;
@@ -24,6 +27,8 @@ use crate::{Error, arch, probe};
 
 /// The first major compute capability whose kernels can start before the one before them has ended.
 const OVERLAPPING: i32 = 9;
+/// How often a rank that waits for other cards asks whether they are well.
+const WATCH_EVERY: Duration = Duration::from_millis(2);
 /// Counters for launches whose last block has more to do: one for the router, the others for attention.
 const COUNTERS: usize = 8192;
 
@@ -31,6 +36,7 @@ const COUNTERS: usize = 8192;
 #[derive(Debug)]
 pub(crate) struct Device {
     // Freed first to last: memory before the context it belongs to.
+    watches: RefCell<Vec<Rc<Watch>>>,
     pub(crate) arena: DeviceBuffer,
     pub(crate) free: RefCell<FreeList>,
     pub(crate) kernels: Kernels,
@@ -67,6 +73,7 @@ impl Device {
         let arena_bytes = usize::try_from(arena.0).unwrap_or(usize::MAX);
         let counters = DeviceBuffer::new("counters", COUNTERS * size_of::<u32>())?;
         let device = Self {
+            watches: RefCell::default(),
             arena: DeviceBuffer::new("activations", arena_bytes)?,
             free: RefCell::new(FreeList::new(arena.0)),
             kernels,
@@ -146,9 +153,43 @@ impl Device {
         (end <= COUNTERS).then(|| self.counters.address() + (first * size_of::<u32>()) as u64)
     }
 
+    /// What tells this rank's card apart from all others.
+    pub(crate) fn identity(&self) -> Result<[u8; 16], Error> {
+        let uuid = self.context.uuid().map_err(Error::driver("cuDeviceGetUuid"))?;
+        Ok(uuid.bytes.map(std::ffi::c_char::cast_unsigned))
+    }
+
+    /// From here on whoever waits for the card looks after `watch`'s communicator.
+    pub(crate) fn watch(&self, watch: Rc<Watch>) {
+        self.watches.borrow_mut().push(watch);
+    }
+
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
-        // SAFETY: the stream is alive.
-        unsafe { result::stream::synchronize(self.stream()) }.map_err(Error::driver("cuStreamSynchronize"))
+        let watches = self.watches.borrow();
+        if watches.is_empty() {
+            // SAFETY: the stream is alive.
+            return unsafe { result::stream::synchronize(self.stream()) }
+                .map_err(Error::driver("cuStreamSynchronize"));
+        }
+        // Other cards have a part in what is waited for: the wait must have an end without them.
+        let (started, mut next) = (Instant::now(), WATCH_EVERY);
+        loop {
+            // SAFETY: the stream is alive.
+            match unsafe { cuStreamQuery(self.stream()) } {
+                CUresult::CUDA_ERROR_NOT_READY => std::hint::spin_loop(),
+                other => {
+                    other.result().map_err(Error::driver("cuStreamQuery"))?;
+                    break;
+                }
+            }
+            let waited = started.elapsed();
+            if waited > next {
+                watches.iter().try_for_each(|watch| watch.check(waited))?;
+                next = waited + WATCH_EVERY;
+            }
+        }
+        watches.iter().for_each(|watch| watch.passed());
+        Ok(())
     }
 
     /// Copies `from` to the device after what was launched before, and waits.
@@ -334,6 +375,9 @@ pub(crate) struct Kernels {
     pub(crate) gather: Function,
     pub(crate) norm: Function,
     pub(crate) fill: Function,
+    pub(crate) pack: Function,
+    pub(crate) unpack: Function,
+    pub(crate) combine_rows: Function,
     /// For 1, 2, 4 and 8 rows.
     pub(crate) skinny: [Function; 4],
     pub(crate) skinny_unaligned: Function,
@@ -408,6 +452,9 @@ impl Kernels {
             gather: rows.function("gather")?,
             norm: rows.function("norm_rows")?,
             fill: rows.function("fill")?,
+            pack: rows.function("pack_rows")?,
+            unpack: rows.function("unpack_rows")?,
+            combine_rows: rows.function("combine_rows")?,
             residual_norm: rows.function("residual_norm")?,
             largest: rows.function("largest")?,
             skinny: [

@@ -67,15 +67,39 @@ pub enum Error {
         /// The compiler's words.
         log: String,
     },
-    /// Several cards, and no way for them to talk.
-    #[error(
-        "{ranks} ranks on GPUs need NCCL between them, which this version does not use; \
-         use --tensor-parallel 1, or --device cpu"
-    )]
-    NoNccl {
+    /// A line for one rank alone, over a group of several.
+    #[error("a group of {ranks} ranks needs a line between their cards, not the one of a rank that is alone")]
+    NotAlone {
         /// Ranks of the group.
         ranks: u32,
     },
+    /// NCCL is there and refused.
+    #[error("rank {rank}: NCCL {version} failed at {call}: {reason}")]
+    Nccl {
+        /// The rank it happened on.
+        rank: u32,
+        /// NCCL's version, such as 2.28.9.
+        version: String,
+        /// The call.
+        call: &'static str,
+        /// NCCL's words.
+        reason: String,
+    },
+    /// A step's collectives did not end.
+    #[error("rank {rank}: {at}: {failed}; {missing}")]
+    Stuck {
+        /// The rank that waited.
+        rank: u32,
+        /// The collective that was open.
+        at: String,
+        /// NCCL's words, or how long was waited.
+        failed: String,
+        /// Who does not answer.
+        missing: String,
+    },
+    /// What the ranks told each other before their cards could talk.
+    #[error("the ranks could not agree on how their cards talk")]
+    Line(#[from] collectives::Error),
     /// Memory the card does not have.
     #[error("{what} need {needed}, and the card has {available} left")]
     Memory {

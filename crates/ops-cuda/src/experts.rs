@@ -1,5 +1,7 @@
 //! Routing and routed experts: few rows read each chosen expert for each row, many rows are grouped by expert.
 
+use std::cell::OnceCell;
+
 use ops::{Error, Routing, Scoring};
 use types::DType;
 
@@ -89,6 +91,7 @@ impl CudaBackend {
             weights: Piece::new(self.device(), rows * top_k * WORD)?,
             rows,
             top_k,
+            on_host: OnceCell::new(),
         };
         let params = RouteParams {
             experts: routed.experts.address(),

@@ -116,6 +116,12 @@ impl Event {
         unsafe { event::synchronize(self.0) }.map_err(Error::driver("cuEventSynchronize"))
     }
 
+    /// Whether the card has come past it; so it has where nothing was recorded.
+    pub(crate) fn is_passed(&self) -> bool {
+        // SAFETY: the event is alive.
+        unsafe { event::query(self.0) }.is_ok()
+    }
+
     /// Milliseconds from this mark to `later`, once both were passed.
     pub(crate) fn until(&self, later: &Self) -> Option<f32> {
         // SAFETY: both events are alive; the driver refuses when one has not been passed.

@@ -115,6 +115,12 @@ params! {
     SwigluParams { out: Address, gate_up: Address, rows: u64, width: u32 }
     GatherParams { out: Address, x: Address, which: Address, width: u32, is_f32: u32 }
     NormParams { out: Address, x: Address, weight: Address, width: u32, x_f32: u32, eps: f32, layer: u32 }
+    PackParams {
+        out: Address, x: Address, experts: Address, weights: Address, source: Address,
+        width: u32, top_k: u32, x_f32: u32,
+    }
+    UnpackParams { x: Address, experts: Address, weights: Address, rows: Address, width: u32, top_k: u32 }
+    CombineRowsParams { out: Address, returned: Address, first: Address, place: Address, width: u32 }
     FillParams { out: Address, count: u64, seed: u64, scale: f32 }
     DummyParams {
         out: Address, tensor: u64, first: u64, stride: u64, rows: u64,

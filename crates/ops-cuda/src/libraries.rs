@@ -14,7 +14,9 @@ use crate::Error;
 /// Folders to look in first.
 pub const FOLDERS_VARIABLE: &str = "COHORT_CUDA_LIBRARIES";
 /// In the order they are needed: what NVRTC loads by name must be there before it asks.
-const NAMES: [&str; 2] = ["libnvrtc-builtins.so", "libnvrtc.so"];
+const NAMES: [&str; 3] = ["libnvrtc-builtins.so", "libnvrtc.so", "libnccl.so"];
+/// What NCCL's packages call it; without the version's number only development packages have it.
+pub(crate) const NCCL: &str = "libnccl.so.2";
 
 /// A library that CUDA needs at run time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub(crate) enum Needed {
     Driver,
     /// The kernel compiler.
     Nvrtc,
+    /// The collectives between cards, for groups of several.
+    Nccl,
 }
 
 impl Needed {
@@ -40,6 +44,12 @@ impl Needed {
                 package: "cuda-nvrtc of the CUDA 13 runtime, or the Python package nvidia-cuda-nvrtc with its folder \
                           of libraries in COHORT_CUDA_LIBRARIES",
             },
+            Self::Nccl => Error::LibraryMissing {
+                library: NCCL,
+                purpose: "collectives between cards",
+                package: "libnccl2 2.21 or newer for CUDA 13, or the Python package nvidia-nccl-cu13 with its folder of \
+                          libraries in COHORT_CUDA_LIBRARIES",
+            },
         }
     }
 
@@ -51,6 +61,7 @@ impl Needed {
             match self {
                 Self::Driver => cudarc::driver::sys::is_culib_present(),
                 Self::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
+                Self::Nccl => nccl().is_ok(),
             }
         }
     }
@@ -59,6 +70,13 @@ impl Needed {
     pub(crate) fn require(self) -> Result<(), Error> {
         if self.present() { Ok(()) } else { Err(self.missing()) }
     }
+}
+
+/// Opens NCCL.
+pub(crate) fn nccl() -> Result<Library, Error> {
+    preload();
+    // SAFETY: the library is NVIDIA's, whose initialisers may run at any time.
+    unsafe { Library::open(Some(NCCL), RTLD_LAZY) }.map_err(|_| Needed::Nccl.missing())
 }
 
 /// Loads the libraries found in the named folders, once. Later look-ups by name then find them.

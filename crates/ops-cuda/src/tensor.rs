@@ -1,5 +1,6 @@
 //! What the op set's operands are on a card.
 
+use std::cell::OnceCell;
 use std::rc::Rc;
 
 use half::bf16;
@@ -164,6 +165,8 @@ pub struct Routed {
     pub(crate) weights: Piece,
     pub(crate) rows: usize,
     pub(crate) top_k: usize,
+    /// `experts`, once the host has asked for them.
+    pub(crate) on_host: OnceCell<Vec<u32>>,
 }
 
 /// Kernels take sizes as u32; a larger one is refused, not cut.

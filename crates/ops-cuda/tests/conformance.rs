@@ -7,7 +7,7 @@
 
 mod support;
 
-use ops::conformance::{Tolerance, run_alone};
+use ops::conformance::{Tolerance, run};
 use support::{backend, skipped};
 use types::DType;
 
@@ -17,7 +17,7 @@ fn check(dtype: DType, tolerance: Tolerance) {
     if skipped() {
         return;
     }
-    let report = run_alone(|| backend(dtype), tolerance, SEED).unwrap();
+    let report = run(|| backend(dtype), tolerance, SEED).unwrap();
     println!("{dtype}: {} comparisons, {} mismatches", report.compared, report.mismatches.len());
     assert!(report.compared > 400, "only {} comparisons", report.compared);
     let shown: Vec<_> = report.mismatches.iter().take(8).collect();

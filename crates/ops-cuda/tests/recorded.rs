@@ -9,13 +9,14 @@
 mod support;
 
 use std::path::Path;
+use std::time::Duration;
 
-use collectives::{Collective, Solo};
+use collectives::{Collective, Op, Solo};
 use model::{Checkpoint, Files, KvBudget, Model, ModelConfig, Parts, ShardPlan};
 use ops::conformance::Random;
 use ops::{Backend, Batch, BatchSequence, BlockTable};
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::SoloDevice;
+use ops_cuda::{Error, Patience, SoloDevice};
 use support::{backend, skipped};
 use types::{BlockId, BlockSize, DType, Dispatch, Position, TokenId, TpRank};
 
@@ -104,6 +105,27 @@ fn recorded_steps_say_what_the_cpu_says() {
     let said = card.run();
     println!("{} steps, the last of the card idle {:?} before", said.len(), card.model.backend().idle());
     assert_eq!(said, expected, "seed {SEED}");
+}
+
+/// NCCL's operations are recorded with the kernels around them. A group of one is what a machine with one card has.
+#[test]
+fn steps_recorded_with_nccl_say_what_the_cpu_says() {
+    if skipped() {
+        return;
+    }
+    let patience = Patience { boot: Duration::from_secs(60), step: Duration::from_secs(60) };
+    let backend = backend(DType::F32).unwrap();
+    let line = match ops_cuda::connect_nccl(&backend, Solo::new(), patience) {
+        Ok(line) => line,
+        Err(error @ Error::LibraryMissing { .. }) => return println!("no NCCL: skipped ({error})"),
+        Err(error) => panic!("{error}"),
+    };
+    let expected = Runner::new(CpuBackend::new(DType::F32, 4).unwrap(), HostCollective(Solo::new())).run();
+    let mut card = Runner::new(backend, line);
+    assert_eq!(card.run(), expected, "seed {SEED}");
+    let told = card.model.comm_mut().counters();
+    println!("NCCL: {} all-reduces queued, the rest repeated", told.of(Op::AllReduce).ops);
+    assert!(told.of(Op::AllReduce).ops > 0);
 }
 
 #[test]

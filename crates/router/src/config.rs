@@ -59,7 +59,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests_max: 1024, prompt_bytes_max: 4 << 20 }
+        Self { requests_max: 512, prompt_bytes_max: 4 << 20 }
     }
 }
 

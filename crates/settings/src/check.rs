@@ -193,6 +193,10 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
     let bytes = limits.prompt_bytes_max as u64;
     within("router.limits.prompt_bytes_max", bytes, 1..=PROMPT_BYTES_MAX, faults);
+    lasting("router.http.head_timeout_s", router.http.head_timeout_s, TIMEOUT_MIN_S, faults);
+    lasting("router.http.body_timeout_s", router.http.body_timeout_s, TIMEOUT_MIN_S, faults);
+    lasting("router.http.write_timeout_s", router.http.write_timeout_s, TIMEOUT_MIN_S, faults);
+    lasting("router.http.keep_alive_s", router.http.keep_alive_s, TIMEOUT_MIN_S, faults);
     lasting("router.resume_grace_s", router.resume_grace_s, 0.0, faults);
     lasting("router.withdraw_grace_s", router.withdraw_grace_s, 0.0, faults);
     lasting("router.drain_grace_s", router.drain_grace_s, 0.0, faults);

@@ -40,7 +40,12 @@ impl Settings {
                 prompt_bytes_max: router.limits.prompt_bytes_max,
             },
             resume_grace: router.resume_grace_s,
-            http_patience: router::HttpPatience::default(),
+            http_patience: router::HttpPatience {
+                head: router.http.head_timeout_s,
+                body: router.http.body_timeout_s,
+                write: router.http.write_timeout_s,
+                quiet: router.http.keep_alive_s,
+            },
             withdraw_grace: router.withdraw_grace_s,
             drain_grace: router.drain_grace_s,
             access: router::Access {
@@ -112,6 +117,7 @@ impl Settings {
             step_timeout: group.step_timeout_s,
             drain_grace: group.drain_grace_s,
             access: worker::Access { tls: server_tls(&group.tls), secret: None },
+            fault_dir: group.fault_dir.clone(),
         }
     }
 }

@@ -105,6 +105,8 @@ pub struct Router {
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
     pub keys_file: Option<PathBuf>,
+    /// How long HTTP callers are waited for.
+    pub http: RouterHttp,
     /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
@@ -170,6 +172,28 @@ pub struct ClusterTls {
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
     pub key: Option<PathBuf>,
+}
+
+/// `[router.http]`: how long HTTP callers are waited for before their connection is closed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterHttp {
+    /// Longest wait for the head of a request, and so also between two requests of a connection, in seconds.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub head_timeout_s: Duration,
+    /// Longest wait for the body of a request, in seconds; it is answered with 408.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub body_timeout_s: Duration,
+    /// Longest wait for a caller that reads nothing of its answer, in seconds; its request is cancelled.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub write_timeout_s: Duration,
+    /// After this much silence a stream says a comment, so that proxies keep its connection, in seconds.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub keep_alive_s: Duration,
 }
 
 /// `[group]`: each worker group.
@@ -251,6 +275,11 @@ pub struct Group {
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub drain_grace_s: Duration,
+    /// Directory where a leader writes the last 2,048 steps when its group fails; the newest 8 files are kept. Default: the
+    /// system's directory for temporary files; stderr when that cannot be written.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub fault_dir: Option<PathBuf>,
 }
 
 /// `[cluster]`: what `cohort up` starts.
@@ -348,6 +377,7 @@ impl Default for Router {
             limits: RouterLimits::default(),
             tls: Tls::default(),
             keys_file: None,
+            http: RouterHttp::default(),
             resume_grace_s: Duration::from_secs(10),
             withdraw_grace_s: Duration::ZERO,
             drain_grace_s: Duration::from_secs(10),
@@ -357,7 +387,15 @@ impl Default for Router {
 
 impl Default for RouterLimits {
     fn default() -> Self {
-        Self { requests_max: 512, prompt_bytes_max: 4 << 20 }
+        let router::Limits { requests_max, prompt_bytes_max } = router::Limits::default();
+        Self { requests_max, prompt_bytes_max }
+    }
+}
+
+impl Default for RouterHttp {
+    fn default() -> Self {
+        let router::HttpPatience { head, body, write, quiet } = router::HttpPatience::default();
+        Self { head_timeout_s: head, body_timeout_s: body, write_timeout_s: write, keep_alive_s: quiet }
     }
 }
 
@@ -385,6 +423,7 @@ impl Default for Group {
             tls: Tls::default(),
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),
+            fault_dir: None,
         }
     }
 }

@@ -93,6 +93,13 @@ fn each_bad_value_is_refused_with_its_key() {
             "group.metrics_listen: leaves no ports for 2 groups after 65535",
         ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
+    ];
+    refused(&cases);
+}
+
+#[test]
+fn what_protects_nothing_alone_is_refused() {
+    let cases = [
         ("router.tls.certificate = 'c'", "router.tls.certificate: is of no use without router.tls.key"),
         ("group.tls.key = 'k'", "group.tls.key: is of no use without group.tls.certificate"),
         ("group.tls.client_ca = 'a'", "group.tls.client_ca: is of no use without group.tls.certificate"),

@@ -12,11 +12,12 @@ use collectives::{
 use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, Placement, ShardPlan, Sharing};
 use ops::Backend;
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::{CudaBackend, SoloDevice};
+use ops_cuda::{CudaBackend, Patience};
 use types::{Bytes, DType};
 
 use crate::activity::Plan;
 use crate::device::{self, Chosen, OnDevice, RankModel, StepBounds};
+use crate::executor::VOCABULARY_MAX;
 use crate::{Config, Error, LoadFormat, Part, Phase, RankMemory, Report, Reporter, capacity};
 
 /// How long a rank looks for the others' data before it sleeps: about a loopback round trip.
@@ -77,14 +78,19 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
 
 /// What this rank holds.
 fn plan(config: &Config, model: &ModelConfig) -> Result<ShardPlan, Error> {
-    let data = config.rank.size().get() / config.tensor.get();
-    if data > 1 {
-        let needed = "1: this worker schedules one sub-group".to_owned();
+    let data = data_parallel(config);
+    if data > 1 && model.vocab_size as u64 > u64::from(VOCABULARY_MAX) {
+        let needed = format!("1 for a vocabulary of more than {VOCABULARY_MAX} tokens");
         return Err(Error::Budget { field: "data_parallel", got: data.to_string(), needed });
     }
     let placement = config.expert_placement.as_deref().map(Placement::from_file).transpose()?.map(Arc::new);
     let sharing = Sharing { tensor: config.tensor, experts: config.experts, placement };
     Ok(ShardPlan::shared(model, config.rank, &sharing)?)
+}
+
+/// Sub-groups of the group.
+const fn data_parallel(config: &Config) -> u32 {
+    config.rank.size().get() / config.tensor.get()
 }
 
 /// The engine's budgets for this model.
@@ -102,7 +108,7 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
         step_tokens_max: limits.step_tokens_max,
         logit_rows_max: LOGIT_ROWS_MAX.max(limits.running_max),
         running_max: limits.running_max,
-        data_parallel: 1,
+        data_parallel: data_parallel(config),
         waiting_requests_max: limits.waiting_requests_max,
         waiting_tokens_max: limits.waiting_tokens_max.max(model.context_tokens_max),
     };
@@ -113,7 +119,7 @@ fn engine_config(config: &Config, model: &ModelConfig) -> Result<engine::Config,
 /// The parallel plan, equal on all ranks.
 pub(crate) fn parallel(config: &Config) -> Plan {
     let (tensor, experts, dispatch) = (config.tensor, config.experts, config.dispatch);
-    let data = config.rank.size().get() / tensor.get();
+    let data = data_parallel(config);
     let placed = if config.expert_placement.is_some() { " placed" } else { "" };
     let name = format!("tensor={tensor} data={data} experts={experts} dispatch={dispatch}{placed}");
     Plan { name, tensor }
@@ -147,7 +153,7 @@ pub(crate) fn load(
     reporter: &Arc<dyn Reporter>,
 ) -> Result<Booted, Error> {
     let rank = config.rank;
-    let Joined { collective, plan: plans } = joined;
+    let Joined { mut collective, plan: plans } = joined;
     let abort = collective.abort_handle();
     let on = match facts.device {
         Chosen::Cpu => {
@@ -156,17 +162,22 @@ pub(crate) fn load(
                 CpuBackend::new(config.dtype, threads).map_err(|source| Error::Device { rank, source })?;
             let plural = if threads == 1 { "" } else { "s" };
             let name = format!("cpu, {threads} thread{plural}, {}", config.dtype);
-            let line = Line { collective, wrap: |tcp| Ok(HostCollective(tcp)) };
+            let line = Line { collective, wrap: |_: &CpuBackend, tcp| Ok(HostCollective(tcp)) };
             let available = device::memory_available().map(|bytes| (bytes, RankMemory::Shared));
             let ready = Ready { backend, name, available };
             OnDevice::Cpu(Box::new(assemble(config, facts, ready, line, reporter)?))
         }
         Chosen::Cuda => {
-            let bounds = StepBounds::of(&facts.engine);
-            let options = device::cuda_options(config.dtype, &facts.model, &facts.plan, &bounds);
+            let bounds = StepBounds::of(&facts.engine, config.dispatch);
+            let mut options = device::cuda_options(config.dtype, &facts.model, &facts.plan, &bounds);
+            options.ordinal =
+                device::card(ops_cuda::place_on_machine(&mut collective).map_err(Error::Cuda)?)?;
             let backend = CudaBackend::new(&options).map_err(Error::Cuda)?;
             let name = format!("cuda, {}, {}", backend.card().map_err(Error::Cuda)?, config.dtype);
-            let line = Line { collective, wrap: |tcp| SoloDevice::new(tcp).map_err(Error::Cuda) };
+            let patience = Patience { boot: config.boot_timeout, step: config.step_timeout };
+            let wrap =
+                |backend: &CudaBackend, tcp| ops_cuda::connect(backend, tcp, patience).map_err(Error::Cuda);
+            let line = Line { collective, wrap };
             let free = backend.memory_free().map_err(Error::Cuda)?;
             let available = Some((free, RankMemory::OfEachRank));
             let ready = Ready { backend, name, available };
@@ -202,7 +213,7 @@ fn assemble<B, C, F>(
 where
     B: Backend,
     C: Collective<B::Tensor>,
-    F: FnOnce(Tcp) -> Result<C, Error>,
+    F: Fn(&B, Tcp) -> Result<C, Error>,
 {
     let rank = config.rank;
     let started = Instant::now();
@@ -243,16 +254,13 @@ where
     let Line { mut collective, wrap } = line;
     // Ranks read at their own pace: the others are waited for here, so that a slow disk is not taken for a hang.
     collective.barrier_within(config.boot_timeout).map_err(|source| Error::Group { rank, source })?;
-    let comm = wrap(collective)?;
-    let parts = Parts {
-        config: model_config,
-        plan,
-        backend,
-        comm,
-        subgroup: None,
-        weights,
-        dispatch: config.dispatch,
-    };
+    let split = plan.subgroups() > 1;
+    let subgroup = split.then(|| collective.split(config.tensor)).transpose();
+    let subgroup = subgroup.map_err(|source| Error::Group { rank, source })?;
+    let subgroup = subgroup.map(|own| wrap(&backend, own)).transpose()?;
+    let comm = wrap(&backend, collective)?;
+    let parts =
+        Parts { config: model_config, plan, backend, comm, subgroup, weights, dispatch: config.dispatch };
     Ok(Model::new(parts, KvBudget { block_size: engine.block_size, blocks: engine.blocks })?)
 }
 

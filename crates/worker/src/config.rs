@@ -121,6 +121,8 @@ pub struct Config {
     pub boot_timeout: Duration,
     /// Longest a collective may take before the missing rank is named and the group ends.
     pub step_timeout: Duration,
+    /// Where the leader writes its last steps when the group fails; `None` is the system's directory for temporary files.
+    pub fault_dir: Option<PathBuf>,
     /// Longest open requests may go on after the order to stop.
     pub drain_grace: Duration,
     /// Who may call the leader.

@@ -7,8 +7,8 @@ use collectives::{Collective, Tcp};
 use model::{Activity, Model, ModelConfig, ShardPlan};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::{Activations, CudaBackend, KernelCache, Options, SoloDevice};
-use types::{Bytes, DType, TokenId, TpSize};
+use ops_cuda::{Activations, CardLine, CudaBackend, KernelCache, Options};
+use types::{Bytes, DType, Dispatch, TokenId, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
@@ -21,29 +21,31 @@ const LOGIT_ROWS: usize = 64;
 pub(crate) enum Chosen {
     /// The CPU op set.
     Cpu,
-    /// The first card this process may use.
+    /// A card each.
     Cuda,
 }
 
-/// Decides, or says why CUDA cannot be used.
+/// Decides, or says why CUDA cannot be used. `ranks` are those of the group; a machine with fewer cards shares them
+/// only when CUDA was asked for.
 ///
 /// # Errors
 /// [`Error::Cuda`] when CUDA was asked for.
 pub(crate) fn choose(device: Device, ranks: TpSize) -> Result<Chosen, Error> {
     match device {
         Device::Cpu => Ok(Chosen::Cpu),
-        Device::Cuda if ranks != TpSize::ONE => {
-            Err(Error::Cuda(ops_cuda::Error::NoNccl { ranks: ranks.get() }))
-        }
         Device::Cuda => ops_cuda::probe().map(|_| Chosen::Cuda).map_err(Error::Cuda),
         Device::Auto => match ops_cuda::probe() {
-            Ok(found) if ranks == TpSize::ONE => {
+            Ok(found) if found.cards.len() >= ranks.as_usize() => {
                 tracing::info!(%found, "a GPU is there, and is used");
                 Ok(Chosen::Cuda)
             }
             Ok(found) => {
-                let why = ops_cuda::Error::NoNccl { ranks: ranks.get() };
-                tracing::info!(%found, %why, "a GPU is there, and this group computes on the CPU");
+                let (cards, ranks) = (found.cards.len(), ranks.get());
+                tracing::info!(
+                    %found,
+                    "{cards} GPUs are fewer than {ranks} ranks: this group computes on the CPU; --device cuda shares \
+                     them, and is right for a group over several hosts"
+                );
                 Ok(Chosen::Cpu)
             }
             Err(_) => Ok(Chosen::Cpu),
@@ -74,13 +76,16 @@ pub struct StepBounds {
     pub sequences: usize,
     /// Blocks of each KV pool, by [`KvGroup::index`].
     pub blocks: [u32; 2],
+    /// Whether rows are sent to the ranks of their experts.
+    pub all_to_all: bool,
 }
 
 impl StepBounds {
     /// Of what an engine plans.
     #[must_use]
-    pub fn of(engine: &engine::Config) -> Self {
+    pub fn of(engine: &engine::Config, dispatch: Dispatch) -> Self {
         Self {
+            all_to_all: dispatch == Dispatch::AllToAll,
             rows: engine.step_tokens_max.max(engine.running_max) as usize,
             sequences: engine.running_max as usize,
             blocks: engine.blocks,
@@ -88,7 +93,13 @@ impl StepBounds {
     }
 }
 
-/// How a card is used for one rank: memory for the largest step.
+/// The card of a rank that is number `place` of those on its machine.
+pub(crate) fn card(place: usize) -> Result<usize, Error> {
+    let found = ops_cuda::probe().map_err(Error::Cuda)?;
+    Ok(place % found.cards.len())
+}
+
+/// How a card is used for one rank: memory for the largest step. The card is the first; [`Options::ordinal`] says which.
 #[must_use]
 pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &StepBounds) -> Options {
     let shared = plan.shared.as_ref().map_or(0, ExactSizeIterator::len);
@@ -105,6 +116,8 @@ pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &
         top_k: model.moe.as_ref().map_or(0, |moe| moe.routing.top_k),
         expert_intermediate: plan.experts.as_ref().map_or(0, |shard| shard.width.len()),
         vocab: plan.vocab_rows,
+        ranks: plan.rank.size().as_usize(),
+        exchanged_rows: if step.all_to_all { plan.subgroups() * step.rows } else { 0 },
         table_words: 2 * blocks + 4 * step.sequences,
     };
     Options { ordinal: 0, dtype, activations: activations.bytes(), cache: KernelCache::user() }
@@ -121,8 +134,8 @@ pub(crate) struct RankModel {
 pub(crate) enum OnDevice {
     /// On the CPU, in a group of any size.
     Cpu(Box<Model<CpuBackend, HostCollective<Tcp>>>),
-    /// On a card, alone.
-    Cuda(Box<Model<CudaBackend, SoloDevice<Tcp>>>),
+    /// On a card.
+    Cuda(Box<Model<CudaBackend, CardLine>>),
 }
 
 impl RankModel {
@@ -135,24 +148,37 @@ impl RankModel {
         self.numerics.clone()
     }
 
-    /// As [`Model::step`].
+    /// As [`Model::step_among`].
     pub(crate) fn step(
         &mut self,
         batch: &Batch,
+        rows: &[usize],
         sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
     ) -> Result<(), model::Error> {
         let numerics = self.numerics.as_ref();
         match &mut self.on {
-            OnDevice::Cpu(model) => step(model, batch, sink, numerics),
-            OnDevice::Cuda(model) => step(model, batch, sink, numerics),
+            OnDevice::Cpu(model) => step(model, (batch, rows), sink, numerics),
+            OnDevice::Cuda(model) => step(model, (batch, rows), sink, numerics),
         }
     }
 
-    /// As [`Model::most_likely`]; when every layer is looked at, logits come from [`RankModel::step`].
-    pub(crate) fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, model::Error> {
+    /// As [`Model::most_likely_among`]; when every layer is looked at, logits come from [`RankModel::step`].
+    pub(crate) fn most_likely(
+        &mut self,
+        batch: &Batch,
+        rows: &[usize],
+    ) -> Result<Vec<Option<TokenId>>, model::Error> {
         match &mut self.on {
-            OnDevice::Cpu(model) => model.most_likely(batch),
-            OnDevice::Cuda(model) => model.most_likely(batch),
+            OnDevice::Cpu(model) => model.most_likely_among(batch, rows),
+            OnDevice::Cuda(model) => model.most_likely_among(batch, rows),
+        }
+    }
+
+    /// As [`Model::gather_numbers`].
+    pub(crate) fn gather_numbers(&mut self, own: &[f32], counts: &[usize]) -> Result<Vec<f32>, model::Error> {
+        match &mut self.on {
+            OnDevice::Cpu(model) => model.gather_numbers(own, counts),
+            OnDevice::Cuda(model) => model.gather_numbers(own, counts),
         }
     }
 
@@ -179,13 +205,13 @@ impl RankModel {
 
 fn step<B: Backend, C: Collective<B::Tensor>>(
     model: &mut Model<B, C>,
-    batch: &Batch,
+    (batch, rows): (&Batch, &[usize]),
     sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
     numerics: Option<&Numerics>,
 ) -> Result<(), model::Error> {
-    let Some(numerics) = numerics else { return model.step(batch, sink) };
+    let Some(numerics) = numerics else { return model.step_among(batch, rows, sink) };
     let mut found = false;
-    model.step_observed(batch, &[batch.tokens.len()], sink, |backend, at, x| {
+    model.step_observed(batch, rows, sink, |backend, at, x| {
         // What follows the first is a consequence.
         found = found || numerics.look(backend, at, x)?;
         Ok(())

@@ -1,66 +1,195 @@
-//! Runs one step plan on one rank: plan → batch → model → (on the leader) tokens.
+//! Runs one step plan on one rank: plan → batch → model → (on the first rank of its sub-group) tokens.
 
-use engine::{Drawn, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
+use engine::{Brief, Drawn, RowKind, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
 use model::Activity;
 use ops::sample::{Draw, Logits};
 use ops::{Batch, BatchSequence, BlockTable};
-use types::{History, TpRank};
+use types::{History, TokenId, TpRank, TpSize};
 
 use crate::Error;
 use crate::device::RankModel;
-use crate::guide::{Choice, Guides};
+use crate::guide::{Choices, Limit};
+use crate::numerics::Numerics;
+
+/// Most tokens of a vocabulary in a group of several sub-groups: ranks tell each other what they drew as fp32 numbers, which
+/// hold whole numbers exactly up to 2^24.
+pub(crate) const VOCABULARY_MAX: u32 = (1 << 24) - 2;
 
 /// A rank's model with the block tables its plans refer to.
 pub(crate) struct Executor {
     rank: TpRank,
     model: RankModel,
+    numerics: Option<Numerics>,
     tables: SlotTables,
+    inputs: Vec<TokenId>,
     batch: Batch,
-    /// What the last step drew; a follower is told by its leader.
+    portion: Portion,
+    /// What the last step drew; in a group of one sub-group a follower is told by its leader.
     pub(crate) drawn: Drawn,
 }
 
-impl Executor {
-    pub(crate) fn new(rank: TpRank, model: RankModel, config: &engine::Config) -> Result<Self, Error> {
-        let tables = SlotTables::new(config).map_err(|source| Error::Engine { rank, source })?;
-        Ok(Self { rank, model, tables, batch: Batch::default(), drawn: Drawn::default() })
+/// Which rows of a step are this rank's: those of its sub-group.
+struct Portion {
+    engine: engine::Config,
+    /// This rank's sub-group.
+    own: usize,
+    /// Ranks of a sub-group.
+    tensor: TpSize,
+    /// Rows of each sub-group in the step.
+    rows: Vec<usize>,
+    /// The sub-group of each logit row of the step.
+    places: Vec<usize>,
+}
+
+impl Portion {
+    /// Whether the sequence in a slot is this sub-group's.
+    const fn has(&self, slot: types::SlotId) -> bool {
+        self.engine.sub_group(slot) as usize == self.own
     }
 
-    /// A follower's part of a step: logits are the leader's business.
+    /// Which logit rows of the step are this sub-group's.
+    fn own_rows(&self) -> impl Iterator<Item = usize> + '_ {
+        self.places.iter().enumerate().filter(|(_, place)| **place == self.own).map(|(row, _)| row)
+    }
+
+    /// Which are not.
+    fn other_rows(&self) -> impl Iterator<Item = usize> + '_ {
+        self.places.iter().enumerate().filter(|(_, place)| **place != self.own).map(|(row, _)| row)
+    }
+}
+
+impl Executor {
+    /// For a rank of a group whose sub-groups have `tensor` ranks each.
+    pub(crate) fn new(
+        rank: TpRank,
+        tensor: TpSize,
+        model: RankModel,
+        config: &engine::Config,
+    ) -> Result<Self, Error> {
+        let tables = SlotTables::new(config).map_err(|source| Error::Engine { rank, source })?;
+        let (engine, own) = (config.clone(), rank.as_usize() / tensor.as_usize());
+        let rows = vec![0; config.data_parallel as usize];
+        let portion = Portion { engine, own, tensor, rows, places: Vec::new() };
+        let (inputs, batch, drawn, numerics) =
+            (Vec::new(), Batch::default(), Drawn::default(), model.numerics());
+        Ok(Self { rank, model, numerics, tables, inputs, batch, portion, drawn })
+    }
+
+    /// A follower's part of a step in a group of one sub-group: logits are the leader's business.
     pub(crate) fn follow(&mut self, plan: &StepPlan) -> Result<(), Error> {
         self.prepare(plan)?;
-        self.model.step(&self.batch, |_, _| Ok(()))?;
+        self.model.step(&self.batch, &self.portion.rows, |_, _| Ok(()))?;
         self.exchange_tables(plan);
         Ok(())
     }
 
-    /// The leader's part of a step: one result for each piece of its work, of which `guides` say what may be drawn.
-    pub(crate) fn lead(&mut self, step: &Step, guides: &Guides) -> Result<Vec<RowOutput>, Error> {
-        let Step { plan, work } = step;
+    /// A follower's part of a step in a group of several sub-groups, the first rank of which samples its rows.
+    pub(crate) fn follow_among(
+        &mut self,
+        plan: &StepPlan,
+        brief: &Brief,
+        choices: &mut impl Choices,
+    ) -> Result<(), Error> {
         self.prepare(plan)?;
-        assert_eq!(work.len(), self.batch.logit_rows.len(), "each logit row has work");
-        let outputs = if !self.model.looks() && work.iter().all(|row| takes_the_most_likely(row, guides)) {
-            let output = |token| RowOutput::Sampled { token, logprob: None };
-            let tokens = self.model.most_likely(&self.batch)?;
-            tokens.into_iter().map(|token| token.map_or(RowOutput::NotANumber, output)).collect()
+        let work: Vec<&RowWork> = brief.work.iter().collect();
+        let outputs = if self.samples() {
+            self.compute(&work, choices)?
         } else {
-            self.sample(work, guides)?
+            self.model.step(&self.batch, &self.portion.rows, |_, _| Ok(()))?;
+            Vec::new()
         };
         self.exchange_tables(plan);
+        let outputs = self.exchange_outputs(&brief.kinds, &outputs)?;
+        self.drawn.take(plan.step(), &outputs);
+        Ok(())
+    }
+
+    /// The leader's part of a step: one result for each piece of its work, of which `choices` say what may be drawn.
+    /// `before_exchange` is called when only the results of other sub-groups are missing, with their logit rows.
+    pub(crate) fn lead(
+        &mut self,
+        step: &Step,
+        choices: &mut impl Choices,
+        before_exchange: impl FnOnce(&mut dyn Iterator<Item = usize>) -> Result<(), Error>,
+    ) -> Result<Vec<RowOutput>, Error> {
+        let Step { plan, work } = step;
+        self.prepare(plan)?;
+        let own: Vec<&RowWork> = self.portion.own_rows().map(|row| &work[row]).collect();
+        let mut outputs = self.compute(&own, choices)?;
+        self.exchange_tables(plan);
+        if self.portion.rows.len() > 1 {
+            before_exchange(&mut self.portion.other_rows())?;
+            let kinds: Vec<RowKind> = work.iter().map(|row| RowKind::of(&row.purpose)).collect();
+            outputs = self.exchange_outputs(&kinds, &outputs)?;
+            self.portion.other_rows().for_each(|row| note(&work[row], &outputs[row], choices));
+        }
         self.drawn.take(plan.step(), &outputs);
         Ok(outputs)
     }
 
-    fn sample(&mut self, work: &[RowWork], guides: &Guides) -> Result<Vec<RowOutput>, Error> {
-        let vocab = self.model.config().vocab_size;
+    /// Whether this is the first rank of its sub-group, which samples.
+    fn samples(&self) -> bool {
+        self.rank.as_usize().is_multiple_of(self.portion.tensor.as_usize())
+    }
+
+    /// Runs the model and samples this sub-group's logit rows.
+    fn compute(&mut self, work: &[&RowWork], choices: &mut impl Choices) -> Result<Vec<RowOutput>, Error> {
+        let Self { rank, model, batch, portion, .. } = self;
+        assert_eq!(work.len(), batch.logit_rows.len(), "{rank}: each logit row has work");
+        let at: Vec<usize> = portion.own_rows().collect();
+        let simple = |(row, at): (&&RowWork, &usize)| takes_the_most_likely(row) && !choices.limits(*at, row);
+        if !model.looks() && work.iter().zip(&at).all(simple) {
+            let output = |token| RowOutput::Sampled { token, logprob: None };
+            let tokens = model.most_likely(batch, &portion.rows)?;
+            return Ok(tokens.into_iter().map(|t| t.map_or(RowOutput::NotANumber, output)).collect());
+        }
+        let vocab = model.config().vocab_size;
         let mut outputs = Vec::with_capacity(work.len());
-        self.model.step(&self.batch, |first, logits| {
-            for (i, row) in logits.chunks_exact(vocab).enumerate() {
-                outputs.push(row_output(first + i, row, &work[first + i], guides));
+        model.step(batch, &portion.rows, |first, logits| {
+            for (i, row) in (first..).zip(logits.chunks_exact(vocab)) {
+                outputs.push(row_output(at[i], row, work[i], choices));
             }
             Ok(())
         })?;
         Ok(outputs)
+    }
+
+    /// Every sub-group's results, in the order of the step's logit rows: the first rank of each brings its own, and all ranks
+    /// get all of them, because the inputs of the next step refer to them.
+    fn exchange_outputs(&mut self, kinds: &[RowKind], own: &[RowOutput]) -> Result<Vec<RowOutput>, Error> {
+        if kinds.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Self { rank, model, portion, numerics, .. } = self;
+        let tensor = portion.tensor.as_usize();
+        // A number before the results says where a value came from that is none.
+        let mut counts = vec![0; rank.size().as_usize()];
+        counts.iter_mut().step_by(tensor).for_each(|count| *count = 1);
+        for (kind, place) in kinds.iter().zip(&portion.places) {
+            counts[place * tensor] += kind.width();
+        }
+        let mut numbers = Vec::with_capacity(counts[rank.as_usize()]);
+        if counts[rank.as_usize()] > 0 {
+            let found = numerics.as_ref().filter(|_| !rank.is_leader()).map_or(0, Numerics::take);
+            numbers.push(found as f32);
+            let kinds = kinds.iter().zip(&portion.places).filter(|(_, place)| **place == portion.own);
+            kinds.zip(own).for_each(|((kind, _), output)| kind.put(output, &mut numbers));
+        }
+        let all = model.gather_numbers(&numbers, &counts)?;
+        let mut rest: Vec<&[f32]> = Vec::with_capacity(portion.rows.len());
+        let mut from = 0;
+        for count in counts.iter().step_by(tensor) {
+            let leader = numerics.iter().filter(|_| rank.is_leader());
+            leader.for_each(|numerics| numerics.found(all[from] as u32));
+            rest.push(&all[from + 1..from + count]);
+            from += count;
+        }
+        let read = |(kind, place): (&RowKind, &usize)| {
+            let (numbers, behind) = rest[*place].split_at(kind.width());
+            rest[*place] = behind;
+            kind.read(numbers)
+        };
+        Ok(kinds.iter().zip(&portion.places).map(read).collect())
     }
 
     /// Every rank's activity so far, in rank order; all ranks ask together.
@@ -71,65 +200,88 @@ impl Executor {
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), Error> {
         let rank = self.rank;
         let refuse = |source| Error::Engine { rank, source };
-        self.tables.apply(plan).map_err(refuse)?;
-        let Batch { tokens, sequences, logit_rows } = &mut self.batch;
-        self.tables.resolve(plan, &self.drawn, tokens).map_err(refuse)?;
+        let Self { tables, inputs, batch, portion, drawn, .. } = self;
+        tables.apply(plan).map_err(refuse)?;
+        tables.resolve(plan, drawn, inputs).map_err(refuse)?;
+        let Batch { tokens, sequences, logit_rows } = batch;
+        tokens.clear();
         logit_rows.clear();
-        logit_rows.extend(plan.logit_rows());
-        sequences.resize_with(plan.sequence_count(), || BatchSequence {
-            rows: 0..0,
-            start: types::Position(0),
-            tables: [BlockTable::default(), BlockTable::default()],
-        });
-        for (sequence, planned) in sequences.iter_mut().zip(plan.sequences()) {
-            sequence.rows = planned.rows;
-            sequence.start = planned.start;
+        portion.places.clear();
+        portion.rows.fill(0);
+        let mut count = 0;
+        for planned in plan.sequences() {
+            let place = portion.engine.sub_group(planned.slot) as usize;
+            portion.places.extend(std::iter::repeat_n(place, planned.logit_rows as usize));
+            portion.rows[place] += planned.rows.len();
+            if place != portion.own {
+                continue;
+            }
+            if count == sequences.len() {
+                let tables = [BlockTable::default(), BlockTable::default()];
+                sequences.push(BatchSequence { rows: 0..0, start: types::Position(0), tables });
+            }
+            let first = tokens.len();
+            tokens.extend_from_slice(&inputs[planned.rows]);
+            sequences[count].rows = first..tokens.len();
+            sequences[count].start = planned.start;
+            count += 1;
+            let end = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+            logit_rows.extend(end - planned.logit_rows..end);
         }
+        sequences.truncate(count);
         self.exchange_tables(plan);
         Ok(())
     }
 
     /// Lends the batch the tables of the plan's slots, and takes them back when the step has run: no copy is made.
     fn exchange_tables(&mut self, plan: &StepPlan) {
-        for (sequence, planned) in self.batch.sequences.iter_mut().zip(plan.sequences()) {
-            self.tables.swap(planned.slot, &mut sequence.tables);
+        let Self { tables, batch, portion, .. } = self;
+        let own = plan.sequences().filter(|planned| portion.has(planned.slot));
+        for (sequence, planned) in batch.sequences.iter_mut().zip(own) {
+            tables.swap(planned.slot, &mut sequence.tables);
         }
     }
 }
 
-/// Whether the most likely token is all that a row's logits are for.
-fn takes_the_most_likely(row: &RowWork, guides: &Guides) -> bool {
+/// Whether the most likely token is all that a row's logits are for, if no grammar limits it.
+fn takes_the_most_likely(row: &RowWork) -> bool {
     match &row.purpose {
         RowPurpose::Sample { params, rules, history, banned, logprobs, stream, position } => {
             let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask: None };
-            history.is_none() && logprobs.is_none() && draw.is_greedy() && !guides.guide(row.seq)
+            history.is_none() && logprobs.is_none() && draw.is_greedy()
         }
         RowPurpose::PromptLogprob { .. } => false,
     }
 }
 
-fn row_output(row: usize, logits: &[f32], work: &RowWork, guides: &Guides) -> RowOutput {
-    let Ok(logits) = Logits::new(row, logits) else {
+/// Takes note of what another rank drew for a sequence.
+fn note(work: &RowWork, output: &RowOutput, choices: &mut impl Choices) {
+    if let (RowPurpose::Sample { history, .. }, RowOutput::Sampled { token, .. }) = (&work.purpose, output) {
+        if let Some(history) = history {
+            history.draw(|_| *token);
+        }
+        choices.drew(work, *token);
+    }
+}
+
+fn row_output(at: usize, logits: &[f32], work: &RowWork, choices: &mut impl Choices) -> RowOutput {
+    let Ok(logits) = Logits::new(at, logits) else {
         return RowOutput::NotANumber;
     };
     match &work.purpose {
         RowPurpose::Sample { params, rules, history, stream, position, banned, logprobs } => {
-            let choice = guides.choice(work.seq, *position);
-            let mask = match &choice {
-                Ok(Choice::Any) => None,
-                Ok(Choice::Of(mask)) if mask.leaves(banned) => Some(mask),
-                Ok(Choice::Of(_)) => return RowOutput::NoToken,
-                Err(error) => {
-                    tracing::warn!(seq = %work.seq, %error, "a sequence is ended");
-                    return RowOutput::NoToken;
-                }
+            let limit = choices.limit(at, work);
+            let mask = match &limit {
+                Limit::None => None,
+                Limit::To(mask) if mask.leaves(banned) => Some(mask),
+                Limit::To(_) | Limit::Nothing => return RowOutput::NoToken,
             };
             let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask };
             let token = match history {
                 Some(history) => history.draw(|history| logits.sample(&draw, history)),
                 None => logits.sample(&draw, &History::default()),
             };
-            guides.drew(work.seq, *position, token);
+            choices.drew(work, token);
             let logprob = logprobs.map(|asked| ours(logits.logprob(token, asked.top())));
             RowOutput::Sampled { token, logprob }
         }

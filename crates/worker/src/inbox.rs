@@ -49,6 +49,8 @@ pub(crate) enum Message {
     },
     /// Look at the shutdown token.
     Wake,
+    /// Say that the thread goes on.
+    Beat,
 }
 
 /// A request on its way in.
@@ -96,6 +98,11 @@ impl Inbox {
     /// computed to its end, as if nobody had said so.
     pub(crate) fn cancel(&self, key: u64, index: u32) {
         let _ = self.0.try_send(Message::Cancel { key, index });
+    }
+
+    /// Has the engine thread say that it goes on. With a full inbox it is asked again later.
+    pub(crate) fn beat(&self) {
+        let _ = self.0.try_send(Message::Beat);
     }
 
     /// Tells the engine thread something it must know; waits when the inbox is full. Nobody listens after the end.

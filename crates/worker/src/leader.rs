@@ -1,18 +1,20 @@
 //! The leader's engine thread: gather what happened, plan, send the plan, pass the tokens on. The executor runs the steps
 //! on the thread the model was loaded on; while it runs one, the next is planned and sent here.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use collectives::PlanSender;
-use engine::{Drawn, Effect, Engine, Event, StepPlan};
+use engine::{Briefings, Drawn, Effect, Engine, Event, Step};
 use model::Activity;
 use proto::Failure;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 
+use crate::flight::FlightRecorder;
 use crate::follower::{ACTIVITY, END};
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet, Submission};
@@ -21,21 +23,31 @@ use crate::numerics::Numerics;
 use crate::pipeline::{Pipeline, Steps};
 use crate::state::{State, StatePublisher};
 use crate::streams::Streams;
-use crate::{Config, Error, GapSummary};
+use crate::{Config, Error, GapSummary, Report, Reporter};
 
 /// How often the thread that watches the followers looks whether it is still needed.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The plan channel: the engine thread sends plans on it, and the executor's what they drew.
+/// How often steps are held up at most for what the ranks have done.
+const ACTIVITY_INTERVAL: Duration = Duration::from_millis(250);
+/// Callers that may wait for that.
+const ASKERS_MAX: usize = 64;
+
+/// The plan channel: the engine thread sends plans on it and how to sample them, the executor's what they drew or may draw.
 #[derive(Clone)]
 pub(crate) struct Plans {
     rank: TpRank,
+    sub_groups: u32,
     sender: Arc<Mutex<PlanSender>>,
+    /// Steps for which other sub-groups wait for masks. A sequence may end before its step runs, so this cannot be told
+    /// from the guides then.
+    promised: Arc<Mutex<VecDeque<u64>>>,
 }
 
 impl Plans {
-    pub(crate) fn new(rank: TpRank, sender: PlanSender) -> Self {
-        Self { rank, sender: Arc::new(Mutex::new(sender)) }
+    pub(crate) fn new(rank: TpRank, engine: &engine::Config, sender: PlanSender) -> Self {
+        let (sub_groups, sender) = (engine.data_parallel, Arc::new(Mutex::new(sender)));
+        Self { rank, sub_groups, sender, promised: Arc::default() }
     }
 
     /// Sends what `encode` puts into `frame`, which is only memory. A group of one has nobody to tell.
@@ -50,9 +62,58 @@ impl Plans {
         sent.map_err(|source| Error::Group { rank: self.rank, source })
     }
 
-    /// Tells the followers what a step drew.
+    /// Tells the followers of a step, and other sub-groups than the leader's how to sample it.
+    fn step(
+        &self,
+        frame: &mut Vec<u8>,
+        step: &Step,
+        (briefings, guides): (&mut Briefings, &Guides),
+    ) -> Result<(), Error> {
+        self.send(frame, |frame| step.plan.encode(frame))?;
+        if self.sub_groups == 1 {
+            return Ok(());
+        }
+        let mut guided = false;
+        self.send(frame, |frame| guided = briefings.encode(step, |seq| guides.guide(seq), frame))?;
+        if guided {
+            self.promised.lock().unwrap_or_else(PoisonError::into_inner).push_back(step.plan.step());
+        }
+        Ok(())
+    }
+
+    /// Tells other sub-groups what their guided `rows` of a step may draw, when they wait for it.
+    pub(crate) fn masks(
+        &self,
+        frame: &mut Vec<u8>,
+        step: &Step,
+        guides: &Guides,
+        rows: &mut dyn Iterator<Item = usize>,
+    ) -> Result<(), Error> {
+        let number = step.plan.step();
+        let mut promised = self.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        if promised.front() != Some(&number) {
+            return Ok(());
+        }
+        promised.pop_front();
+        drop(promised);
+        let masks = guides.masks(step, rows);
+        self.send(frame, |frame| masks.encode(frame))
+    }
+
+    /// Tells the followers what a step drew. Ranks of several sub-groups have told each other.
     pub(crate) fn drawn(&self, frame: &mut Vec<u8>, drawn: &Drawn) -> Result<(), Error> {
-        if drawn.tokens().is_empty() { Ok(()) } else { self.send(frame, |frame| drawn.encode(frame)) }
+        if self.sub_groups > 1 || drawn.tokens().is_empty() {
+            return Ok(());
+        }
+        self.send(frame, |frame| drawn.encode(frame))
+    }
+}
+
+/// Tells all `askers` what the ranks have done.
+fn answer(askers: &mut Vec<oneshot::Sender<Vec<Activity>>>, ranks: &[Activity]) {
+    for asker in askers.drain(..) {
+        // Nobody waits any more when the call was given up.
+        let _ = asker.send(ranks.to_vec());
     }
 }
 
@@ -70,10 +131,24 @@ pub(crate) struct Leader {
     next_id: u64,
     frame: Vec<u8>,
     effects: Vec<Effect>,
-    /// Who wants to know what the ranks have done. Bounded by the inbox.
+    briefings: Briefings,
+    /// Who wants to know what the ranks have done; at most [`ASKERS_MAX`].
     askers: Vec<oneshot::Sender<Vec<Activity>>>,
     /// Whether the ranks are telling it now.
     asked: bool,
+    reporter: Arc<dyn Reporter>,
+    /// What they told last.
+    told: Option<Told>,
+    /// Steps that were run.
+    steps: u64,
+}
+
+/// What the ranks have done.
+struct Told {
+    at: Instant,
+    /// Steps that are counted in it.
+    steps: u64,
+    ranks: Vec<Activity>,
 }
 
 /// What a leader is made of once the group has booted.
@@ -84,13 +159,16 @@ pub(crate) struct Seat {
     pub(crate) outlet: Outlet,
     pub(crate) state: Arc<StatePublisher>,
     pub(crate) counters: EngineCounters,
+    pub(crate) flight: Arc<FlightRecorder>,
+    pub(crate) reporter: Arc<dyn Reporter>,
 }
 
 impl Leader {
     /// A leader, and the steps an executor must run for it.
     pub(crate) fn new(rank: TpRank, seat: Seat) -> Result<(Self, Steps), Error> {
+        let briefings = Briefings::new(&seat.engine);
         let engine = Engine::new(seat.engine).map_err(|source| Error::Engine { rank, source })?;
-        let (pipeline, steps) = Pipeline::new(engine);
+        let (pipeline, steps) = Pipeline::recorded(engine, seat.flight);
         let leader = Self {
             rank,
             pipeline,
@@ -102,10 +180,14 @@ impl Leader {
             open: Streams::new(Arc::clone(&seat.guides)),
             guides: seat.guides,
             next_id: 0,
+            briefings,
             frame: Vec::new(),
             effects: Vec::new(),
             askers: Vec::new(),
             asked: false,
+            reporter: seat.reporter,
+            told: None,
+            steps: 0,
         };
         Ok((leader, steps))
     }
@@ -115,7 +197,7 @@ impl Leader {
         self.open.explain_with(numerics);
     }
 
-    /// One token from start to end, so that whatever is slow the first time is not a caller's first token, and a
+    /// A token or two from start to end on every sub-group, so that whatever is slow the first time is not a caller's first token, and a
     /// group that cannot compute never says it can.
     pub(crate) fn warm_up(&mut self) -> Result<(), Error> {
         let spec =
@@ -124,15 +206,20 @@ impl Leader {
             Ok(generation) => generation,
             Err(error) => unreachable!("the warm-up request is valid: {error}"),
         };
-        let prompt = vec![TokenId(0)];
-        let request = engine::Request {
-            prompt,
-            generation,
-            deadline: None,
-            options: engine::RequestOptions::default(),
-        };
-        let (sink, mut answers) = tokio::sync::mpsc::channel(8);
-        self.submit(Submission { request, deadline: None, sink, key: 0, guides: Vec::new() });
+        let engine::Config { data_parallel, waiting_requests_max, .. } = *self.pipeline.engine().config();
+        // Equal requests that come together run on a sub-group each.
+        let requests = data_parallel.min(waiting_requests_max);
+        let (sink, mut answers) = tokio::sync::mpsc::channel(8 * requests as usize);
+        for _ in 0..requests {
+            let request = engine::Request {
+                prompt: vec![TokenId(0)],
+                generation: generation.clone(),
+                deadline: None,
+                options: engine::RequestOptions::default(),
+            };
+            let sink = sink.clone();
+            self.submit(Submission { request, deadline: None, sink, key: 0, guides: Vec::new() });
+        }
         self.turn()?;
         while self.is_busy() && self.wait()? {
             self.turn()?;
@@ -201,21 +288,29 @@ impl Leader {
             self.take(message)?;
         }
         self.cancel_abandoned();
-        if !self.askers.is_empty() {
-            return self.ask();
-        }
+        self.ask()?;
         let now = self.now();
-        let Self { pipeline, plans, effects, frame, .. } = self;
-        let send = |plan: &StepPlan| plans.send(frame, |frame| plan.encode(frame));
+        let Self { pipeline, plans, effects, frame, briefings, guides, .. } = self;
+        let send = |step: &Step| plans.step(frame, step, (&mut *briefings, &**guides));
         let sent = pipeline.advance(now, effects, send);
         self.deliver();
         sent
     }
 
-    /// Has all ranks tell what they have done, once no step is in flight; nothing is planned until then.
+    /// Has all ranks tell what they have done, between two steps, when somebody asks. What they told is still true when no
+    /// step was run since, and while steps run they are asked now and then only, however many callers there are: one who
+    /// comes too early waits for the next step after that.
     fn ask(&mut self) -> Result<(), Error> {
-        if self.asked || self.pipeline.engine().steps_in_flight() > 0 {
+        if self.askers.is_empty() || self.asked {
             return Ok(());
+        }
+        match &self.told {
+            Some(told) if told.steps == self.steps => {
+                answer(&mut self.askers, &told.ranks);
+                return Ok(());
+            }
+            Some(told) if self.is_busy() && told.at.elapsed() < ACTIVITY_INTERVAL => return Ok(()),
+            _ => {}
         }
         self.asked = true;
         self.plans.send(&mut self.frame, |frame| frame.extend_from_slice(ACTIVITY))?;
@@ -238,6 +333,7 @@ impl Leader {
         match message {
             Message::Submit(submission) => self.submit(*submission),
             Message::Ran(job) => {
+                self.steps += 1;
                 self.counters.stepped();
                 let now = self.now();
                 self.pipeline.answer(job, now, &mut self.effects);
@@ -249,19 +345,21 @@ impl Leader {
                 let source = collectives::Error::PeerLost { rank, collective };
                 return Err(Error::Group { rank: self.rank, source });
             }
-            Message::Activity(asker) => self.askers.push(asker),
+            // One too many is dropped, which its caller sees.
+            Message::Activity(asker) if self.askers.len() < ASKERS_MAX => self.askers.push(asker),
+            Message::Activity(_) => {}
             Message::Told(ranks) => {
                 self.asked = false;
-                for asker in self.askers.drain(..) {
-                    // Nobody waits any more when the call was given up.
-                    let _ = asker.send(ranks.clone());
-                }
+                answer(&mut self.askers, &ranks);
+                // The executor has said of each step before that it was run.
+                self.told = Some(Told { at: Instant::now(), steps: self.steps, ranks });
             }
             Message::Cancel { key, index } => {
                 if let Some(seq) = self.open.take(key, index) {
                     self.apply(Event::Cancel(seq));
                 }
             }
+            Message::Beat => self.reporter.report(Report::Alive),
             Message::Wake => {}
         }
         Ok(())

@@ -27,6 +27,18 @@ impl Numerics {
         Ok(found)
     }
 
+    /// The place as a number, 0 when there is none, and forgets it: for a rank that tells its leader.
+    pub(crate) fn take(&self) -> u32 {
+        self.0.swap(0, Ordering::AcqRel)
+    }
+
+    /// Takes note of a place that another rank found, when it found one.
+    pub(crate) fn found(&self, place: u32) {
+        if place > 0 {
+            self.0.store(place, Ordering::Release);
+        }
+    }
+
     /// What a request is told whose logits are no numbers.
     pub(crate) fn failure(&self) -> Failure {
         let place = match self.0.load(Ordering::Acquire) {

@@ -1,12 +1,14 @@
 //! What lies between the engine and whoever runs its steps: two threads, and two steps that go round between them. The
 //! engine's thread plans the next step while the executor runs one, so the executor finds it ready when it is done.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use engine::{Effect, Engine, Event, RowOutput, STEPS_IN_FLIGHT_MAX, Step, StepOutput, StepPlan};
+use engine::{Effect, Engine, Event, RowOutput, STEPS_IN_FLIGHT_MAX, Step, StepOutput};
 use types::Micros;
 
+use crate::flight::FlightRecorder;
 use crate::gap::Gaps;
 
 /// A step on its way to the executor and back. Its buffers are used again for a later step.
@@ -18,6 +20,8 @@ pub struct Job {
     follows: bool,
     /// How long the executor waited for it, when it follows.
     gap: Option<Duration>,
+    /// How long it ran.
+    took: Duration,
 }
 
 /// What the executor is given.
@@ -41,6 +45,7 @@ pub struct Pipeline {
     /// Whether the engine has had nothing to do since the last step was planned.
     rested: bool,
     gaps: Gaps,
+    flight: Arc<FlightRecorder>,
 }
 
 /// The executor's end: the steps to run, in order.
@@ -51,10 +56,17 @@ impl Pipeline {
     /// A pipeline around `engine`, and the executor's end of it.
     #[must_use]
     pub fn new(engine: Engine) -> (Self, Steps) {
-        // One step runs, the others wait here: sending never blocks.
-        let (jobs, steps) = sync_channel(STEPS_IN_FLIGHT_MAX);
+        Self::recorded(engine, Arc::default())
+    }
+
+    /// As [`Pipeline::new`], with its steps recorded in `flight`.
+    #[must_use]
+    pub fn recorded(engine: Engine, flight: Arc<FlightRecorder>) -> (Self, Steps) {
+        flight.begin(engine.config());
+        // One step runs, the others and a pause wait here: sending never blocks.
+        let (jobs, steps) = sync_channel(STEPS_IN_FLIGHT_MAX + 1);
         let spare = (0..STEPS_IN_FLIGHT_MAX).map(|_| Box::default()).collect();
-        (Self { engine, jobs, spare, rested: true, gaps: Gaps::default() }, Steps(steps))
+        (Self { engine, jobs, spare, rested: true, gaps: Gaps::default(), flight }, Steps(steps))
     }
 
     /// The engine.
@@ -82,23 +94,25 @@ impl Pipeline {
         &mut self,
         now: Micros,
         effects: &mut Vec<Effect>,
-        mut send: impl FnMut(&StepPlan) -> Result<(), E>,
+        mut send: impl FnMut(&Step) -> Result<(), E>,
     ) -> Result<(), E> {
         self.rested |= self.engine.is_idle();
         while let Some(mut job) = self.spare.pop() {
+            let begun = Instant::now();
             if !self.engine.plan_into(now, &mut job.step, effects) {
                 self.spare.push(job);
                 break;
             }
+            self.flight.planned(&job.step.plan, &self.engine.load(), begun.elapsed(), now);
             job.follows = !std::mem::take(&mut self.rested);
-            send(&job.step.plan)?;
+            send(&job.step)?;
             // An executor that is gone says so on its own way.
             let _ = self.jobs.send(Work::Run(job));
         }
         Ok(())
     }
 
-    /// Lets the executor do its other work when it has run the steps it was given.
+    /// Lets the executor do its other work when it has run the steps it was given; not again before it has.
     pub fn pause(&self) {
         // An executor that is gone says so on its own way.
         let _ = self.jobs.send(Work::Pause);
@@ -106,9 +120,11 @@ impl Pipeline {
 
     /// Takes a step back that has been run.
     pub fn answer(&mut self, mut job: Box<Job>, now: Micros, effects: &mut Vec<Effect>) {
-        if let Some(gap) = job.gap.take() {
+        let gap = job.gap.take();
+        if let Some(gap) = gap {
             self.gaps.record(gap);
         }
+        self.flight.ran(job.step.plan.step(), gap, job.took);
         let rows = std::mem::take(&mut job.rows);
         let output = StepOutput { step: job.step.plan.step(), rows };
         self.engine.apply(Event::StepDone(output), now, effects);
@@ -146,9 +162,12 @@ impl Steps {
                 pause(executor)?;
                 continue;
             };
-            job.gap = ended.filter(|_| job.follows).map(|ended| ended.elapsed());
+            let begun = Instant::now();
+            job.gap = ended.filter(|_| job.follows).map(|ended| begun.saturating_duration_since(ended));
             job.rows = execute(executor, &job.step)?;
-            ended = Some(Instant::now());
+            let end = Instant::now();
+            job.took = end.saturating_duration_since(begun);
+            ended = Some(end);
             done(job);
         }
         Ok(())

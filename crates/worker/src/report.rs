@@ -44,6 +44,9 @@ pub enum Report {
         /// Time since the rank started.
         elapsed: Duration,
     },
+    /// The rank goes on, every [`crate::ALIVE_INTERVAL`] from then on. A leader's engine thread says so itself, so one that
+    /// hangs is noticed.
+    Alive,
 }
 
 /// Receives a rank's reports; must not block for long.

@@ -12,11 +12,14 @@ use types::Bytes;
 
 use crate::boot::{self, Booted, Facts};
 use crate::executor::Executor;
+use crate::flight::{DumpOnPanic, FlightRecorder};
+use crate::follower::Followed;
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
 use crate::metrics::{EngineCounters, Metrics};
 use crate::pipeline::Steps;
+use crate::pulse::Pulse;
 use crate::server::GrpcServer;
 use crate::state::{State, StatePublisher};
 use crate::{Config, Error, Phase, Report, Reporter, follower};
@@ -46,24 +49,36 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
     let engine = facts.engine.clone();
     let joined = boot::meet(config, &facts, reporter.as_ref())?;
     let Booted { model, plans, abort } = boot::load(config, facts, joined, reporter)?;
-    let executor = Executor::new(config.rank, model, &engine)?;
+    let executor = Executor::new(config.rank, config.tensor, model, &engine)?;
     let plans = match plans {
         PlanChannel::Follower(plans) => plans,
         PlanChannel::Leader(_) => unreachable!("only rank 0 is given the leader's end"),
     };
+    let hang_up = plans.hang_up().map_err(|source| Error::Group { rank: config.rank, source })?;
     phase(reporter, Phase::Serving);
     reporter.report(Report::Ready { elapsed: started.elapsed() });
-    follower::run_until_stopped(config, shutdown, abort, || follower::run(config.rank, executor, plans))
+    let tell = Arc::clone(reporter);
+    let _pulse = Pulse::start(move || tell.report(Report::Alive))?;
+    follower::run_until_stopped(config, shutdown, (abort, hang_up), || {
+        follower::run(config, Followed { executor, engine }, plans)
+    })
 }
 
 fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
     let (inbox, outlet) = Inbox::new();
     let state = Arc::new(StatePublisher::new());
     let metrics = Arc::new(Metrics::new(config));
-    let server = GrpcServer::start(config, inbox.clone(), &state, &metrics)?;
+    let flight = Arc::new(FlightRecorder::default());
+    let server = GrpcServer::start(config, inbox.clone(), &state, &metrics, &flight)?;
     reporter.report(Report::Listening(server.address()));
-    let outcome =
-        lead_behind(&Front { config, reporter, state, inbox, counters: metrics.engine() }, outlet, shutdown);
+    let counters = metrics.engine();
+    let front = Front { config, reporter, state, inbox, counters, flight: Arc::clone(&flight) };
+    let on_panic = DumpOnPanic { flight: &flight, config };
+    let outcome = lead_behind(&front, outlet, shutdown);
+    if let Err(error) = &outcome {
+        flight.dump(config.fault_dir.as_deref(), &config.model_name, &error.to_string());
+    }
+    drop(on_panic);
     let closed = server.close();
     outcome.and(closed)
 }
@@ -75,6 +90,7 @@ struct Front<'a> {
     state: Arc<StatePublisher>,
     inbox: Inbox,
     counters: EngineCounters,
+    flight: Arc<FlightRecorder>,
 }
 
 /// Reports to whoever started the rank, and keeps routers informed of the phase.
@@ -101,7 +117,7 @@ impl Reporter for Both {
 }
 
 fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) -> Result<(), Error> {
-    let Front { config, state, inbox, counters, .. } = front;
+    let Front { config, state, inbox, counters, flight, .. } = front;
     let started = Instant::now();
     let reporter: Arc<dyn Reporter> =
         Arc::new(Both { reporter: Arc::clone(front.reporter), state: Arc::clone(state) });
@@ -116,12 +132,22 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         PlanChannel::Follower(_) => unreachable!("rank 0 is given the leader's end"),
     };
     let numerics = model.numerics();
-    let executor = Executor::new(config.rank, model, &engine)?;
-    let plans = Plans::new(config.rank, plans);
+    let executor = Executor::new(config.rank, config.tensor, model, &engine)?;
+    let plans = Plans::new(config.rank, &engine, plans);
     let guides = Guides::start().map_err(|source| Error::Start { what: "the mask threads", source })?;
     let guides = Arc::new(guides);
     let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters.clone());
-    let seat = Seat { engine, guides: own, plans: plans.clone(), outlet, state, counters };
+    let flight = Arc::clone(flight);
+    let seat = Seat {
+        engine,
+        guides: own,
+        plans: plans.clone(),
+        outlet,
+        state,
+        counters,
+        flight,
+        reporter: Arc::clone(&reporter),
+    };
     let (mut leader, steps) = Leader::new(config.rank, seat)?;
     leader.explain_with(numerics);
     let ended = CancellationToken::new();
@@ -131,6 +157,8 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
         phase(&reporter, Phase::Warming);
         leader.warm_up()?;
         wake_on(shutdown, inbox.clone(), ended)?;
+        let asked = inbox.clone();
+        let _pulse = Pulse::start(move || asked.beat())?;
         phase(&reporter, Phase::Serving);
         reporter.report(Report::Ready { elapsed: started.elapsed() });
         leader.run(config, shutdown)
@@ -150,7 +178,7 @@ fn execute(
     mut executor: Executor,
     steps: Steps,
     plans: &Plans,
-    (inbox, guides): (&Inbox, &Guides),
+    (inbox, guides): (&Inbox, &Arc<Guides>),
 ) -> Result<(), Error> {
     /// Tells the engine's thread, which would otherwise wait for ever, however this thread ends.
     struct Stopped<'a>(&'a Inbox, String);
@@ -162,7 +190,8 @@ fn execute(
     let mut stopped = Stopped(inbox, "the executor panicked".into());
     let mut frame = Vec::new();
     let run = |executor: &mut Executor, step: &Step| {
-        let rows = executor.lead(step, guides)?;
+        let tell = |others: &mut dyn Iterator<Item = usize>| plans.masks(&mut frame, step, guides, others);
+        let rows = executor.lead(step, &mut guides.as_ref(), tell)?;
         plans.drawn(&mut frame, &executor.drawn)?;
         Ok(rows)
     };

@@ -16,6 +16,7 @@ use tonic::{Request, Status};
 use tonic_health::ServingStatus;
 use types::limits::{HEADER_BYTES_MAX, MESSAGE_BYTES_MAX};
 
+use crate::flight::FlightRecorder;
 use crate::guide::Kitchen;
 use crate::inbox::Inbox;
 use crate::metrics::{self, Metrics};
@@ -50,6 +51,7 @@ impl GrpcServer {
         inbox: Inbox,
         state: &Arc<StatePublisher>,
         metrics: &Arc<Metrics>,
+        flight: &Arc<FlightRecorder>,
     ) -> Result<Self, Error> {
         let tls = config.access.tls.as_ref();
         let door = Acceptor::new(tls, Clients::Required, &[b"h2"])?;
@@ -82,6 +84,7 @@ impl GrpcServer {
             inbox,
             state: Arc::clone(&state),
             metrics,
+            flight: Arc::clone(flight),
             kitchen,
             plan: boot::parallel(config),
             closing: closing.clone(),

@@ -8,8 +8,8 @@ use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
 use proto::worker::{
-    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, GetActivityRequest, GroupActivity,
-    WatchRequest, WorkerState,
+    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, GetActivityRequest, GetStepsRequest,
+    GroupActivity, StepRecords, WatchRequest, WorkerState,
 };
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
 use tokio::sync::{mpsc, oneshot};
@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status};
 use types::{GenerationSpec, Priority, TokenId};
 
 use crate::activity::Plan;
+use crate::flight::{FlightRecorder, STEPS_KEPT};
 use crate::guide::{Guidance, Guide, Kitchen};
 use crate::inbox::{Inbox, Message, Submission};
 use crate::metrics::{Asked, Metered, Metrics};
@@ -30,6 +31,7 @@ pub(crate) struct Service {
     pub(crate) inbox: Inbox,
     pub(crate) state: Arc<StatePublisher>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) flight: Arc<FlightRecorder>,
     /// The group's.
     pub(crate) plan: Plan,
     pub(crate) kitchen: Arc<Kitchen>,
@@ -73,10 +75,21 @@ impl Worker for Service {
         self.serving()?;
         let (asker, told) = oneshot::channel();
         self.inbox.ask(Message::Activity(asker))?;
-        let stopping =
-            || Failure::Unavailable { why: "the group is stopping".into(), retry_after: RETRY_AFTER };
-        let ranks = told.await.map_err(|_| stopping())?;
+        let dropped = || Failure::Unavailable {
+            why: "the group is stopping, or many callers ask for its activity".into(),
+            retry_after: RETRY_AFTER,
+        };
+        let ranks = told.await.map_err(|_| dropped())?;
         Ok(Response::new(activity::wire(&self.plan, &ranks)))
+    }
+
+    /// Reads what is recorded, without the engine's thread: also while that is stuck, or has not begun.
+    async fn get_steps(&self, request: Request<GetStepsRequest>) -> Result<Response<StepRecords>, Status> {
+        let last = match request.into_inner().last {
+            0 => STEPS_KEPT,
+            last => last as usize,
+        };
+        Ok(Response::new(StepRecords { steps: self.flight.last(last) }))
     }
 
     async fn generate(

@@ -115,6 +115,18 @@ fn featured(seed: u32) -> GenerateRequest {
     GenerateRequest { generation: Some(generation), ..request }
 }
 
+/// As [`featured`], but it takes the most likely token, may end early, and tells the log-probabilities of its prompt.
+fn greedy(seed: u32) -> GenerateRequest {
+    let mut request = featured(seed);
+    let generation = request.generation.as_mut().unwrap();
+    generation.temperature = Some(0.0);
+    generation.ignore_eos = false;
+    generation.stop_token_ids = vec![3000, 3001];
+    generation.logprobs = Some(5);
+    generation.prompt_logprobs = Some(2);
+    request
+}
+
 /// What request number 1 gets alone, in one rank with room for everything.
 fn alone() -> &'static [u32] {
     static ALONE: OnceLock<Vec<u32>> = OnceLock::new();
@@ -128,6 +140,18 @@ fn alone() -> &'static [u32] {
     })
 }
 
+/// All that a stream says, but for how it was cut and what was found of the prompt.
+fn said(chunks: &[GenerateChunk]) -> GenerateChunk {
+    let mut all = GenerateChunk::default();
+    for chunk in chunks.iter().cloned() {
+        all.token_ids.extend(chunk.token_ids);
+        all.logprobs.extend(chunk.logprobs);
+        all.prompt_logprobs.extend(chunk.prompt_logprobs);
+        all.finish = all.finish.or(chunk.finish);
+    }
+    all
+}
+
 /// Without the prefixes that requests before it left.
 fn unshared(request: GenerateRequest) -> GenerateRequest {
     GenerateRequest { bypass_prefix_cache: true, ..request }
@@ -139,9 +163,15 @@ fn in_a_batch_of_64() {
         limits.running_max = 64;
         limits.waiting_requests_max = 64;
     });
-    let answers = group.ask((1..=64).map(|seed| unshared(featured(seed))).collect());
-    assert_eq!(tokens(&answers[0]), alone());
-    assert!(answers.iter().all(|answer| tokens(answer).len() == OUTPUT as usize));
+    // Every other one is greedy; the log-probabilities are the same to the last bit, too.
+    let request = |seed: u32| unshared(if seed.is_multiple_of(2) { greedy(seed) } else { featured(seed) });
+    let together = group.ask((1..=64).map(request).collect());
+    assert_eq!(tokens(&together[0]), alone());
+    for (seed, answer) in (1..).zip(&together) {
+        let by_itself = group.client.generate(request(seed)).unwrap();
+        assert_eq!(said(answer), said(&by_itself), "request {seed}");
+        assert_eq!(said(answer).logprobs.len(), tokens(answer).len());
+    }
     group.stop();
 }
 
@@ -152,9 +182,16 @@ fn with_its_prompt_in_pieces() {
         limits.step_tokens_max = 7;
     });
     // Beside others, whose decode rows take their share of each step.
-    let answers = group.ask((1..=4).map(|seed| unshared(featured(seed))).collect());
-    assert_eq!(tokens(&answers[0]), alone());
+    let request = |seed: u32| unshared(if seed.is_multiple_of(2) { greedy(seed) } else { featured(seed) });
+    let pieces = group.ask((1..=4).map(request).collect());
+    assert_eq!(tokens(&pieces[0]), alone());
     group.stop();
+    let whole = Group::start(1, |_| {});
+    for (seed, answer) in (1..).zip(&pieces) {
+        let at_once = whole.client.generate(request(seed)).unwrap();
+        assert_eq!(said(answer), said(&at_once), "request {seed}");
+    }
+    whole.stop();
 }
 
 #[test]
@@ -190,10 +227,16 @@ fn resumed_after_any_number_of_tokens() {
 
 #[test]
 fn on_two_and_on_four_ranks() {
-    for size in [2, 4] {
+    let ask = |size| {
         let group = Group::start(size, |_| {});
         assert_eq!(group.tokens(unshared(featured(1))), alone(), "{size} ranks");
+        let greedy = (1..=4).map(|seed| group.tokens(unshared(greedy(seed)))).collect::<Vec<_>>();
         group.stop();
+        greedy
+    };
+    let one = ask(1);
+    for size in [2, 4] {
+        assert_eq!(ask(size), one, "{size} ranks");
     }
 }
 

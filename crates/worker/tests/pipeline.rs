@@ -70,8 +70,8 @@ fn the_next_step_is_planned_and_sent_while_one_runs() {
     let executor = Controlled::start("controlled", steps);
     let (mut effects, mut sent) = (Vec::new(), Vec::new());
     pipeline.apply(submit(1, 4), Micros(0), &mut effects);
-    let Ok(()) = pipeline.advance(Micros(0), &mut effects, |plan| {
-        sent.push(plan.step());
+    let Ok(()) = pipeline.advance(Micros(0), &mut effects, |step| {
+        sent.push(step.plan.step());
         Ok::<_, Infallible>(())
     });
     assert_eq!(executor.began.recv(), Ok(1));

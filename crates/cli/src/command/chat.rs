@@ -190,7 +190,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         turns: Vec::new(),
         system: args.system.clone(),
         reasoning: args.reasoning,
-        asked: args.generation.to_request(),
+        asked: args.generation.to_request()?,
     };
     let runtime = super::runtime()?;
     let mut client = client::client(runtime.block_on(client::channel(&args.server))?);

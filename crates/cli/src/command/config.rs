@@ -236,6 +236,7 @@ fn flag_of(key: &str) -> Option<String> {
     (settings.router.tls, settings.group.tls) = (tls(), tls());
     (settings.router.keys_file, settings.cluster.secret_file) = (file(), file());
     settings.cluster.tls = settings::ClusterTls { ca: file(), certificate: file(), key: file() };
+    settings.group.fault_dir = Some("DIR".into());
     let groups: [&dyn ConfigFlags; 4] = [
         &args::ModelFlags::from(&settings),
         &args::ComputeFlags::from(&settings),

@@ -1,12 +1,12 @@
-//! `cohort debug`: what a running worker counts.
+//! `cohort debug`: what a running worker counts and remembers.
 
 use std::time::Duration;
 
 use anyhow::bail;
 use model::ExpertLoad;
 use proto::worker::worker_client::WorkerClient;
-use proto::worker::{GetActivityRequest, GroupActivity};
-use security::Badge;
+use proto::worker::{GetActivityRequest, GetStepsRequest, GroupActivity, StepRecord};
+use security::{Badge, Identified};
 use serde_json::json;
 use tonic::Request;
 use types::limits::MESSAGE_BYTES_MAX;
@@ -24,7 +24,8 @@ The variable COHORT_CLUSTER_SECRET holds the cluster's secret, where it has one.
 
 Examples:
   cohort debug expert-load --worker http://127.0.0.1:7000 > load.json
-  cohort debug collectives --worker http://127.0.0.1:7000";
+  cohort debug collectives --worker http://127.0.0.1:7000
+  cohort debug steps --worker http://127.0.0.1:7000 --last 20";
 
 /// Flags of `cohort debug`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -42,6 +43,8 @@ pub enum What {
     ExpertLoad(WorkerArgs),
     /// What the ranks have said to each other
     Collectives(CollectivesArgs),
+    /// What the last steps were like, also while one does not end
+    Steps(StepsArgs),
 }
 
 /// Whom to ask.
@@ -63,6 +66,20 @@ pub struct CollectivesArgs {
     pub json: bool,
 }
 
+/// Flags of `cohort debug steps`.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct StepsArgs {
+    /// Whom to ask.
+    #[command(flatten)]
+    pub worker: WorkerArgs,
+    /// How many steps; 2,048 are kept
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub last: u32,
+    /// Print one JSON object a step instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Asks and prints.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let runtime = super::runtime()?;
@@ -77,14 +94,35 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        What::Steps(args) => {
+            let steps = runtime.block_on(steps(args))?;
+            if args.json {
+                steps.iter().for_each(|step| say!("{}", worker::step_json(step)));
+            } else {
+                show_steps(&steps);
+            }
+            Ok(())
+        }
     }
 }
 
-async fn activity(args: &WorkerArgs) -> anyhow::Result<GroupActivity> {
+async fn connect(args: &WorkerArgs) -> anyhow::Result<WorkerClient<Identified>> {
     let channel = client::channel_of("--worker", &args.worker).await?;
     let badge = Badge::new(identity::from_variable()?.as_ref());
-    let mut worker =
-        WorkerClient::with_interceptor(channel, badge).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let worker = WorkerClient::with_interceptor(channel, badge);
+    Ok(worker.max_decoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+async fn steps(args: &StepsArgs) -> anyhow::Result<Vec<StepRecord>> {
+    let mut worker = connect(&args.worker).await?;
+    let mut request = Request::new(GetStepsRequest { last: args.last });
+    request.set_timeout(PATIENCE);
+    let answer = worker.get_steps(request).await.map_err(|status| client::explain(&status))?;
+    Ok(answer.into_inner().steps)
+}
+
+async fn activity(args: &WorkerArgs) -> anyhow::Result<GroupActivity> {
+    let mut worker = connect(args).await?;
     let mut request = Request::new(GetActivityRequest {});
     request.set_timeout(PATIENCE);
     let answer = worker.get_activity(request).await.map_err(|status| client::explain(&status))?;
@@ -143,6 +181,52 @@ fn show(activity: &GroupActivity) {
                 of.bytes_received.to_string(),
             ]);
         }
+    }
+    table.lines().for_each(|line| say!("{line}"));
+}
+
+fn show_steps(steps: &[StepRecord]) {
+    if steps.is_empty() {
+        say!("this group has run no step yet");
+        return;
+    }
+    let heads = [
+        "step",
+        "at s",
+        "prefill",
+        "decode",
+        "logits",
+        "running",
+        "waiting",
+        "free full",
+        "sliding",
+        "plan µs",
+        "gap µs",
+        "step µs",
+        "rows of sub-groups",
+    ];
+    let mut align = [Align::Right; 13];
+    align[12] = Align::Left;
+    let mut table = Table::new(align);
+    table.row(heads.map(str::to_owned));
+    let known = |time: Option<u32>| time.map_or_else(|| "-".to_owned(), |time| time.to_string());
+    for step in steps {
+        let rows: Vec<String> = step.sub_group_rows.iter().map(u32::to_string).collect();
+        table.row([
+            step.step.to_string(),
+            format!("{}.{:03}", step.planned_us / 1_000_000, step.planned_us / 1000 % 1000),
+            step.prefill_rows.to_string(),
+            step.decode_rows.to_string(),
+            step.logit_rows.to_string(),
+            step.running.to_string(),
+            step.waiting.to_string(),
+            step.kv_free_full.to_string(),
+            step.kv_free_sliding.to_string(),
+            step.plan_us.to_string(),
+            known(step.gap_us),
+            known(step.step_us),
+            rows.join(" "),
+        ]);
     }
     table.lines().for_each(|line| say!("{line}"));
 }

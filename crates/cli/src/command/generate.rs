@@ -18,7 +18,12 @@ use crate::style::Paint;
 const MORE: &str = "\
 Examples:
   cohort generate --chat \"What does Vec::push do?\" --reasoning false --temperature 0
-  cohort generate --token-ids 5,8,10 --max-tokens 4 --logprobs 2 --json";
+  cohort generate --token-ids 5,8,10 --max-tokens 4 --logprobs 2 --json
+  cohort generate --chat \"Is Vec::len O(1)?\" --choice yes --choice no
+  cohort generate --chat \"Name two traits.\" --json-schema answer.schema.json --max-tokens 200
+
+With a form (--json-schema, --json-object, --regex, --choice, --grammar) only the answer of a chat is printed, not the thoughts
+before it.";
 
 /// Flags of `cohort generate`.
 #[derive(Debug, Clone, Default, PartialEq, clap::Args)]
@@ -81,9 +86,9 @@ impl Args {
     /// The request these flags describe.
     ///
     /// # Errors
-    /// When no prompt is given.
+    /// When no prompt is given, or a file with the form of the answer cannot be read.
     pub fn to_request(&self) -> anyhow::Result<GenerateRequest> {
-        let mut request = self.generation.to_request();
+        let mut request = self.generation.to_request()?;
         request.model.clone_from(&self.model);
         request.prompt = Some(self.prompt.to_prompt()?);
         request.sampling.get_or_insert_default().n = self.n;
@@ -91,7 +96,8 @@ impl Args {
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
             keep_special_tokens: self.keep_special_tokens,
-            parse: false,
+            // The form is that of the answer; thoughts before it would be in its way.
+            parse: request.constraint.is_some() && !self.prompt.chat.is_empty() && !self.keep_special_tokens,
         });
         Ok(request)
     }

@@ -147,6 +147,7 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         size,
         ranks: ranks.clone(),
         leader_grace: settings.group.drain_grace_s + LEADER_SLACK,
+        silence_max: settings.group.step_timeout_s.max(group::SILENCE_MIN),
         spec: |rank, rendezvous| {
             let mut rank = args.rank(&settings, rank, rendezvous);
             if let Some(host) = &host {
@@ -194,6 +195,7 @@ fn tell(progress: &Progress, line: &Line) {
         Event::Rendezvous { .. }
         | Event::Phase { .. }
         | Event::Loaded(_)
+        | Event::Alive
         | Event::Ready { .. }
         | Event::Serving(_)
         | Event::Failed { .. } => {}

@@ -49,7 +49,7 @@ pub enum Command {
     /// Send one prompt to a running cluster
     Generate(Box<generate::Args>),
     /// Chat with a running cluster in the terminal
-    Chat(chat::Args),
+    Chat(Box<chat::Args>),
     /// Send a file of requests to a running cluster
     Batch(batch::Args),
     /// Measure a running cluster

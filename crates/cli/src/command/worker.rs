@@ -153,6 +153,7 @@ fn tell(progress: &Progress, rank: TpRank, event: &Event) {
         Event::Rendezvous { .. }
         | Event::Phase { .. }
         | Event::Loaded(_)
+        | Event::Alive
         | Event::Serving(_)
         | Event::Failed { .. } => {}
     }

@@ -187,6 +187,7 @@ where
             | Event::Ready { .. }
             | Event::Phase { .. }
             | Event::Loaded(_)
+            | Event::Alive
             | Event::Serving(_)
             | Event::Failed { .. } => {}
         }

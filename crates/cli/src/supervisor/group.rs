@@ -7,14 +7,18 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use types::TpSize;
+use worker::ALIVE_INTERVAL;
 
 use super::child::{self, Exit, Handle, Spec, Update};
 use crate::report::{Event, Line};
 
 /// How long ranks may take to stop once the leader is gone or another rank has failed: they have nothing to finish.
 pub const FOLLOWER_GRACE: Duration = Duration::from_secs(2);
+/// Shortest silence after which a rank counts as hanging, whatever a step may take: a busy machine is slow, too.
+pub const SILENCE_MIN: Duration = Duration::from_secs(10);
 /// Updates held for a slow supervisor; a child waits when there are more.
 const UPDATES_MAX: usize = 256;
 
@@ -26,6 +30,8 @@ pub struct Group<F> {
     pub ranks: Range<u32>,
     /// How long the leader may take to finish open requests after the order to stop.
     pub leader_grace: Duration,
+    /// How long a rank that was ready may give no sign of life before it is killed.
+    pub silence_max: Duration,
     /// How to start a rank; all but rank 0 are told where to meet.
     pub spec: F,
 }
@@ -37,6 +43,10 @@ struct Ranks<'a, F> {
     /// Ranks that ended unasked; the first one, or the first one killed, is the cause.
     lost: Vec<(u32, Exit)>,
     stopping: bool,
+    /// Beats missed, by rank, from the moment it was ready.
+    missed: BTreeMap<u32, u32>,
+    /// The rank that was killed because it missed too many.
+    hung: Option<u32>,
 }
 
 /// Runs a group until it is told to stop or a rank ends. `on` hears every report, with its rank.
@@ -52,7 +62,18 @@ where
     F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>,
 {
     let (updates, mut inbox) = mpsc::channel(UPDATES_MAX);
-    let mut ranks = Ranks { group, running: BTreeMap::new(), updates, lost: Vec::new(), stopping: false };
+    let mut ranks = Ranks {
+        group,
+        running: BTreeMap::new(),
+        updates,
+        lost: Vec::new(),
+        stopping: false,
+        missed: BTreeMap::new(),
+        hung: None,
+    };
+    // Counted, so that a machine that slept does not find everybody silent.
+    let mut beat = tokio::time::interval(ALIVE_INTERVAL);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     match group.ranks.contains(&0) {
         true => ranks.start(0, None)?,
         // Rank 0 runs on another host, which these know.
@@ -61,13 +82,17 @@ where
     while !ranks.running.is_empty() {
         tokio::select! {
             () = stop.cancelled(), if !ranks.stopping => ranks.stop(),
+            _ = beat.tick() => ranks.beat(),
             Some((rank, update)) = inbox.recv() => match update {
                 Update::Said(mut line) => {
                     if let Event::Rendezvous { address } = line.event {
                         ranks.meet(address)?;
                     }
-                    line.rank = Some(rank);
-                    on(line);
+                    ranks.heard(rank, &line.event);
+                    if line.event != Event::Alive {
+                        line.rank = Some(rank);
+                        on(line);
+                    }
                 }
                 Update::Exited(exit) => ranks.exited(rank, exit),
             },
@@ -95,6 +120,27 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
         Ok(())
     }
 
+    fn heard(&mut self, rank: u32, event: &Event) {
+        if matches!(event, Event::Ready { .. }) {
+            self.missed.insert(rank, 0);
+        } else if let Some(missed) = self.missed.get_mut(&rank) {
+            *missed = 0;
+        }
+    }
+
+    /// Ends the rank that has been silent for too long. A group that is stopping has a grace of its own.
+    fn beat(&mut self) {
+        self.missed.values_mut().for_each(|missed| *missed += 1);
+        let silent = |missed: u32| ALIVE_INTERVAL * missed > self.group.silence_max;
+        let hung = self.missed.iter().find(|(_, missed)| silent(**missed)).map(|(rank, _)| *rank);
+        let Some(rank) = hung.filter(|_| !self.stopping && self.hung.is_none()) else { return };
+        if let Some(handle) = self.running.get(&rank) {
+            tracing::error!(rank, pid = handle.pid(), "gives no sign of life: ending it");
+            handle.stop(FOLLOWER_GRACE);
+            self.hung = Some(rank);
+        }
+    }
+
     /// The leader goes first: while it finishes open requests it needs the others.
     fn stop(&mut self) {
         self.stopping = true;
@@ -114,6 +160,7 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
 
     fn exited(&mut self, rank: u32, exit: Exit) {
         self.running.remove(&rank);
+        self.missed.remove(&rank);
         // Followers of a leader elsewhere end when it has ended the group in good order.
         self.stopping |= !self.group.ranks.contains(&0) && exit.status.success();
         let unexpected = !self.stopping || exit.killed_by_others();
@@ -131,6 +178,10 @@ impl<F: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>> Ranks<'_, F> {
     }
 
     fn verdict(self) -> anyhow::Result<()> {
+        if let Some(rank) = self.hung {
+            let seconds = self.group.silence_max.as_secs();
+            return Err(anyhow!("rank {rank} of {} gave no sign of life for {seconds} s", self.group.size));
+        }
         // A rank that loses a peer fails too, and may be seen first: the one that was killed is the cause.
         let killed = self.lost.iter().find(|(_, exit)| exit.killed_by_others());
         match killed.or(self.lost.first()) {

@@ -149,18 +149,6 @@ impl Tcp {
         if at_once(rank, len) { others } else { 2 * others }
     }
 
-    /// A barrier that may take longer than other operations: for work at start that ranks finish far apart, such as
-    /// reading weights.
-    ///
-    /// # Errors
-    /// As [`Collective::barrier`].
-    pub fn barrier_within(&mut self, within: Duration) -> Result<(), Error> {
-        let usual = std::mem::replace(&mut lock(&self.core).options.deadline, within);
-        let outcome = self.barrier();
-        lock(&self.core).options.deadline = usual;
-        outcome
-    }
-
     /// A first barrier with a deadline of its own: after it every connection is known to work. It is operation
     /// number 0 and not counted.
     pub(crate) fn settle(&mut self, within: Duration) -> Result<(), Error> {
@@ -494,6 +482,13 @@ impl Collective<[f32]> for Tcp {
             this.exchange((call, Phase::First), &[], &mut [], |_| (0..0, 0..0))?;
             Ok(Moved::default())
         })
+    }
+
+    fn barrier_within(&mut self, within: Duration) -> Result<(), Error> {
+        let usual = std::mem::replace(&mut lock(&self.core).options.deadline, within);
+        let outcome = self.barrier();
+        lock(&self.core).options.deadline = usual;
+        outcome
     }
 
     fn counters(&self) -> Counters {

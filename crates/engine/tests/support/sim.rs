@@ -10,7 +10,7 @@ use engine::{
 use types::{BlockSize, GenerationSpec, Micros, Priority, SeqId, TokenId};
 
 use super::random::Random;
-use super::world::{Expected, FakeRank, oracle};
+use super::world::{Expected, Failing, FakeRank, Fault, oracle};
 use super::{EOS, VOCAB};
 
 /// One sequence: what it must give, and what it has given.
@@ -49,6 +49,11 @@ pub struct Counts {
     pub planned_ahead: u64,
     /// Sequences that ended because of what are not numbers.
     pub spoiled: u64,
+    /// Sequences that ended because nothing could be drawn.
+    pub barred: u64,
+    /// Steps with rows of several sub-groups, and those in which a sub-group of several had none.
+    pub shared_steps: u64,
+    pub uneven_steps: u64,
 }
 
 impl Counts {
@@ -63,6 +68,9 @@ impl Counts {
         self.cached_starts += other.cached_starts;
         self.planned_ahead += other.planned_ahead;
         self.spoiled += other.spoiled;
+        self.barred += other.barred;
+        self.shared_steps += other.shared_steps;
+        self.uneven_steps += other.uneven_steps;
     }
 }
 
@@ -86,6 +94,8 @@ pub struct World {
     /// Prompts that requests begin with.
     beginnings: Vec<Vec<TokenId>>,
     watched: BTreeMap<SeqId, Watched>,
+    /// Those of them that have not ended.
+    open: BTreeSet<SeqId>,
     effects: Vec<Effect>,
     /// Steps planned and not answered.
     flying: VecDeque<Flying>,
@@ -95,8 +105,8 @@ pub struct World {
     depth: usize,
     /// The tables of a rank that has been told every plan.
     mirror: SlotTables,
-    /// Those for which the rank has computed what are not numbers.
-    spoiled: BTreeSet<SeqId>,
+    /// Those for which the rank has computed what are not numbers, or could draw nothing.
+    failed: BTreeSet<(SeqId, Fault)>,
     next: u64,
     counts: Counts,
 }
@@ -113,7 +123,7 @@ pub fn run(seed: u64, steps: u32, bug: Option<Sabotage>) -> Counts {
         left += 1;
         assert!(left < 10_000, "work comes to an end");
     }
-    assert!(world.watched.values().all(|one| one.ended), "no sequence is lost");
+    assert!(world.open.is_empty(), "no sequence is lost: {:?}", world.open);
     assert_eq!(world.engine.load().blocks_used, [0, 0], "everything is free in the end");
     world.counts
 }
@@ -163,12 +173,13 @@ impl World {
             config,
             now: Micros(0),
             watched: BTreeMap::new(),
+            open: BTreeSet::new(),
             effects: Vec::new(),
             flying: VecDeque::new(),
             spare: Vec::new(),
             depth,
             mirror,
-            spoiled: BTreeSet::new(),
+            failed: BTreeSet::new(),
             next: 0,
             counts: Counts::default(),
         }
@@ -263,6 +274,7 @@ impl World {
                 ended: false,
             };
             self.watched.insert(SeqId(seq), watched);
+            self.open.insert(SeqId(seq));
         }
         self.apply(Event::Submit { seq: family, request });
         for (seq, stream) in family_ids.map(SeqId).zip(streams) {
@@ -283,13 +295,18 @@ impl World {
         if self.random.one_in(10) && self.next > 0 {
             let last = u32::try_from(self.next).unwrap();
             let seq = SeqId(self.random.range(last.saturating_sub(8).max(1), last).into());
-            self.apply(Event::Cancel(seq));
+            self.cancel(seq);
         }
         if self.random.one_in(150) {
-            let open: Vec<SeqId> =
-                self.watched.iter().filter(|(_, one)| !one.ended).map(|(&seq, _)| seq).collect();
-            open.into_iter().for_each(|seq| self.apply(Event::Cancel(seq)));
+            self.open.clone().into_iter().for_each(|seq| self.cancel(seq));
+            let load = self.engine.load();
+            assert_eq!((load.running, load.waiting, load.blocks_used), (0, 0, [0, 0]), "all is free at once");
         }
+    }
+
+    fn cancel(&mut self, seq: SeqId) {
+        self.apply(Event::Cancel(seq));
+        assert!(!self.open.contains(&seq), "{seq} goes on after its cancel");
     }
 
     /// Plans ahead as far as it may, executes, and answers one step, with disturbances in between; false when there was
@@ -329,19 +346,26 @@ impl World {
         let planned = self.engine.plan_into(self.now, &mut step, &mut self.effects);
         self.engine.check();
         self.digest();
+        let late =
+            |seq: &&SeqId| self.watched[seq].request.deadline.is_some_and(|deadline| deadline <= self.now);
+        assert_eq!(self.open.iter().find(late), None, "it goes on after its deadline");
         if !planned {
             assert!(ahead || self.engine.is_idle(), "a step is planned whenever there is work");
             self.spare.push(step);
             return false;
         }
         self.counts.planned_ahead += u64::from(ahead);
+        let mut busy = 0;
         for index in 0..self.config.data_parallel {
             let own = step.plan.sequences().filter(|one| self.config.sub_group(one.slot) == index);
             let (rows, logits) =
                 own.fold((0, 0), |(rows, logits), one| (rows + one.rows.len(), logits + one.logit_rows));
             assert!(rows <= self.config.step_tokens_max as usize, "rows within the budget");
             assert!(logits <= self.config.logit_rows_max, "logit rows within the budget");
+            busy += u32::from(rows > 0);
         }
+        self.counts.shared_steps += u64::from(busy > 1);
+        self.counts.uneven_steps += u64::from(busy < self.config.data_parallel);
         self.mirror.apply(&step.plan).unwrap();
         self.engine.check_mirror(&self.mirror);
         let mut bytes = Vec::new();
@@ -350,13 +374,16 @@ impl World {
         true
     }
 
-    /// Lets the rank execute every step in flight, in order. Now and then it computes what are not numbers.
+    /// Lets the rank execute every step in flight, in order. Now and then it fails for one sequence.
     fn execute(&mut self) {
         for one in self.flying.iter_mut().filter(|one| one.output.is_none()) {
-            let victim = self.random.one_in(200).then(|| one.step.work.first()).flatten();
-            let victim = victim.map(|work| work.seq);
-            self.spoiled.extend(victim);
-            one.output = Some(self.rank.execute(&one.step, &one.bytes, victim));
+            let victim = self.random.one_in(150).then(|| one.step.work.first()).flatten();
+            let failing: Option<Failing> = victim.map(|work| {
+                let fault = if self.random.one_in(3) { Fault::NoToken } else { Fault::NotANumber };
+                (work.seq, fault)
+            });
+            self.failed.extend(failing);
+            one.output = Some(self.rank.execute(&one.step, &one.bytes, failing));
         }
     }
 
@@ -375,6 +402,7 @@ impl World {
                     assert!(overload, "{seq}: {refusal}");
                     self.open(seq);
                     self.watched.remove(&seq);
+                    self.open.remove(&seq);
                 }
                 Effect::Started { seq, cached_tokens } => self.started(seq, cached_tokens),
                 Effect::PromptLogprobs { seq, logprobs } => {
@@ -395,6 +423,8 @@ impl World {
                 Effect::Finished { seq, finish, usage } => {
                     let one = self.open(seq);
                     one.ended = true;
+                    self.open.remove(&seq);
+                    let one = &self.watched[&seq];
                     let had = one.request.options.resume_tokens.len();
                     assert_eq!(usage.output_tokens as usize, had + one.tokens.len(), "{seq}: usage");
                     assert_eq!(usage.prompt_tokens as usize, one.request.prompt.len(), "{seq}: usage");
@@ -419,9 +449,10 @@ impl World {
             self.check_source(seq, cached_tokens as usize);
         }
         let arrival = self.watched[&seq].arrival;
-        for (id, other) in &self.watched {
+        for id in &self.open {
+            let other = &self.watched[id];
             // The others of a request wait for its first to compute their prompt.
-            let waits = other.waits && !other.ended && other.family == *id;
+            let waits = other.waits && other.family == *id;
             let starved = waits && other.arrival.after(AGEING_MAX) <= arrival;
             assert!(!starved, "{id} came {AGEING_MAX:?} before {seq} and still waits");
         }
@@ -451,15 +482,14 @@ impl World {
                 self.counts.ended_early += 1;
                 assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
             }
-            Finish::NotANumber => {
-                self.counts.spoiled += 1;
-                assert!(
-                    self.spoiled.contains(&seq),
-                    "{seq} saw what is not a number, and nobody gave it to it"
-                );
+            Finish::NotANumber | Finish::NoToken => {
+                let fault = if finish == Finish::NoToken { Fault::NoToken } else { Fault::NotANumber };
+                let counts = &mut self.counts;
+                *if finish == Finish::NoToken { &mut counts.barred } else { &mut counts.spoiled } += 1;
+                assert!(self.failed.contains(&(seq, fault)), "{seq}: {finish:?}, and nobody gave it to it");
                 assert!(expected.tokens.starts_with(&tokens), "{seq}: a part of what it would have had");
             }
-            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length | Finish::NoToken => {
+            Finish::Eos(_) | Finish::StopToken(_) | Finish::Length => {
                 let prompt_logprobs = one.prompt_logprobs.clone();
                 let got = Expected { tokens, logprobs, prompt_logprobs, finish: Some(finish) };
                 assert_eq!(got, expected, "{seq}");

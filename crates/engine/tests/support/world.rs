@@ -22,6 +22,18 @@ struct Cached {
     spoiled: bool,
 }
 
+/// What may go wrong for a sequence in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// Its keys and values of that step are not numbers, nor is what sees them.
+    NotANumber,
+    /// No token may be drawn.
+    NoToken,
+}
+
+/// A sequence and its fault.
+pub type Failing = (SeqId, Fault);
+
 pub struct FakeRank {
     config: Config,
     pub tables: SlotTables,
@@ -48,9 +60,9 @@ impl FakeRank {
         }
     }
 
-    /// Executes a step that came as bytes, as a follower would, and answers it as the leader would. What it computes for
-    /// the sequence `spoiled` are not numbers.
-    pub fn execute(&mut self, step: &Step, encoded: &[u8], spoiled: Option<SeqId>) -> StepOutput {
+    /// Executes a step that came as bytes, as a follower would, and answers it as the leader would, with a fault for the
+    /// sequence that is `failing`.
+    pub fn execute(&mut self, step: &Step, encoded: &[u8], failing: Option<Failing>) -> StepOutput {
         let Ok(Frame::Plan(plan)) = Frame::decode(encoded) else { panic!("a plan") };
         assert_eq!(plan, step.plan, "the plan survives its encoding");
         self.tables.apply(&plan).unwrap();
@@ -61,11 +73,15 @@ impl FakeRank {
         let tokens = std::mem::take(&mut self.tokens);
         for sequence in plan.sequences() {
             let own: Vec<&RowWork> = work.by_ref().take(sequence.logit_rows as usize).collect();
-            let bad = spoiled.is_some() && own.first().map(|work| work.seq) == spoiled;
-            self.write(&sequence, &tokens[sequence.rows.clone()], bad);
+            let fault = failing.filter(|(seq, _)| own.first().is_some_and(|work| work.seq == *seq));
+            let fault = fault.map(|(_, fault)| fault);
+            let spoiled = fault == Some(Fault::NotANumber);
+            self.write(&sequence, &tokens[sequence.rows.clone()], spoiled);
             let end = sequence.start.0 + u32::try_from(sequence.rows.len()).unwrap();
             for (position, work) in (end - sequence.logit_rows..end).zip(own) {
+                let draws = matches!(work.purpose, RowPurpose::Sample { .. });
                 rows.push(match self.attend(&sequence, position) {
+                    Some(_) if draws && fault == Some(Fault::NoToken) => RowOutput::NoToken,
                     Some(state) => answer(state, &work.purpose, VOCAB),
                     None => RowOutput::NotANumber,
                 });

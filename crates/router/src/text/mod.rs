@@ -9,6 +9,7 @@ mod stop;
 mod strftime;
 mod template;
 mod tokenizer;
+mod words;
 
 pub use detokenize::Detokenizer;
 pub use form::{Vocabulary, Wanted};

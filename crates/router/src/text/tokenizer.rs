@@ -6,6 +6,7 @@ use grammar::TokenTable;
 use types::TokenId;
 
 use super::Detokenizer;
+use super::words::Words;
 use crate::Error;
 
 const FILE: &str = "tokenizer.json";
@@ -14,6 +15,8 @@ const FILE: &str = "tokenizer.json";
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     table: TokenTable,
+    /// For a tokenizer whose words can be told from outside.
+    words: Option<Words>,
 }
 
 impl Tokenizer {
@@ -32,7 +35,8 @@ impl Tokenizer {
             grammar::Error::Tokenizer { reason } => refuse(reason),
             other => refuse(other.to_string()),
         })?;
-        Ok(Self { inner, table })
+        let words = Words::of(&inner);
+        Ok(Self { inner, table, words })
     }
 
     /// The token ids of `text`; with `add_special`, the tokens the tokenizer puts around a text (BOS) are added.
@@ -40,6 +44,9 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer's own words when it cannot encode the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, String> {
+        if let (Some(words), false) = (&self.words, add_special) {
+            return words.encode(&self.inner, text);
+        }
         let encoding = self.inner.encode_fast(text, add_special).map_err(|error| error.to_string())?;
         Ok(encoding.get_ids().iter().map(|&id| TokenId(id)).collect())
     }

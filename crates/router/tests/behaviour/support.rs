@@ -182,6 +182,13 @@ impl Worker for Service {
         }))
     }
 
+    async fn get_steps(
+        &self,
+        _: Request<worker::GetStepsRequest>,
+    ) -> Result<Response<worker::StepRecords>, Status> {
+        Ok(Response::new(worker::StepRecords::default()))
+    }
+
     async fn generate(
         &self,
         request: Request<worker::GenerateRequest>,

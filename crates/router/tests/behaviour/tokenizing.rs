@@ -1,8 +1,9 @@
 use router::text::Tokenizer;
 use router::{Error, ModelFiles};
+use serde_json::json;
 use types::TokenId;
 
-use crate::support::{demo_files, demo_tokenizer};
+use crate::support::{Random, demo_files, demo_tokenizer};
 
 fn demo_json() -> serde_json::Value {
     serde_json::from_slice(&demo_files().tokenizer_json.unwrap()).unwrap()
@@ -19,6 +20,85 @@ fn special_tokens_are_added_only_when_asked_for() {
     let mut with_bos = vec![TokenId(5)];
     with_bos.extend(&bare);
     assert_eq!(tokenizer.encode("Hello", true).unwrap(), with_bos);
+}
+
+/// Texts of everything that decides where words end.
+fn soup(random: &mut Random, markers: &[String]) -> String {
+    const PIECES: [&str; 40] = [
+        "a",
+        "Word",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r\n",
+        "\u{a0}",
+        "\u{2028}",
+        "\u{3000}",
+        "'",
+        "'s",
+        "'re",
+        "'ll",
+        "'D",
+        "7",
+        "42",
+        "½",
+        "Ⅷ",
+        "٣",
+        "é",
+        "e\u{301}",
+        "\u{301}",
+        "Å",
+        "\u{212b}",
+        "ﬁ",
+        "漢字",
+        "かが",
+        "か\u{3099}",
+        "한국",
+        "\u{1100}\u{1161}",
+        "🦀",
+        "—",
+        "…",
+        "\u{2000}",
+        "<|",
+        "|>",
+        "_",
+        "{\"k\": [1]}",
+        "и\u{306}",
+    ];
+    let piece = |random: &mut Random| match random.below(8) {
+        0 => markers[random.below(markers.len())].clone(),
+        _ => PIECES[random.below(PIECES.len())].to_owned(),
+    };
+    (0..random.below(40)).map(|_| piece(random)).collect()
+}
+
+#[test]
+fn words_that_are_remembered_give_the_ids_of_the_library() {
+    let words =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let composing = json!({ "normalizer": { "type": "NFC" } });
+    let no_digits = json!({ "pre_tokenizer": words });
+    let other_words = json!({ "pre_tokenizer": { "type": "Sequence", "pretokenizers": [
+        { "type": "Punctuation", "behavior": "Isolated" }, words] } });
+    let mut random = Random::seeded(43);
+    for changes in [json!({}), composing, no_digits, other_words] {
+        let mut json = demo_json();
+        for (key, value) in changes.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        let ours = read(&json).unwrap();
+        let library = tokenizers::Tokenizer::from_bytes(serde_json::to_vec(&json).unwrap()).unwrap();
+        let markers: Vec<String> = ours.special_tokens().map(str::to_owned).collect();
+        for _ in 0..3000 {
+            let text = soup(&mut random, &markers);
+            for add_special in [false, true] {
+                let expected = library.encode_fast(text.as_str(), add_special).unwrap();
+                let ids: Vec<u32> = ours.encode(&text, add_special).unwrap().iter().map(|id| id.0).collect();
+                assert_eq!(ids, expected.get_ids(), "{text:?} with {changes}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! drawn does not depend on who was faster. How long that can take is bounded by the grammar's fuel, see
 //! [`grammar::limits`].
 
+mod choices;
 mod guides;
 mod kitchen;
 mod thinking;
@@ -15,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use grammar::{Error, Matcher};
 use types::{TokenId, TokenMask};
 
+pub(crate) use choices::{Choices, Limit};
 pub(crate) use guides::Guides;
 pub(crate) use kitchen::Kitchen;
 pub(crate) use thinking::Thinking;

@@ -50,6 +50,20 @@ fn answers_of_two_ranks_are_valid() {
 }
 
 #[test]
+fn answers_are_valid_and_the_same_when_sub_groups_draw_them() {
+    let alone = Group::start(1, |_| {});
+    let requests = || asked(20_264, 24).into_iter().map(|(_, request)| request).collect::<Vec<_>>();
+    let expected = alone.ask(requests());
+    alone.stop();
+    for (tensor, data) in [(1, 2), (2, 2)] {
+        let group = Group::among(tensor, data, |_| {});
+        check(&group, asked(20_264, 24));
+        assert_eq!(group.ask(requests()), expected, "{data} sub-groups of {tensor}");
+        group.stop();
+    }
+}
+
+#[test]
 fn several_answers_to_one_schema_are_each_valid() {
     let group = Group::start(1, |_| {});
     let several = asked(20_263, 12).into_iter().map(|(schema, mut request)| {

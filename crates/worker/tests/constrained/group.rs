@@ -9,7 +9,7 @@ use proto::worker::{FinishReason, GenerateChunk, GenerateRequest, Generation, Gu
 use types::{Constraint, TokenId};
 use worker::{Config, Limits, Report};
 
-use crate::support::{Client, Rank, config, demo};
+use crate::support::{Client, Rank, among, config, demo};
 
 pub(crate) struct Group {
     ranks: Vec<Rank>,
@@ -18,8 +18,17 @@ pub(crate) struct Group {
 
 impl Group {
     pub(crate) fn start(size: u32, change: impl Fn(&mut Limits)) -> Self {
+        Self::of(size, |rank| config(rank, size), change)
+    }
+
+    /// Of `data` sub-groups of `tensor` ranks.
+    pub(crate) fn among(tensor: u32, data: u32, change: impl Fn(&mut Limits)) -> Self {
+        Self::of(tensor * data, |rank| among(rank, tensor, data), change)
+    }
+
+    fn of(size: u32, config: impl Fn(u32) -> Config, change: impl Fn(&mut Limits)) -> Self {
         let changed = |rank| {
-            let mut config = config(rank, size);
+            let mut config = config(rank);
             config.limits.running_max = 32;
             config.limits.waiting_requests_max = 512;
             config.limits.waiting_tokens_max = 1 << 20;

@@ -56,9 +56,17 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         window_keys: None,
         boot_timeout: Duration::from_secs(30),
         step_timeout: Duration::from_secs(10),
+        fault_dir: None,
         drain_grace: Duration::from_secs(30),
         access: worker::Access::default(),
     }
+}
+
+/// One rank of `data` sub-groups of `tensor` ranks, on the demo model, which send rows to whole experts.
+pub(crate) fn among(rank: u32, tensor: u32, data: u32) -> Config {
+    let tensor_size = TpSize::new(tensor).unwrap();
+    let (experts, dispatch) = (ExpertSharding::Expert, types::Dispatch::AllToAll);
+    Config { tensor: tensor_size, experts, dispatch, ..config(rank, tensor * data) }
 }
 
 /// A running rank.

@@ -92,6 +92,13 @@ impl Worker for Service {
         Ok(Response::new(worker::GroupActivity::default()))
     }
 
+    async fn get_steps(
+        &self,
+        _: Request<worker::GetStepsRequest>,
+    ) -> Result<Response<worker::StepRecords>, Status> {
+        Ok(Response::new(worker::StepRecords::default()))
+    }
+
     async fn generate(
         &self,
         request: Request<worker::GenerateRequest>,

@@ -57,7 +57,8 @@ pub(super) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
     let target = Target::new(&args.target)?;
     let rows = args.rows.iter().copied().max().unwrap_or(1);
     let blocks = args.context.div_ceil(BLOCK).saturating_mul(rows);
-    let bounds = StepBounds { rows: rows as usize, sequences: rows as usize, blocks: [blocks; 2] };
+    let bounds =
+        StepBounds { rows: rows as usize, sequences: rows as usize, blocks: [blocks; 2], all_to_all: false };
     let (machine, found) = target.measure(&bounds, Ops { args })?;
     if args.target.json {
         say!("{}", json!({ "model": target.name, "machine": machine.as_json(), "kernels": found }));

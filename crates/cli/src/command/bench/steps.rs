@@ -195,7 +195,8 @@ impl Room {
     }
 
     fn bounds(&self, sequences: u32, rows: u32) -> StepBounds {
-        StepBounds { rows: rows as usize, sequences: sequences as usize, blocks: self.pools(sequences) }
+        let (rows, sequences_max) = (rows as usize, sequences as usize);
+        StepBounds { rows, sequences: sequences_max, blocks: self.pools(sequences), all_to_all: false }
     }
 
     /// The table of a group for rows `start..end` of a sequence.

@@ -14,10 +14,10 @@ impl<C: Collective<[f32]>> SoloDevice<C> {
     /// Over `line`, whose group must have one rank.
     ///
     /// # Errors
-    /// [`crate::Error::NoNccl`] when it has more.
+    /// [`crate::Error::NotAlone`] when it has more.
     pub fn new(line: C) -> Result<Self, crate::Error> {
         let ranks = line.rank().size().get();
-        if ranks == 1 { Ok(Self(line)) } else { Err(crate::Error::NoNccl { ranks }) }
+        if ranks == 1 { Ok(Self(line)) } else { Err(crate::Error::NotAlone { ranks }) }
     }
 
     fn copy(collective: &'static str, from: &Tensor, counts: &[usize], to: &Tensor) -> Result<(), Error> {
@@ -90,6 +90,10 @@ impl<C: Collective<[f32]>> Collective<Tensor> for SoloDevice<C> {
 
     fn barrier(&mut self) -> Result<(), Error> {
         self.0.barrier()
+    }
+
+    fn queues(&self) -> bool {
+        true
     }
 
     fn counters(&self) -> Counters {
