@@ -1,4 +1,4 @@
-//! Any text as an answer: however it is cut, the same comes out of it, and no marker shows.
+//! Any text as an answer: however it is cut, the same comes out of it.
 #![no_main]
 
 use std::path::Path;
@@ -27,5 +27,6 @@ fuzz_target!(|answer: &str| {
     let whole = parsed([answer].into_iter());
     let letters = parsed(answer.char_indices().map(|(at, c)| &answer[at..at + c.len_utf8()]));
     assert_eq!(whole, letters);
-    assert!(!whole.0.contains("<|END_THINKING|>") && !whole.1.contains("<|END_TEXT|>"));
+    // That no marker shows is not asserted here: what stands on both sides of one that is left out may look like another
+    // together (`<|E<CLS>ND_TEXT|>`), which the model has not written.
 });

@@ -9,6 +9,7 @@ mod deaths;
 mod dummy_weights;
 mod endings;
 mod examples;
+mod forms;
 mod lifecycle;
 mod metrics;
 mod parity;

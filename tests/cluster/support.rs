@@ -26,6 +26,8 @@ pub(crate) fn cohort(args: &[&str]) -> Command {
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // Neither the developer's settings nor their log filter belong to a test.
     command.env_clear();
+    // A group that is killed writes down its last steps.
+    command.env("TMPDIR", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 

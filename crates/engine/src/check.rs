@@ -1,4 +1,4 @@
-//! Everything that must hold between two calls. Tests call it after every one; the leader when it is idle.
+//! Everything that must hold between two calls. Tests call it after every one.
 
 use std::collections::BTreeSet;
 

@@ -178,9 +178,16 @@ fn cause(reason: &str) -> &str {
     reason.lines().next().unwrap_or_default().trim()
 }
 
+const OVERLAPPING: &str = "oneOf is enforced where its alternatives exclude each other: by their types, or by a required property that \
+    has another const in each; use that, or anyOf";
+
 /// The beginning of a long error: what matters comes first.
 fn first_lines(error: &str) -> String {
     const LINES: usize = 4;
+    // Its own words name an option that callers do not have.
+    if error.contains("oneOf constraints are not supported") {
+        return OVERLAPPING.to_owned();
+    }
     let lines: Vec<&str> = error.lines().filter(|line| !line.starts_with('<')).take(LINES).collect();
     lines.join("\n")
 }

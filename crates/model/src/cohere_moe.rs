@@ -9,6 +9,7 @@ mod measure;
 use std::ops::Range;
 
 use collectives::{Collective, Counters};
+use ops::sample::{Choice, Plain};
 use ops::{Backend, Batch, ExpertSlots, KvGroup, KvLayerSpec, Window};
 use types::{BlockSize, Dispatch, TokenId};
 
@@ -174,35 +175,68 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     /// # Errors
     /// As [`Model::step`].
     pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
-        self.most_likely_among(batch, &[batch.tokens.len()])
+        let how = vec![Some(Plain::GREEDY); batch.logit_rows.len()];
+        let chosen = self.choose((batch, &[batch.tokens.len()]), &how, |_, _| Ok(()))?;
+        let token = |choice| match choice {
+            Choice::Token(token) => Some(token),
+            Choice::NotANumber | Choice::Left => None,
+        };
+        Ok(chosen.into_iter().map(token).collect())
     }
 
-    /// As [`Model::most_likely`], in a group of several sub-groups.
+    /// As [`Model::step_among`] for steps of which the device draws tokens: of every logit row that `how`, as long as there
+    /// are such rows, says how to draw. `sink` gets the logits of the other rows.
     ///
     /// # Errors
     /// As [`Model::step_among`].
-    pub fn most_likely_among(
+    pub fn choose(
         &mut self,
-        batch: &Batch,
-        rows: &[usize],
-    ) -> Result<Vec<Option<TokenId>>, Error> {
+        (batch, rows): (&Batch, &[usize]),
+        how: &[Option<Plain>],
+        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<Vec<Choice>, Error> {
         let before = self.begin(batch, rows)?;
         let x = self.hidden(batch, rows)?;
-        let (mut first, mut chosen) = (0, Vec::with_capacity(batch.logit_rows.len()));
-        while first < batch.logit_rows.len() {
-            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
-            let vocab = self.config.vocab_size;
-            if self.plan.rank.size().as_usize() == 1 {
-                let logits = self.own_logits(&x, first..end)?;
-                chosen.extend(self.backend.largest(&logits, vocab, self.config.logit_scale)?);
-            } else {
-                let logits = self.logits(&x, first..end)?;
-                chosen.extend(logits.chunks_exact(vocab).map(|row| ops::largest(row, 1.0)));
+        let alone = self.plan.rank.size().as_usize() == 1;
+        let most = if alone { self.backend.drawn_rows_max() } else { LOGIT_ROWS_MAX };
+        let mut chosen = Vec::with_capacity(how.len());
+        for (chunk, how) in how.chunks(most).enumerate() {
+            let first = chunk * most;
+            if alone {
+                self.draw(&x, (first, how), &mut chosen, &mut sink)?;
+                continue;
             }
-            first = end;
+            let logits = self.logits(&x, first..first + how.len())?;
+            for (i, (logits, how)) in logits.chunks_exact(self.config.vocab_size).zip(how).enumerate() {
+                if how.is_none() {
+                    sink(first + i, logits)?;
+                }
+                chosen.push(how.map_or(Choice::Left, |how| ops::sample::drawn(first + i, logits, &how)));
+            }
         }
         self.count(batch, &before);
         Ok(chosen)
+    }
+
+    /// [`Model::choose`] for logit rows from `first` on, by a device that has all of their logits.
+    fn draw(
+        &mut self,
+        x: &B::Tensor,
+        (first, how): (usize, &[Option<Plain>]),
+        chosen: &mut Vec<Choice>,
+        sink: &mut impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (vocab, scale) = (self.config.vocab_size, self.config.logit_scale);
+        let logits = self.own_logits(x, first..first + how.len())?;
+        chosen.extend(self.backend.draw(&logits, (vocab, scale), how)?);
+        for row in (0..how.len()).filter(|&row| how[row].is_none()) {
+            let mut values = self.backend.read_rows(&logits, row..row + 1)?;
+            if scale != 1.0 {
+                values.iter_mut().for_each(|value| *value *= scale);
+            }
+            sink(first + row, &values)?;
+        }
+        Ok(())
     }
 
     /// Checks a step before any rank sends anything; returns what was sent before it.

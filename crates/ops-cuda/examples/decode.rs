@@ -85,7 +85,7 @@ fn options(config: &ModelConfig, rows: usize, table_words: usize) -> Options {
     let moe = config.moe.as_ref();
     let activations = Activations {
         rows,
-        logit_rows: 64,
+        logit_rows: 256,
         hidden: config.hidden_size,
         qkv: (config.query_heads + 2 * config.kv_heads) * config.head_dim,
         intermediate: config.dense_intermediate_size.unwrap_or(0),
@@ -97,7 +97,8 @@ fn options(config: &ModelConfig, rows: usize, table_words: usize) -> Options {
         exchanged_rows: 0,
         table_words,
     };
-    Options { ordinal: 0, dtype: DType::BF16, activations: activations.bytes(), cache: KernelCache::user() }
+    let activations = activations.bytes();
+    Options { ordinal: 0, dtype: DType::BF16, activations, cache: KernelCache::user(), heads: None }
 }
 
 /// Uniform numbers whose products keep the size of their input.

@@ -55,6 +55,7 @@ __device__ __forceinline__ u64 described(u32 at) {
 template <bool GATED>
 __device__ __forceinline__ void gemm_wide(const GemmParams& p) {
     extern __shared__ unsigned char memory[];
+    await_inputs();
     if (p.tiles && blockIdx.x >= *p.tiles) return;
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
     u32 outs = GATED ? p.n / 2 : p.n;

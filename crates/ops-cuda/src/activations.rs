@@ -40,6 +40,8 @@ impl Activations {
     pub fn bytes(&self) -> Bytes {
         const WORD: usize = 4;
         const SPLIT_WORDS: usize = 6 << 20;
+        // Products whose K is shared: tiles of 128 × 128, two to a multiprocessor, in each of two branches.
+        const SHARED_WORDS: usize = 2 * 2 * 192 * 128 * 128;
         // A recorded step is padded, and its two branches keep what they had until both are done.
         let recorded = form_rows(self.rows).unwrap_or(RECORDED_ROWS_MAX);
         let rows = self.rows.max(recorded);
@@ -58,7 +60,7 @@ impl Activations {
         let gathered = if self.ranks > 1 { self.ranks * self.vocab } else { 0 };
         let logits = self.logit_rows * (2 * self.hidden + self.vocab + gathered);
         let widest = attention.max(dense).max(experts).max(logits).max(branches);
-        let words = rows * stream + widest + self.table_words;
+        let words = rows * stream + widest + SHARED_WORDS + self.table_words;
         Bytes((words * WORD + words * WORD / 4 + (1 << 20)) as u64)
     }
 

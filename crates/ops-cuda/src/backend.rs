@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use half::bf16;
+use ops::sample::{Choice, Plain};
 use ops::{
     Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed, Rope,
     Routing, Window,
@@ -15,7 +16,9 @@ use types::{Bytes, DType, TokenId};
 
 use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencies, head_shape};
 use crate::cache::KernelCache;
+use crate::check::KernelShape;
 use crate::device::{Device, Grid};
+use crate::draw::{DRAWN_ROWS_MAX, Rows};
 use crate::dummy::DummyKernel;
 use crate::graph::{Course, Recordings};
 use crate::idle::Idle;
@@ -37,6 +40,9 @@ pub struct Options {
     pub activations: Bytes,
     /// Where compiled kernels are kept.
     pub cache: KernelCache,
+    /// The rank's heads, when they are known: their attention is then compiled beside the other kernels, and not when the
+    /// first cache layer is made.
+    pub heads: Option<KernelShape>,
 }
 
 /// The op set on one card for one rank. Not `Send`: the thread that makes it uses it.
@@ -49,6 +55,7 @@ pub struct CudaBackend {
     step: Step,
     recordings: Recordings,
     idle: Idle,
+    draws: Rows,
     pub(crate) dummy: Option<DummyKernel>,
     device: Rc<Device>,
 }
@@ -59,8 +66,8 @@ impl CudaBackend {
     /// # Errors
     /// When a library, the card or memory is missing, or a kernel does not compile.
     pub fn new(options: &Options) -> Result<Self, crate::Error> {
-        let Options { ordinal, dtype, activations, cache } = options.clone();
-        let device = Rc::new(Device::open(ordinal, dtype, activations, cache)?);
+        let dtype = options.dtype;
+        let device = Rc::new(Device::open(options)?);
         Ok(Self {
             dtype,
             attention: HashMap::new(),
@@ -69,6 +76,7 @@ impl CudaBackend {
             step: Step::new()?,
             recordings: Recordings::default(),
             idle: Idle::new()?,
+            draws: Rows::new()?,
             dummy: None,
             device,
         })
@@ -137,6 +145,10 @@ impl CudaBackend {
 
     pub(crate) const fn storage(&self) -> DType {
         self.dtype
+    }
+
+    pub(crate) fn draws(&mut self) -> (&mut Rows, &Device) {
+        (&mut self.draws, &self.device)
     }
 
     pub(crate) const fn device(&self) -> &Rc<Device> {
@@ -500,6 +512,19 @@ impl Backend for CudaBackend {
 
     fn largest(&mut self, logits: &Tensor, width: usize, scale: f32) -> Result<Vec<Option<TokenId>>, Error> {
         self.largest_of_rows(logits, width, scale)
+    }
+
+    fn drawn_rows_max(&self) -> usize {
+        DRAWN_ROWS_MAX
+    }
+
+    fn draw(
+        &mut self,
+        logits: &Tensor,
+        shape: (usize, f32),
+        how: &[Option<Plain>],
+    ) -> Result<Vec<Choice>, Error> {
+        self.draw_rows(logits, shape, how)
     }
 
     fn logit_rows(&mut self, x: &Tensor, which: Range<usize>) -> Result<Tensor, Error> {

@@ -70,11 +70,16 @@ impl KernelReport {
 /// Every kernel file that a rank of this shape compiles.
 #[must_use]
 pub fn sources(shape: &KernelShape) -> Vec<Source> {
+    let mut sources = Source::common(shape.dtype);
+    sources.extend([attention_source(shape), Source::dummy(shape.dtype)]);
+    sources
+}
+
+/// The attention of a rank of this shape.
+pub(crate) fn attention_source(shape: &KernelShape) -> Source {
     let KernelShape { dtype, head_dim, query_heads, kv_heads } = *shape;
     let (head_dim, group) = heads_together(head_dim, query_heads, kv_heads);
-    let mut sources = Source::common(dtype);
-    sources.extend([Source::attention(dtype, head_dim, group), Source::dummy(dtype)]);
-    sources
+    Source::attention(dtype, head_dim, group)
 }
 
 /// Compiles `sources` for `arch` (`sm_90a`) on all cores, in no cache.

@@ -13,14 +13,15 @@ use cudarc::driver::sys::{
     CUlaunchConfig, CUmodule, CUresult, CUstream, cuLaunchKernelEx, cuStreamQuery,
 };
 use cudarc::driver::{CudaContext, result};
-use types::{Bytes, DType};
+use types::DType;
 
 use crate::arena::FreeList;
+use crate::backend::Options;
 use crate::cache::KernelCache;
-use crate::check::in_parallel;
+use crate::check::{attention_source, in_parallel};
 use crate::comm::Watch;
 use crate::graph::Lanes;
-use crate::kernels::{Address, Params, Source};
+use crate::kernels::{Address, GemmParams, Params, Source};
 use crate::memory::DeviceBuffer;
 use crate::nvrtc::Compiled;
 use crate::{Error, arch, probe};
@@ -44,6 +45,8 @@ pub(crate) struct Device {
     /// Counters of blocks that arrived, zero between launches.
     counters: DeviceBuffer,
     cache: KernelCache,
+    /// Compiled when the card was opened, loaded when they are first needed.
+    early: Vec<(Source, Compiled)>,
     arch: String,
     lanes: Lanes,
     lane: Cell<usize>,
@@ -54,13 +57,12 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn open(
-        ordinal: usize,
-        dtype: DType,
-        arena: Bytes,
-        cache: KernelCache,
-    ) -> Result<Self, Error> {
-        probe()?;
+    pub(crate) fn open(options: &Options) -> Result<Self, Error> {
+        let &Options { ordinal, dtype, activations, ref cache, ref heads } = options;
+        let found = probe()?.cards.len();
+        if ordinal >= found {
+            return Err(Error::Ordinal { ordinal, found });
+        }
         let context = CudaContext::new(ordinal).map_err(Error::driver("cuDevicePrimaryCtxRetain"))?;
         let capability = context.compute_capability().map_err(Error::driver("cuDeviceGetAttribute"))?;
         arch::card(&context.name().map_err(Error::driver("cuDeviceGetName"))?, capability)?;
@@ -69,17 +71,20 @@ impl Device {
         let lanes = Lanes::new()?;
         let count = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         let multiprocessors = count.map_err(Error::driver("cuDeviceGetAttribute"))?;
-        let kernels = Kernels::load(dtype, &arch, &cache)?;
-        let arena_bytes = usize::try_from(arena.0).unwrap_or(usize::MAX);
+        let mut early = vec![Source::dummy(dtype)];
+        early.extend(heads.map(|shape| attention_source(&shape)));
+        let (kernels, early) = Kernels::load((dtype, early), &arch, cache)?;
+        let arena_bytes = usize::try_from(activations.0).unwrap_or(usize::MAX);
         let counters = DeviceBuffer::new("counters", COUNTERS * size_of::<u32>())?;
         let device = Self {
             watches: RefCell::default(),
             arena: DeviceBuffer::new("activations", arena_bytes)?,
-            free: RefCell::new(FreeList::new(arena.0)),
+            free: RefCell::new(FreeList::new(activations.0)),
             kernels,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
             counters,
-            cache,
+            cache: cache.clone(),
+            early,
             arch,
             lanes,
             lane: Cell::new(0),
@@ -97,7 +102,10 @@ impl Device {
     }
 
     pub(crate) fn module(&self, source: &Source) -> Result<Module, Error> {
-        Module::load(source, &self.arch, &self.cache)
+        match self.early.iter().find(|(early, _)| early == source) {
+            Some((_, compiled)) => Module::of(compiled),
+            None => Module::of(&self.cache.get(source, &self.arch)?),
+        }
     }
 
     /// Makes the context current on the calling thread.
@@ -326,10 +334,6 @@ impl Function {
 pub(crate) struct Module(CUmodule);
 
 impl Module {
-    fn load(source: &Source, arch: &str, cache: &KernelCache) -> Result<Self, Error> {
-        Self::of(&cache.get(source, arch)?)
-    }
-
     fn of(compiled: &Compiled) -> Result<Self, Error> {
         // SAFETY: the image is a whole cubin, and the driver copies it.
         let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast::<c_void>()) };
@@ -360,9 +364,12 @@ pub(crate) const fn tiles_shared(outs: u32, rows: u32) -> u32 {
 /// Bytes of shared memory of the warpgroup tiles: four stages of (128 + 256) × 64 bf16, and room to align them.
 pub(crate) const WIDE_SHARED: u32 = 4 * (128 + 256) * 64 * 2 + 1024;
 
+/// Rows of w in a tensor-core tile.
+pub(crate) const TILE_OUTS: u32 = 128;
+
 /// Bytes of shared memory of the tensor-core tiles: three stages of (rows + columns) × 64 bf16.
-pub(crate) const fn gemm_shared(tile: u32) -> u32 {
-    3 * 2 * tile * 64 * 2
+const fn gemm_shared(rows: u32) -> u32 {
+    3 * (rows + TILE_OUTS) * 64 * 2
 }
 
 /// The kernels that every model needs.
@@ -389,16 +396,48 @@ pub(crate) struct Kernels {
     pub(crate) expert_down: Function,
     pub(crate) group_pairs: Function,
     pub(crate) combine: Function,
+    pub(crate) sample: Function,
     /// bf16 alone has them.
     pub(crate) tiles: Option<Tiles>,
     _modules: Vec<Module>,
 }
 
+/// A product whose tiles go through shared memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SharedTiles {
+    function: Function,
+    pub(crate) rows: u32,
+}
+
+impl SharedTiles {
+    fn load(module: &Module, name: &str, rows: u32) -> Result<Self, Error> {
+        let function = module.function(name)?;
+        function.allow_shared(gemm_shared(rows))?;
+        Ok(Self { function, rows })
+    }
+
+    /// Queues `shares` blocks for each of `tiles` tiles of rows and each tile of `outs`.
+    pub(crate) fn launch(
+        self,
+        device: &Device,
+        (tiles, outs, shares): (u32, u32, u32),
+        params: &GemmParams,
+    ) -> Result<(), Error> {
+        let blocks = (tiles, outs.div_ceil(TILE_OUTS), shares);
+        let grid = Grid { blocks, threads: 128, shared: gemm_shared(self.rows) };
+        device.launch_early(self.function, grid, params)
+    }
+}
+
 /// Products on the tensor cores.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tiles {
-    /// Tiles of 64 and of 128.
-    pub(crate) gemm: [Function; 2],
+    /// Dense, in tiles of 128 rows.
+    pub(crate) gemm: SharedTiles,
+    /// Adds up what blocks that shared K made.
+    pub(crate) add_shares: Function,
+    /// By expert, plain and gated, in tiles of 32 and of 64 rows.
+    pub(crate) grouped: [[SharedTiles; 2]; 2],
     /// Plain, and gated; Hopper alone has them.
     pub(crate) wide: Option<[Function; 2]>,
     /// For 8, 16, 32 and 64 rows.
@@ -416,9 +455,12 @@ impl Tiles {
         for function in wide.into_iter().flatten() {
             function.allow_shared(WIDE_SHARED)?;
         }
-        let gemm = [gemm.function("gemm64")?, gemm.function("gemm128")?];
-        gemm[0].allow_shared(gemm_shared(64))?;
-        gemm[1].allow_shared(gemm_shared(128))?;
+        let load = |name, rows| SharedTiles::load(gemm, name, rows);
+        let grouped = [
+            [load("gemm32", 32)?, load("gemm32_gated", 32)?],
+            [load("gemm64", 64)?, load("gemm64_gated", 64)?],
+        ];
+        let (gemm, add_shares) = (load("gemm128", 128)?, gemm.function("add_shares")?);
         let skinny = [
             skinny.function("tiles8")?,
             skinny.function("tiles16")?,
@@ -428,17 +470,30 @@ impl Tiles {
         skinny[3].allow_shared(tiles_shared(32, 64))?;
         let (expert_up, expert_down) =
             (experts.function("expert_up_tiles")?, experts.function("expert_down_tiles")?);
-        Ok(Self { gemm, wide, skinny, expert_up, expert_down })
+        Ok(Self { gemm, add_shares, grouped, wide, skinny, expert_up, expert_down })
     }
 }
 
 impl Kernels {
-    fn load(dtype: DType, arch: &str, cache: &KernelCache) -> Result<Self, Error> {
+    /// Compiles what every model needs, and `more` beside it.
+    fn load(
+        (dtype, more): (DType, Vec<Source>),
+        arch: &str,
+        cache: &KernelCache,
+    ) -> Result<(Self, Vec<(Source, Compiled)>), Error> {
+        let common = Source::common(dtype);
+        let count = common.len();
+        let all = [common, more].concat();
         // Compiling takes seconds for each file when nothing is kept yet.
-        let compiled = in_parallel(&Source::common(dtype), |source| cache.get(source, arch))?;
+        let mut compiled = in_parallel(&all, |source| cache.get(source, arch))?;
+        let early = all.into_iter().skip(count).zip(compiled.split_off(count)).collect();
+        Ok((Self::of(&compiled, arch)?, early))
+    }
+
+    fn of(compiled: &[Compiled], arch: &str) -> Result<Self, Error> {
         let mut modules = compiled.iter().map(Module::of);
         let mut next = || modules.next().unwrap_or_else(|| unreachable!("every model has these files"));
-        let (rows, skinny, experts) = (next()?, next()?, next()?);
+        let (rows, skinny, experts, sample) = (next()?, next()?, next()?, next()?);
         let tiles = modules.next().transpose()?;
         let functions = match &tiles {
             Some(gemm) => Some(Tiles::load(gemm, &skinny, &experts, arch)?),
@@ -470,8 +525,9 @@ impl Kernels {
             expert_down: experts.function("expert_down")?,
             group_pairs: experts.function("group_pairs")?,
             combine: experts.function("combine")?,
+            sample: sample.function("sample")?,
             tiles: functions,
-            _modules: [rows, skinny, experts].into_iter().chain(tiles).collect(),
+            _modules: [rows, skinny, experts, sample].into_iter().chain(tiles).collect(),
         })
     }
 }

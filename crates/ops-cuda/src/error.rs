@@ -27,6 +27,14 @@ pub enum Error {
     /// The driver sees no card.
     #[error("the CUDA driver finds no device; is one assigned to this process (CUDA_VISIBLE_DEVICES)?")]
     NoDevice,
+    /// A card that is not there.
+    #[error("card {ordinal} is asked for, and the driver shows this process {found}, counted from 0")]
+    Ordinal {
+        /// What was asked for.
+        ordinal: usize,
+        /// How many there are.
+        found: usize,
+    },
     /// A card that the kernels cannot be compiled for.
     #[error("{card} has compute capability {major}.{minor}, and the kernels need 8.0 (A100) or newer")]
     UnsupportedCard {

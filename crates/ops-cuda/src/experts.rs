@@ -7,8 +7,7 @@ use types::DType;
 
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
-use crate::device::{Grid, Tiles, WIDE_SHARED, gemm_shared};
-use crate::graph::RECORDED_ROWS_MAX;
+use crate::device::{Grid, Tiles, WIDE_SHARED};
 use crate::kernels::{
     Address, CombineParams, ExpertDownParams, ExpertDownTilesParams, ExpertUpParams, GemmParams, GroupParams,
     RouteParams, RouterParams,
@@ -19,9 +18,12 @@ use crate::tensor::{Routed, Tensor, Weight, size};
 const ROUTER_ROWS: usize = 8;
 /// Rows so few that hardly an expert is chosen twice.
 const SEPARATE_ROWS: usize = 2;
-/// Rows up to which an expert's pairs are found by each of its blocks; more are grouped beforehand.
-const FEW_ROWS: usize = RECORDED_ROWS_MAX;
-/// Pairs of an expert, on average, from which the warpgroup tiles pay.
+/// Pairs of an expert, on average, up to which they are found by each of its blocks; more are grouped beforehand. At
+/// most as many rows have room there.
+const FEW_PAIRS: usize = 8;
+const FEW_ROWS: usize = 256;
+/// Pairs of an expert, on average, from which tiles of 64 rows pay, and the warpgroup tiles.
+const LARGE_PAIRS: usize = 24;
 const WIDE_PAIRS: usize = 64;
 /// Choices of a row that the kernels have room for.
 const CHOICES_MAX: usize = 64;
@@ -154,7 +156,8 @@ impl CudaBackend {
         let aligned = stack.hidden.is_multiple_of(8) && stack.inter.is_multiple_of(8);
         match self.device().kernels.tiles {
             Some(tiles) if x.rows() > SEPARATE_ROWS && aligned => {
-                if x.rows() <= FEW_ROWS {
+                let few = FEW_PAIRS * stack.local as usize;
+                if x.rows() <= FEW_ROWS && routed.rows * routed.top_k <= few {
                     self.expert_by_expert(x, routed, &stack, tiles)
                 } else {
                     self.grouped(x, routed, &stack, tiles)
@@ -269,7 +272,8 @@ impl CudaBackend {
         const OP: &str = "routed_experts";
         let pairs = routed.rows * routed.top_k;
         let wide = kernels.wide.filter(|_| pairs >= WIDE_PAIRS * stack.local as usize);
-        let tile = if wide.is_some() { 128 } else { 64 };
+        let [plain, gated] = kernels.grouped[usize::from(pairs >= LARGE_PAIRS * stack.local as usize)];
+        let tile = if wide.is_some() { 128 } else { plain.rows as usize };
         // Each expert fills its last tile at most by itself.
         let tiles = pairs / tile + (stack.local as usize).min(pairs);
         let sorted = Piece::new(self.device(), tiles * tile * WORD)?;
@@ -286,7 +290,7 @@ impl CudaBackend {
             tile: size(OP, tile)?,
         };
         let grid = Grid { blocks: (1, 1, 1), threads: 1024, shared: 2 * stack.local * WORD as u32 };
-        self.device().launch(self.device().kernels.group_pairs, grid, &group)?;
+        self.device().launch_early(self.device().kernels.group_pairs, grid, &group)?;
         let product = GemmParams {
             c: 0,
             a: x.address(),
@@ -301,24 +305,14 @@ impl CudaBackend {
             c_f32: 0,
         };
         let tiles = size(OP, tiles)?;
-        let small =
-            |n: u32| Grid { blocks: (tiles, n.div_ceil(64), 1), threads: 128, shared: gemm_shared(64) };
         let large = |n: u32| Grid { blocks: (tiles, n.div_ceil(256), 1), threads: 256, shared: WIDE_SHARED };
         // Rows of pairs that other ranks compute hold whatever was there; nothing reads what comes of them.
-        let activated = match wide {
-            Some([_, gated]) => {
-                let activated = self.tensor(pairs, stack.inter as usize)?;
-                let product = GemmParams { c: activated.address(), ..product };
-                self.device().launch(gated, large(product.n), &product)?;
-                activated
-            }
-            None => {
-                let gate_up = self.tensor(pairs, 2 * stack.inter as usize)?;
-                let product = GemmParams { c: gate_up.address(), ..product };
-                self.device().launch(kernels.gemm[0], small(product.n), &product)?;
-                self.gated(&gate_up)?
-            }
-        };
+        let activated = self.tensor(pairs, stack.inter as usize)?;
+        let product = GemmParams { c: activated.address(), ..product };
+        match wide {
+            Some([_, gated]) => self.device().launch_early(gated, large(product.n), &product)?,
+            None => gated.launch(self.device(), (tiles, product.n, 1), &product)?,
+        }
         let y = Tensor::new(self.device(), pairs, stack.hidden as usize, DType::F32)?;
         let product = GemmParams {
             c: y.address(),
@@ -331,8 +325,8 @@ impl CudaBackend {
             ..product
         };
         match wide {
-            Some([plain, _]) => self.device().launch(plain, large(product.n), &product)?,
-            None => self.device().launch(kernels.gemm[0], small(product.n), &product)?,
+            Some([plain, _]) => self.device().launch_early(plain, large(product.n), &product)?,
+            None => plain.launch(self.device(), (tiles, product.n, 1), &product)?,
         }
         self.add_up(&y, routed, stack)
     }

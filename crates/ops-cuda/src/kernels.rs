@@ -15,10 +15,11 @@ pub struct Source {
 const COMMON: &str = include_str!("../kernels/common.cuh");
 
 impl Source {
-    /// The files every model of `dtype` needs, in the order rows, skinny, experts and (in bf16) gemm.
+    /// The files every model of `dtype` needs, in the order rows, skinny, experts, sample and (in bf16) gemm.
     #[must_use]
     pub fn common(dtype: DType) -> Vec<Self> {
-        let mut sources = vec![Self::rows(dtype), Self::skinny(dtype), Self::experts(dtype)];
+        let mut sources =
+            vec![Self::rows(dtype), Self::skinny(dtype), Self::experts(dtype), Self::sample(dtype)];
         if dtype == DType::BF16 {
             sources.push(Self::gemm());
         }
@@ -41,6 +42,12 @@ impl Source {
     #[must_use]
     pub fn experts(dtype: DType) -> Self {
         Self::new("experts.cu", include_str!("../kernels/experts.cu"), dtype)
+    }
+
+    /// Tokens drawn from logits.
+    #[must_use]
+    pub fn sample(dtype: DType) -> Self {
+        Self::new("sample.cu", include_str!("../kernels/sample.cu"), dtype)
     }
 
     /// Matrix products of many rows, bf16 only.
@@ -131,6 +138,7 @@ params! {
         c: Address, a: Address, w: Address, sorted: Address, tile_expert: Address, tiles: Address,
         m: u32, n: u32, k: u32, a_divisor: u32, c_f32: u32,
     }
+    SharesParams { c: Address, parts: Address, count: u32, shares: u32, c_f32: u32 }
     RouteParams {
         experts: Address, weights: Address, logits: Address,
         rows: u32, count: u32, top_k: u32, softmax: u32, renormalize: u32, position: Address,
@@ -141,6 +149,7 @@ params! {
         width: u32, scale: f32, eps: f32, layer: u32,
     }
     LargestParams { best: Address, x: Address, width: u32, is_f32: u32, scale: f32 }
+    SampleParams { tokens: Address, x: Address, best: Address, rows: Address, width: u32, is_f32: u32, scale: f32 }
     ExpertUpParams {
         activated: Address, x: Address, gate_up: Address, experts: Address,
         top_k: u32, first: u32, local: u32, hidden: u32, inter: u32, pairs: u32,

@@ -6,8 +6,8 @@ use types::{DType, TokenId};
 
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
-use crate::device::{Grid, Tiles, WIDE_SHARED, gemm_shared, tiles_shared};
-use crate::kernels::{GemmParams, LargestParams, ResidualNormParams, SkinnyParams};
+use crate::device::{Grid, TILE_OUTS, Tiles, WIDE_SHARED, tiles_shared};
+use crate::kernels::{GemmParams, LargestParams, ResidualNormParams, SharesParams, SkinnyParams};
 use crate::tensor::{Tensor, Weight, size};
 
 /// Rows up to which the tensor cores read weights past shared memory.
@@ -16,8 +16,11 @@ const FEW_ROWS: usize = 64;
 const FEW_ROWS_OF_MANY: usize = 16;
 /// What "very many" is.
 const MANY_OUTS: u32 = 16_384;
-/// Rows from which tiles of 128 pay.
-const LARGE_ROWS: usize = 512;
+/// Blocks of each multiprocessor that a product's tiles are cut into along K, K's pieces of 64 that make a block worth
+/// it, and blocks of one tile at most.
+const SHARED_BLOCKS_EACH: u32 = 2;
+const SHARE_PIECES: u32 = 8;
+const SHARES_MAX: u32 = 4;
 /// Vectors of a row that a thread keeps at most (KEPT) times threads of a block, in the kernels of norms.
 const NORM_VECTORS_MAX: usize = 4 * 256;
 /// Blocks that share a row of logits.
@@ -91,19 +94,33 @@ impl CudaBackend {
             c_f32: params.y_f32,
         };
         // The warpgroup tiles pay where they occupy most of the card.
-        let wide_blocks = (rows.div_ceil(128), outs.div_ceil(256), 1);
-        let occupied = 4 * wide_blocks.0 * wide_blocks.1 >= 3 * self.device().multiprocessors;
-        let wide = tiles.wide.filter(|_| occupied && rows > 128 && outs.is_multiple_of(8));
-        let (function, grid) = match wide {
-            Some([plain, _]) => (plain, Grid { blocks: wide_blocks, threads: 256, shared: WIDE_SHARED }),
-            None => {
-                let large = rows as usize >= LARGE_ROWS;
-                let tile = if large { 128 } else { 64 };
-                let blocks = (rows.div_ceil(tile), outs.div_ceil(tile), 1);
-                (tiles.gemm[usize::from(large)], Grid { blocks, threads: 128, shared: gemm_shared(tile) })
+        let blocks = (rows.div_ceil(128), outs.div_ceil(256), 1);
+        let occupied = 4 * blocks.0 * blocks.1 >= 3 * self.device().multiprocessors;
+        let wide = tiles.wide.filter(|_| occupied && rows > 64 && outs.is_multiple_of(8));
+        match wide {
+            Some([plain, _]) => {
+                let grid = Grid { blocks, threads: 256, shared: WIDE_SHARED };
+                Ok(self.device().launch_early(plain, grid, &gemm)?)
             }
-        };
-        Ok(self.device().launch(function, grid, &gemm)?)
+            None => self.shared_tiles(tiles, gemm),
+        }
+    }
+
+    /// Through shared memory; several blocks share a tile's K where its tiles alone leave much of the card empty.
+    fn shared_tiles(&self, tiles: Tiles, params: GemmParams) -> Result<(), Error> {
+        let device = self.device();
+        let (row_tiles, out_tiles) = (params.m.div_ceil(tiles.gemm.rows), params.n.div_ceil(TILE_OUTS));
+        let fit = SHARED_BLOCKS_EACH * device.multiprocessors / (row_tiles * out_tiles);
+        let shares = fit.min(params.k / (64 * SHARE_PIECES)).clamp(1, SHARES_MAX);
+        if shares == 1 || !params.n.is_multiple_of(4) {
+            return Ok(tiles.gemm.launch(device, (row_tiles, params.n, 1), &params)?);
+        }
+        let count = params.m * params.n;
+        let parts = Tensor::new(device, shares as usize, count as usize, DType::F32)?;
+        let product = GemmParams { c: parts.address(), c_f32: 1, ..params };
+        tiles.gemm.launch(device, (row_tiles, params.n, shares), &product)?;
+        let sum = SharesParams { c: params.c, parts: parts.address(), count, shares, c_f32: params.c_f32 };
+        Ok(device.launch_early(tiles.add_shares, Grid::over(count as usize / 4), &sum)?)
     }
 
     /// x += sum + scale · more, in place, and its norm; `None` for rows or types that the kernel does not take.
@@ -148,6 +165,15 @@ impl CudaBackend {
         width: usize,
         scale: f32,
     ) -> Result<Vec<Option<TokenId>>, Error> {
+        let best = self.largest_keys(logits, width, scale)?;
+        let bytes = logits.rows() * size_of::<u64>();
+        let keys = self.land(best.address(), bytes)?.as_chunks().0.iter().map(|&key| u64::from_le_bytes(key));
+        // The low half is the complement of the number; all ones stand for a value that is not a number.
+        Ok(keys.map(|key| (key != u64::MAX).then_some(TokenId(!(key as u32)))).collect())
+    }
+
+    /// The largest of each row times `scale` and its number, as one integer each.
+    pub(crate) fn largest_keys(&self, logits: &Tensor, width: usize, scale: f32) -> Result<Piece, Error> {
         if logits.width() != width {
             let detail = format!("rows of {} where {width} are needed", logits.width());
             return Err(Error::Shape { op: "largest", detail });
@@ -164,8 +190,6 @@ impl CudaBackend {
         };
         let grid = Grid::new(LARGEST_BLOCKS, size("largest", logits.rows())?, 256);
         self.device().launch(self.device().kernels.largest, grid, &params)?;
-        let keys = self.land(best.address(), bytes)?.as_chunks().0.iter().map(|&key| u64::from_le_bytes(key));
-        // The low half is the complement of the number; all ones stand for a value that is not a number.
-        Ok(keys.map(|key| (key != u64::MAX).then_some(TokenId(!(key as u32)))).collect())
+        Ok(best)
     }
 }

@@ -62,6 +62,8 @@ fn products<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
         (30, 2048, 72),
         (64, 328, 520),
         (65, 320, 130),
+        (100, 1024, 260),
+        (200, 4096, 512),
         (600, 328, 257),
         (1100, 200, 4008),
     ] {
@@ -96,7 +98,7 @@ fn experts<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
     let gate_up = b.experts(host(&[count, 2 * inter, hidden], gate_up))?;
     let down = b.experts(host(&[count, hidden, inter], down))?;
     for (rows, top_k) in
-        [(1, 8), (2, 8), (8, 8), (9, 8), (70, 8), (200, 8), (256, 8), (257, 2), (300, 8), (64, 1)]
+        [(1, 8), (2, 8), (8, 8), (9, 8), (30, 8), (70, 8), (200, 8), (256, 8), (257, 2), (300, 8), (64, 1)]
     {
         // Distinct logits: on a tie of rounded values both choices would be right.
         let logits: Vec<f32> =

@@ -10,7 +10,12 @@ use std::ops::Range;
 
 use types::{BlockSize, DType, TokenId};
 
+use crate::sample::{Choice, Plain, drawn};
 use crate::{Batch, Dummy, Error, HostTensor, KvGroup};
+
+/// Rows whose logits are made at once unless a backend says otherwise: bounds the memory of a prompt's log-probabilities
+/// (64 rows of a 262,144-entry vocabulary are 64 MiB) whatever the prompt's length.
+const DRAWN_ROWS_MAX: usize = 64;
 
 /// Which normalisation; both multiply by a weight and have no bias.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -497,6 +502,39 @@ pub trait Backend {
     ) -> Result<Vec<Option<TokenId>>, Error> {
         let values = self.read(logits)?;
         Ok(values.chunks_exact(width).map(|row| largest(row, scale)).collect())
+    }
+
+    /// Rows that [`Backend::draw`] and [`Backend::largest`] take at once at most.
+    fn drawn_rows_max(&self) -> usize {
+        DRAWN_ROWS_MAX
+    }
+
+    /// Draws a token of each row of `logits` [rows, `width`] times `scale` that `how`, as long as there are rows, says how
+    /// to draw; from the same logits the reference sampler's token ([`crate::sample`]).
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn draw(
+        &mut self,
+        logits: &Self::Tensor,
+        (width, scale): (usize, f32),
+        how: &[Option<Plain>],
+    ) -> Result<Vec<Choice>, Error> {
+        let mut values = self.read(logits)?;
+        values.iter_mut().for_each(|value| *value *= scale);
+        let rows = values.chunks_exact(width).zip(how).enumerate();
+        Ok(rows
+            .map(|(row, (logits, how))| how.map_or(Choice::Left, |how| drawn(row, logits, &how)))
+            .collect())
+    }
+
+    /// As [`Backend::read`] of some rows of `x`.
+    ///
+    /// # Errors
+    /// When `rows` is out of range, or on a device failure.
+    fn read_rows(&mut self, x: &Self::Tensor, rows: Range<usize>) -> Result<Vec<f32>, Error> {
+        let rows = self.slice_rows(x, rows)?;
+        self.read(&rows)
     }
 
     /// Copies a tensor to the host as fp32, row-major.

@@ -5,16 +5,14 @@ use std::thread::available_parallelism;
 
 use collectives::{Collective, Tcp};
 use model::{Activity, Model, ModelConfig, ShardPlan};
+use ops::sample::{Choice, Plain};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::{Activations, CardLine, CudaBackend, KernelCache, Options};
-use types::{Bytes, DType, Dispatch, TokenId, TpSize};
+use ops_cuda::{Activations, CardLine, CudaBackend, DRAWN_ROWS_MAX, KernelCache, KernelShape, Options};
+use types::{Bytes, DType, Dispatch, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
-
-/// Rows whose logits the model makes at once at most.
-const LOGIT_ROWS: usize = 64;
 
 /// What was decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +106,7 @@ pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &
     let blocks: usize = KvGroup::ALL.iter().map(|group| step.blocks[group.index()] as usize).sum();
     let activations = Activations {
         rows: step.rows,
-        logit_rows: LOGIT_ROWS,
+        logit_rows: step.rows.min(DRAWN_ROWS_MAX),
         hidden: model.hidden_size,
         qkv: (plan.query_heads.len() + 2 * plan.kv_heads.len()) * model.head_dim,
         intermediate: dense.max(shared),
@@ -120,7 +118,14 @@ pub fn cuda_options(dtype: DType, model: &ModelConfig, plan: &ShardPlan, step: &
         exchanged_rows: if step.all_to_all { plan.subgroups() * step.rows } else { 0 },
         table_words: 2 * blocks + 4 * step.sequences,
     };
-    Options { ordinal: 0, dtype, activations: activations.bytes(), cache: KernelCache::user() }
+    let heads = KernelShape {
+        dtype,
+        head_dim: model.head_dim,
+        query_heads: plan.query_heads.len(),
+        kv_heads: plan.kv_heads.len(),
+    };
+    let (activations, cache) = (activations.bytes(), KernelCache::user());
+    Options { ordinal: 0, dtype, activations, cache, heads: Some(heads) }
 }
 
 /// The model one rank runs.
@@ -162,15 +167,16 @@ impl RankModel {
         }
     }
 
-    /// As [`Model::most_likely_among`]; when every layer is looked at, logits come from [`RankModel::step`].
-    pub(crate) fn most_likely(
+    /// As [`Model::choose`]; when every layer is looked at, logits come from [`RankModel::step`].
+    pub(crate) fn choose(
         &mut self,
-        batch: &Batch,
-        rows: &[usize],
-    ) -> Result<Vec<Option<TokenId>>, model::Error> {
+        (batch, rows): (&Batch, &[usize]),
+        how: &[Option<Plain>],
+        sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
+    ) -> Result<Vec<Choice>, model::Error> {
         match &mut self.on {
-            OnDevice::Cpu(model) => model.most_likely_among(batch, rows),
-            OnDevice::Cuda(model) => model.most_likely_among(batch, rows),
+            OnDevice::Cpu(model) => model.choose((batch, rows), how, sink),
+            OnDevice::Cuda(model) => model.choose((batch, rows), how, sink),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use engine::{Brief, Drawn, RowKind, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
 use model::Activity;
-use ops::sample::{Draw, Logits};
+use ops::sample::{self, Draw, Logits, Plain};
 use ops::{Batch, BatchSequence, BlockTable};
 use types::{History, TokenId, TpRank, TpSize};
 
@@ -137,11 +137,10 @@ impl Executor {
         let Self { rank, model, batch, portion, .. } = self;
         assert_eq!(work.len(), batch.logit_rows.len(), "{rank}: each logit row has work");
         let at: Vec<usize> = portion.own_rows().collect();
-        let simple = |(row, at): (&&RowWork, &usize)| takes_the_most_likely(row) && !choices.limits(*at, row);
-        if !model.looks() && work.iter().zip(&at).all(simple) {
-            let output = |token| RowOutput::Sampled { token, logprob: None };
-            let tokens = model.most_likely(batch, &portion.rows)?;
-            return Ok(tokens.into_iter().map(|t| t.map_or(RowOutput::NotANumber, output)).collect());
+        let how = work.iter().zip(&at).map(|(row, at)| plain(row).filter(|_| !choices.limits(*at, row)));
+        let how: Vec<Option<Plain>> = how.collect();
+        if !model.looks() && how.iter().any(Option::is_some) {
+            return self.choose(&how, (work, &at), choices);
         }
         let vocab = model.config().vocab_size;
         let mut outputs = Vec::with_capacity(work.len());
@@ -152,6 +151,29 @@ impl Executor {
             Ok(())
         })?;
         Ok(outputs)
+    }
+
+    /// As [`Executor::compute`], with tokens drawn by the device where `how` says so; the other rows' logits come to the
+    /// host. `work` comes with its places among the step's logit rows.
+    fn choose(
+        &mut self,
+        how: &[Option<Plain>],
+        (work, at): (&[&RowWork], &[usize]),
+        choices: &mut impl Choices,
+    ) -> Result<Vec<RowOutput>, Error> {
+        let Self { model, batch, portion, .. } = self;
+        let mut left = Vec::new();
+        let chosen = model.choose((batch, &portion.rows), how, |row, logits| {
+            left.push(row_output(at[row], logits, work[row], choices));
+            Ok(())
+        })?;
+        let mut left = left.into_iter();
+        let output = |choice| match choice {
+            sample::Choice::Token(token) => RowOutput::Sampled { token, logprob: None },
+            sample::Choice::NotANumber => RowOutput::NotANumber,
+            sample::Choice::Left => left.next().unwrap_or(RowOutput::NotANumber),
+        };
+        Ok(chosen.into_iter().map(output).collect())
     }
 
     /// Every sub-group's results, in the order of the step's logit rows: the first rank of each brings its own, and all ranks
@@ -243,14 +265,15 @@ impl Executor {
     }
 }
 
-/// Whether the most likely token is all that a row's logits are for, if no grammar limits it.
-fn takes_the_most_likely(row: &RowWork) -> bool {
+/// How a row's token is drawn when nothing but its logits as they are matters, and nothing but the token is asked for, if no
+/// grammar limits it.
+fn plain(row: &RowWork) -> Option<Plain> {
     match &row.purpose {
         RowPurpose::Sample { params, rules, history, banned, logprobs, stream, position } => {
             let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask: None };
-            history.is_none() && logprobs.is_none() && draw.is_greedy()
+            draw.plain().filter(|_| history.is_none() && logprobs.is_none())
         }
-        RowPurpose::PromptLogprob { .. } => false,
+        RowPurpose::PromptLogprob { .. } => None,
     }
 }
 
@@ -291,6 +314,6 @@ fn row_output(at: usize, logits: &[f32], work: &RowWork, choices: &mut impl Choi
     }
 }
 
-fn ours(from: ops::sample::TokenLogprob) -> engine::TokenLogprob {
+fn ours(from: sample::TokenLogprob) -> engine::TokenLogprob {
     engine::TokenLogprob { token: from.token, logprob: from.logprob, top: from.top }
 }

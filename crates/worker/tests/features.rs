@@ -208,6 +208,8 @@ fn what_cannot_be_done_is_refused_by_its_name() {
         (with(plain(), |g| g.logit_bias = [(4096, 1.0)].into()), "generation.logit_bias"),
         (with(plain(), |g| g.allowed_token_ids = vec![4096]), "generation.allowed_token_ids"),
         (with(plain(), |g| g.bad_words = vec![TokenIds { ids: vec![] }]), "generation.bad_words"),
+        (with(plain(), |g| g.stop_token_ids = vec![4096]), "generation.stop_token_ids"),
+        (with(plain(), |g| g.min_tokens = Some(5)), "generation.min_tokens"),
         (
             with(plain(), |g| {
                 g.allowed_token_ids = vec![9];

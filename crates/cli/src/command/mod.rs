@@ -152,3 +152,8 @@ fn runtime() -> anyhow::Result<Runtime> {
         .build()
         .context("start the runtime")
 }
+
+/// Threads for serving callers, one a core: a router does nothing else.
+fn serving_runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")
+}

@@ -104,7 +104,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut config = settings.router();
     config.access.secret = identity::secret(&settings, StartedBy::supervised(args.supervised))?;
     let supervised = args.supervised;
-    super::runtime()?.block_on(async {
+    super::serving_runtime()?.block_on(async {
         Ok(router::serve(config, files, |bound| announce(bound, supervised), stop).await?)
     })
 }

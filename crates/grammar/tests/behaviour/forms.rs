@@ -82,7 +82,19 @@ fn any_object_is_an_object() {
 
 #[test]
 fn hand_written_schemas_admit_what_they_should_and_nothing_else() {
-    let table: [(&str, &[&str], &[&str]); 9] = [
+    let table: [(&str, &[&str], &[&str]); 11] = [
+        (
+            r#"{"oneOf": [{"type": "null"}, {"type": "integer", "minimum": 1, "maximum": 9}]}"#,
+            &["null", "7"],
+            &["0", "true"],
+        ),
+        (
+            r#"{"oneOf": [
+                {"type": "object", "properties": {"kind": {"const": "a"}, "x": {"type": "integer"}}, "required": ["kind", "x"], "additionalProperties": false},
+                {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"], "additionalProperties": false}]}"#,
+            &[r#"{"kind": "a", "x": 1}"#, r#"{"kind": "b"}"#],
+            &[r#"{"kind": "a"}"#, r#"{"kind": "b", "x": 1}"#, r#"{"kind": "c"}"#],
+        ),
         (r#"{"enum": ["a", 2, null, {"k": [1]}]}"#, &["\"a\"", "2", "null"], &["\"b\"", "3"]),
         (r#"{"const": "x\"y"}"#, &[r#""x\"y""#], &["\"x\""]),
         (

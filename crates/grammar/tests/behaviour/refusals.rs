@@ -82,6 +82,7 @@ fn the_compilers_words_say_what_is_wrong() {
         (Constraint::Grammar("root ::= \"a\"".to_owned()), "1("),
         (Constraint::Json("{\"type\": \"strange\"}".to_owned()), "strange"),
         (Constraint::Json("{\"$ref\": \"http://example.com/x\"}".to_owned()), ""),
+        (Constraint::Json(r#"{"oneOf": [{"minimum": 1}, {"maximum": 5}]}"#.to_owned()), "exclude each other"),
         (Constraint::Json("{\"type\": \"integer\", \"minimum\": 5, \"maximum\": 4}".to_owned()), "minimum"),
     ];
     for (form, word) in table {

@@ -20,6 +20,7 @@ pub(crate) fn skipped() -> bool {
 }
 
 pub(crate) fn backend(dtype: DType) -> Result<CudaBackend, ops::Error> {
-    let options = Options { ordinal: 0, dtype, activations: Bytes(256 << 20), cache: KernelCache::user() };
+    let activations = Bytes(256 << 20);
+    let options = Options { ordinal: 0, dtype, activations, cache: KernelCache::user(), heads: None };
     Ok(CudaBackend::new(&options)?)
 }

@@ -54,17 +54,73 @@ pub struct Draw<'a> {
     pub mask: Option<&'a TokenMask>,
 }
 
-impl Draw<'_> {
-    /// Whether the token is the most likely one of the logits as they are.
+/// How to draw from logits as they are, when nothing biases, penalises or excludes a token: what a device needs to know
+/// to draw by itself.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Plain {
+    /// Divides the logits; 0 takes the most likely token.
+    pub temperature: f32,
+    /// As [`SamplingParams::top_k`].
+    pub top_k: Option<u32>,
+    /// As [`SamplingParams::top_p`].
+    pub top_p: f32,
+    /// As [`SamplingParams::min_p`].
+    pub min_p: f32,
+    /// The uniform number in [0, 1) of this draw.
+    pub at: f64,
+}
+
+impl Plain {
+    /// The most likely token.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_k: None, top_p: 1.0, min_p: 0.0, at: 0.0 };
+
+    /// Whether the most likely token is taken.
     #[must_use]
-    pub fn is_greedy(&self) -> bool {
-        self.is_plain() && self.params.is_greedy()
+    pub const fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+}
+
+/// What became of a row that a device was to draw a token of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// Its token.
+    Token(TokenId),
+    /// One of its logits is not a number.
+    NotANumber,
+    /// None was asked for: its logits are wanted on the host.
+    Left,
+}
+
+impl Draw<'_> {
+    /// What a device needs to know, when the logits are used as they are.
+    #[must_use]
+    pub fn plain(&self) -> Option<Plain> {
+        self.is_plain().then(|| self.filters())
+    }
+
+    /// What follows once bias, penalties and exclusions are done with.
+    fn filters(&self) -> Plain {
+        let params = self.params;
+        Plain {
+            temperature: params.temperature(),
+            top_k: params.top_k(),
+            top_p: params.top_p(),
+            min_p: params.min_p(),
+            at: uniform(params.seed(), self.stream, self.position),
+        }
     }
 
     /// Whether the logits are used as they are.
     fn is_plain(&self) -> bool {
         self.mask.is_none() && self.banned.is_empty() && self.rules.is_empty() && !self.params.has_penalties()
     }
+}
+
+/// The token of row number `row` of logits [V], already scaled, when nothing is biased, penalised or excluded.
+#[must_use]
+pub fn drawn(row: usize, logits: &[f32], how: &Plain) -> Choice {
+    Logits::new(row, logits).map_or(Choice::NotANumber, |logits| Choice::Token(logits.draw(how)))
 }
 
 /// One row of logits [V] (already scaled).
@@ -90,15 +146,17 @@ impl<'a> Logits<'a> {
             true => Cow::Borrowed(self.0),
             false => Cow::Owned(adjust::adjusted(self.0, draw, history)),
         };
-        let logits = Logits(&logits);
-        let params = draw.params;
-        if params.is_greedy() {
-            return logits.most_likely();
+        Logits(&logits).draw(&draw.filters())
+    }
+
+    /// The next token when nothing is biased, penalised or excluded.
+    #[must_use]
+    pub fn draw(&self, how: &Plain) -> TokenId {
+        if how.is_greedy() {
+            return self.most_likely();
         }
-        let candidates = Candidates::new(logits.0, params.temperature());
-        let kept = candidates.filter(params.top_k(), params.top_p(), params.min_p());
-        let at = uniform(params.seed(), draw.stream, draw.position);
-        kept.draw(at).unwrap_or_else(|| logits.most_likely())
+        let kept = Candidates::new(self.0, how.temperature).filter(how.top_k, how.top_p, how.min_p);
+        kept.draw(how.at).unwrap_or_else(|| self.most_likely())
     }
 
     fn most_likely(&self) -> TokenId {

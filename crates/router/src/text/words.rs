@@ -13,7 +13,7 @@ use types::TokenId;
 
 /// The words of GPT-2's expression, which `ByteLevel` uses. Its lookahead, `\s+(?!\S)`, leaves the last blank of a run
 /// to the word after it; [`Words::words`] does that.
-const WORD: &str = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+";
+const WORD: &str = r"^(?:'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+)";
 /// Words that are remembered; when there are more, the memory begins anew.
 const WORDS_MAX: usize = 1 << 16;
 /// A longer word is hardly seen twice.
@@ -145,7 +145,7 @@ impl Words {
     fn words<'a>(&self, part: &'a str) -> impl Iterator<Item = &'a str> {
         let mut rest = part;
         std::iter::from_fn(move || {
-            // The alternatives cover every letter, so the match is at the beginning.
+            // The alternatives cover every letter, so there is a match.
             let found = self.word.find(rest)?;
             let blank = found.as_str().chars().next_back().filter(|last| last.is_whitespace());
             let before = found.end() - blank.map_or(0, char::len_utf8);

@@ -131,6 +131,19 @@ async fn wrong_messages_are_named() {
 }
 
 #[tokio::test]
+async fn a_template_that_raises_is_a_400_with_its_words() {
+    let leader = Leader::serving().await.play_always(answer("ok"));
+    let mut files = demo_files();
+    files.chat_template = Some("{{ raise_exception('roles must alternate') }}".to_owned());
+    let router = TestRouter::start(config(&[&leader]), files).await;
+    router.wait_for(tonic_health::pb::health_check_response::ServingStatus::Serving).await;
+    let answer = chat(&router, "Hi", json!({})).await;
+    let (param, message) = answer.refusal();
+    assert_eq!((answer.code, param.as_deref()), (400, Some("messages")));
+    assert!(message.contains("roles must alternate"), "{message}");
+}
+
+#[tokio::test]
 async fn a_body_that_is_not_json_is_refused_with_the_position() {
     let router = ready().await;
     let deep = format!("{{\"messages\": {}{}}}", "[".repeat(5000), "]".repeat(5000));

@@ -102,6 +102,27 @@ fn words_that_are_remembered_give_the_ids_of_the_library() {
 }
 
 #[test]
+fn more_words_than_are_remembered_keep_their_ids() {
+    let letters = |mut number: usize| {
+        let mut word = String::new();
+        while number > 0 {
+            word.push(char::from(b'a' + (number % 26) as u8));
+            number /= 26;
+        }
+        word
+    };
+    let text: String = (0..70_000).map(|number| format!(" {}", letters(number))).collect();
+    let json = serde_json::to_vec(&demo_json()).unwrap();
+    let expected =
+        tokenizers::Tokenizer::from_bytes(json).unwrap().encode_fast(text.as_str(), false).unwrap();
+    let ours = demo_tokenizer();
+    for part in [&text[..], &text[..text.len() / 2], &text[..]] {
+        let ids: Vec<u32> = ours.encode(part, false).unwrap().iter().map(|id| id.0).collect();
+        assert!(part != text || ids == expected.get_ids());
+    }
+}
+
+#[test]
 fn truncation_and_padding_of_the_file_are_not_applied() {
     let mut json = demo_json();
     json["truncation"] = serde_json::json!(

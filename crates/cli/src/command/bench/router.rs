@@ -69,6 +69,13 @@ pub struct RouterArgs {
     pub json: bool,
 }
 
+impl RouterArgs {
+    /// Requests while latency is measured.
+    fn requests(&self) -> u32 {
+        (self.rate * self.seconds).ceil().min(f64::from(u32::MAX)) as u32
+    }
+}
+
 /// What was measured.
 #[derive(Debug, Clone, Serialize)]
 struct Report {
@@ -79,6 +86,8 @@ struct Report {
     /// The difference of the percentiles.
     added_p50_us: f64,
     added_p99_us: f64,
+    /// Of the router's process, at that rate.
+    cpu_us_a_request: f64,
     streams: u32,
     kib_a_stream: f64,
     tokens_per_s: f64,
@@ -168,7 +177,9 @@ async fn measure(args: &RouterArgs) -> anyhow::Result<Report> {
     let direct = client::channel(&format!("http://{}", leader.address)).await?;
     let ids = vec![1; question.tokens];
     let direct_ms = paced(args, &mut failed, |_| answered_directly(direct.clone(), ids.clone())).await?;
+    let cpu = router.cpu()?;
     let routed_ms = paced(args, &mut failed, |at| answered(routed.clone(), question.request(at, 1))).await?;
+    let cpu_us_a_request = (router.cpu()? - cpu) * 1e6 / f64::from(args.requests());
 
     let (tokens_per_s, messages_per_s, cpu_us_a_token) = fan_out(args, &router, &question).await?;
     let kib_a_stream = hold(args, &router, &leader, &question).await?;
@@ -179,6 +190,7 @@ async fn measure(args: &RouterArgs) -> anyhow::Result<Report> {
         routed_ms,
         added_p50_us: (routed_ms.p50 - direct_ms.p50) * 1e3,
         added_p99_us: (routed_ms.p99 - direct_ms.p99) * 1e3,
+        cpu_us_a_request,
         streams: args.streams,
         kib_a_stream,
         tokens_per_s,
@@ -239,7 +251,7 @@ where
     F: Future<Output = Outcome> + Send + 'static,
 {
     let mut tasks = JoinSet::new();
-    let count = (args.rate * args.seconds).ceil().min(f64::from(u32::MAX)) as u32;
+    let count = args.requests();
     let started = Instant::now();
     for at in 0..count {
         tokio::time::sleep_until(started + Duration::from_secs_f64(f64::from(at) / args.rate)).await;
@@ -367,6 +379,7 @@ fn print(args: &RouterArgs, report: &Report) {
     let mut rest = Table::new([Align::Left, Align::Right]);
     rest.row([format!("KiB a stream, {} open", report.streams), format!("{:.1}", report.kib_a_stream)]);
     rest.row([format!("tokens/s over {} streams", args.fan_streams), format!("{:.0}", report.tokens_per_s)]);
+    rest.row(["router's CPU a request, µs".into(), format!("{:.0}", report.cpu_us_a_request)]);
     rest.row(["messages/s".into(), format!("{:.0}", report.messages_per_s)]);
     rest.row(["router's CPU a token, µs".into(), format!("{:.2}", report.cpu_us_a_token)]);
     for line in rest.lines() {
