@@ -8,9 +8,10 @@ use std::{
 };
 
 /// Which workspace crates a crate may name under `[dependencies]` or `[build-dependencies]`; `cli` may name all.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("types", &[]),
     ("collectives", &["types"]),
+    ("security", &["types"]),
     ("ops", &["types"]),
     ("proto", &["types"]),
     ("engine", &["types"]),
@@ -20,14 +21,26 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("ops-cuda", &["ops", "collectives", "types"]),
     (
         "worker",
-        &["proto", "engine", "model", "ops", "ops-cpu", "ops-cuda", "collectives", "grammar", "types"],
+        &[
+            "proto",
+            "engine",
+            "model",
+            "ops",
+            "ops-cpu",
+            "ops-cuda",
+            "collectives",
+            "grammar",
+            "security",
+            "types",
+        ],
     ),
-    ("router", &["proto", "grammar", "types"]),
-    ("settings", &["router", "worker", "model", "types"]),
+    ("router", &["proto", "grammar", "security", "types"]),
+    ("settings", &["router", "worker", "model", "security", "types"]),
     ("cli", &CLI_ARROWS),
 ];
-const CLI_ARROWS: [&str; 12] = [
+const CLI_ARROWS: [&str; 13] = [
     "settings",
+    "security",
     "router",
     "worker",
     "proto",

@@ -131,12 +131,18 @@ fn a_killed_group_process_takes_its_ranks_along_and_the_group_comes_back() {
 fn the_last_steps_of_a_group_are_shown_while_it_serves_and_written_down_when_it_fails() {
     let place = tempfile::tempdir().unwrap();
     let fault_dir = format!("--fault-dir={}", place.path().display());
-    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--resume-grace=60", &fault_dir]);
+    // Whoever asks a group past its router shows the cluster's secret.
+    let secret = "0123456789abcdef".repeat(4);
+    let secret_file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(secret_file.path(), &secret).unwrap();
+    let secret_flag = format!("--cluster-secret-file={}", secret_file.path().display());
+    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--resume-grace=60", &fault_dir, &secret_flag]);
     cluster.generate(tokens(&[5, 600], 20)).unwrap();
     let router = cluster.processes().into_iter().find(|(_, line)| line.contains(" router ")).unwrap().1;
     let leader = router.split("--workers=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     let show = |flags: &[&str]| {
-        let shown = cohort(&[&["debug", "steps", "--worker", &leader], flags].concat()).output().unwrap();
+        let mut asking = cohort(&[&["debug", "steps", "--worker", &leader], flags].concat());
+        let shown = asking.env("COHORT_CLUSTER_SECRET", &secret).output().unwrap();
         assert!(shown.status.success(), "{}", String::from_utf8_lossy(&shown.stderr));
         String::from_utf8(shown.stdout).unwrap()
     };

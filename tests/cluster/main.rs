@@ -14,4 +14,5 @@ mod lifecycle;
 mod metrics;
 mod parity;
 mod resumes;
+mod security;
 mod support;

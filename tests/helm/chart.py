@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 CHART = HERE.parent.parent / "helm" / "cohort"
 KUBERNETES = ["1.29", "1.32"]
 # Kinds of controllers that a cluster may have; their schemas do not come with Kubernetes.
-CUSTOM = {"LeaderWorkerSet", "ServiceMonitor", "PodMonitor", "PrometheusRule", "ScaledObject"}
+CUSTOM = {"LeaderWorkerSet", "ServiceMonitor", "PodMonitor", "PrometheusRule", "ScaledObject", "Certificate"}
 # Keys of the cluster file that the chart fills in, so values may not.
 CHART_OWNED = [
     ("cluster",),
@@ -32,6 +32,9 @@ CHART_OWNED = [
     ("router", "workers"),
     ("group", "metrics_listen"),
     ("group", "hosts"),
+    ("router", "tls"),
+    ("router", "keys_file"),
+    ("group", "tls"),
 ]
 # The committed names of metrics.
 GOLDEN_METRICS = [

@@ -3,7 +3,7 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use model::Preset;
@@ -152,6 +152,15 @@ pub struct GroupFlags {
     /// Address where the leader serves metrics and probes over HTTP, or off [default: off]
     #[arg(long, value_name = "ADDR")]
     pub metrics_listen: Option<HttpListen>,
+    /// Certificate of the leader's listeners (PEM); read again when it changes [default: no TLS]
+    #[arg(long, value_name = "FILE")]
+    pub group_tls_certificate: Option<String>,
+    /// The certificate's private key (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub group_tls_key: Option<String>,
+    /// Authorities that routers' certificates must be signed by (PEM) [default: routers need none]
+    #[arg(long, value_name = "FILE")]
+    pub group_tls_client_ca: Option<String>,
     /// Longest wait for all ranks to come together, in seconds [default: 60]
     #[arg(long = "boot-timeout", value_name = "SECONDS")]
     pub boot_timeout_s: Option<f64>,
@@ -176,6 +185,31 @@ pub struct RouterFlags {
     /// Address of the HTTP endpoints, or off [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     pub http_listen: Option<HttpListen>,
+    /// Certificate of the router's listeners (PEM); read again when it changes [default: no TLS]
+    #[arg(long, value_name = "FILE")]
+    pub tls_certificate: Option<String>,
+    /// The certificate's private key (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<String>,
+    /// Authorities that callers' certificates must be signed by (PEM) [default: callers need none]
+    #[arg(long, value_name = "FILE")]
+    pub tls_client_ca: Option<String>,
+    /// File of the API keys, as `cohort keys new` writes its lines; read again when it changes [default: no key is asked
+    /// for]
+    #[arg(long, value_name = "FILE")]
+    pub keys_file: Option<String>,
+    /// File with the secret that routers show to groups [default: COHORT_CLUSTER_SECRET, else a random one in `cohort up`]
+    #[arg(long, value_name = "FILE")]
+    pub cluster_secret_file: Option<String>,
+    /// Authorities that the certificates of https:// groups must be signed by (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub cluster_tls_ca: Option<String>,
+    /// The router's own certificate for groups that want one (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub cluster_tls_certificate: Option<String>,
+    /// The private key of that certificate (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub cluster_tls_key: Option<String>,
     /// Requests admitted at once [default: 512]
     #[arg(long, value_name = "N")]
     pub requests_max: Option<u32>,
@@ -266,6 +300,9 @@ impl ConfigFlags for GroupFlags {
             given("--waiting-requests-max", "group.waiting_requests_max", self.waiting_requests_max.as_ref()),
             given("--waiting-tokens-max", "group.waiting_tokens_max", self.waiting_tokens_max.as_ref()),
             given("--metrics-listen", "group.metrics_listen", self.metrics_listen.as_ref()),
+            given("--group-tls-certificate", "group.tls.certificate", self.group_tls_certificate.as_ref()),
+            given("--group-tls-key", "group.tls.key", self.group_tls_key.as_ref()),
+            given("--group-tls-client-ca", "group.tls.client_ca", self.group_tls_client_ca.as_ref()),
             given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
             given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
             given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
@@ -282,6 +319,18 @@ impl ConfigFlags for RouterFlags {
         [
             given("--grpc-listen", "router.grpc_listen", self.grpc_listen.as_ref()),
             given("--http-listen", "router.http_listen", self.http_listen.as_ref()),
+            given("--tls-certificate", "router.tls.certificate", self.tls_certificate.as_ref()),
+            given("--tls-key", "router.tls.key", self.tls_key.as_ref()),
+            given("--tls-client-ca", "router.tls.client_ca", self.tls_client_ca.as_ref()),
+            given("--keys-file", "router.keys_file", self.keys_file.as_ref()),
+            given("--cluster-secret-file", "cluster.secret_file", self.cluster_secret_file.as_ref()),
+            given("--cluster-tls-ca", "cluster.tls.ca", self.cluster_tls_ca.as_ref()),
+            given(
+                "--cluster-tls-certificate",
+                "cluster.tls.certificate",
+                self.cluster_tls_certificate.as_ref(),
+            ),
+            given("--cluster-tls-key", "cluster.tls.key", self.cluster_tls_key.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
             given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
             given("--http-head-timeout", "router.http.head_timeout_s", self.http_head_timeout_s.as_ref()),
@@ -298,11 +347,15 @@ impl ConfigFlags for RouterFlags {
     }
 }
 
+fn shown(path: Option<&Path>) -> Option<String> {
+    path.map(|path| path.display().to_string())
+}
+
 impl From<&Settings> for ModelFlags {
     fn from(settings: &Settings) -> Self {
         let model = &settings.model;
         Self {
-            model: model.path.as_ref().map(|path| path.display().to_string()),
+            model: shown(model.path.as_deref()),
             preset: model.preset.map(|preset| preset.name().to_owned()),
             load_format: Some(model.load_format.name().to_owned()),
             layers: model.layers,
@@ -336,7 +389,7 @@ impl From<&Settings> for GroupFlags {
             data_parallel: Some(group.data_parallel),
             experts: Some(group.experts.name().to_owned()),
             dispatch: Some(group.dispatch.name().to_owned()),
-            expert_placement: group.expert_placement.as_ref().map(|file| file.display().to_string()),
+            expert_placement: shown(group.expert_placement.as_deref()),
             threads: group.threads,
             kv_tokens: Some(group.kv_tokens),
             block_size: Some(group.block_size.tokens()),
@@ -345,6 +398,9 @@ impl From<&Settings> for GroupFlags {
             waiting_requests_max: Some(group.waiting_requests_max),
             waiting_tokens_max: Some(group.waiting_tokens_max),
             metrics_listen: Some(group.metrics_listen),
+            group_tls_certificate: shown(group.tls.certificate.as_deref()),
+            group_tls_key: shown(group.tls.key.as_deref()),
+            group_tls_client_ca: shown(group.tls.client_ca.as_deref()),
             boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
             step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
             drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),
@@ -355,10 +411,18 @@ impl From<&Settings> for GroupFlags {
 
 impl From<&Settings> for RouterFlags {
     fn from(settings: &Settings) -> Self {
-        let router = &settings.router;
+        let (router, cluster) = (&settings.router, &settings.cluster.tls);
         Self {
             grpc_listen: Some(router.grpc_listen),
             http_listen: Some(router.http_listen),
+            tls_certificate: shown(router.tls.certificate.as_deref()),
+            tls_key: shown(router.tls.key.as_deref()),
+            tls_client_ca: shown(router.tls.client_ca.as_deref()),
+            keys_file: shown(router.keys_file.as_deref()),
+            cluster_secret_file: shown(settings.cluster.secret_file.as_deref()),
+            cluster_tls_ca: shown(cluster.ca.as_deref()),
+            cluster_tls_certificate: shown(cluster.certificate.as_deref()),
+            cluster_tls_key: shown(cluster.key.as_deref()),
             requests_max: Some(router.limits.requests_max),
             prompt_bytes_max: Some(router.limits.prompt_bytes_max),
             http_head_timeout_s: Some(router.http.head_timeout_s.as_secs_f64()),

@@ -1,10 +1,12 @@
 //! Talking to a router.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use proto::v1::cohort_client::CohortClient;
+use security::{Badge, ClientTls, Dialer, Identified};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
@@ -21,7 +23,12 @@ const DEADLINE_SLACK: Duration = Duration::from_secs(1);
 pub(crate) const SERVER_DEFAULT: &str = "http://127.0.0.1:50051";
 
 /// A client of the public API.
-pub(crate) type Client = CohortClient<Channel>;
+pub(crate) type Client = CohortClient<Identified>;
+/// The variables that say who calls, and whom to believe. Not flags: a command line is for everybody to read.
+const KEY_VARIABLE: &str = "COHORT_API_KEY";
+const CA_VARIABLE: &str = "COHORT_CA_FILE";
+const CERTIFICATE_VARIABLE: &str = "COHORT_CERTIFICATE_FILE";
+const CERTIFICATE_KEY_VARIABLE: &str = "COHORT_CERTIFICATE_KEY_FILE";
 
 /// The address under which a server bound to `bound` is reached from this machine.
 pub(crate) fn reachable(bound: SocketAddr) -> SocketAddr {
@@ -33,7 +40,7 @@ pub(crate) fn reachable(bound: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, bound.port())
 }
 
-/// A channel to `server`, given as `http://host:port` or `host:port`.
+/// A channel to `server`, given as `http://host:port`, `https://host:port` or `host:port`.
 pub(crate) async fn channel(server: &str) -> anyhow::Result<Channel> {
     channel_of("--server", server).await
 }
@@ -41,21 +48,37 @@ pub(crate) async fn channel(server: &str) -> anyhow::Result<Channel> {
 /// As [`channel`], for another flag than `--server`.
 pub(crate) async fn channel_of(flag: &str, server: &str) -> anyhow::Result<Channel> {
     let address = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
-    if !address.starts_with("http://") {
-        bail!("{flag} {server}: only http:// is spoken");
-    }
     let endpoint = Endpoint::from_shared(address.clone())
         .map_err(|error| anyhow!("{flag} {server}: {error}; use an address such as {SERVER_DEFAULT}"))?;
     let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+    match endpoint.uri().scheme_str() {
+        Some("https") => return Ok(dialer(flag, server)?.channel(&endpoint)),
+        Some("http") => {}
+        _ => bail!("{flag} {server}: http:// and https:// are spoken"),
+    }
     endpoint
         .connect()
         .await
         .with_context(|| format!("nothing answers at {address}; is a cluster up? (cohort up)"))
 }
 
-/// A client on a channel, with room for the largest message.
+fn dialer(flag: &str, server: &str) -> anyhow::Result<Dialer> {
+    let file = |name| std::env::var_os(name).map(PathBuf::from);
+    let ca = file(CA_VARIABLE).with_context(|| {
+        format!("{flag} {server}: name the file of the authority to believe in {CA_VARIABLE}")
+    })?;
+    let identity = file(CERTIFICATE_VARIABLE).zip(file(CERTIFICATE_KEY_VARIABLE));
+    Ok(Dialer::new(&ClientTls { ca, identity }, &[b"h2"])?)
+}
+
+/// The key this user calls with, if there is one.
+pub(crate) fn api_key() -> Option<String> {
+    std::env::var(KEY_VARIABLE).ok().map(|key| key.trim().to_owned()).filter(|key| !key.is_empty())
+}
+
+/// A client on a channel, with this user's key and room for the largest message.
 pub(crate) fn client(channel: Channel) -> Client {
-    CohortClient::new(channel)
+    CohortClient::with_interceptor(channel, Badge::of_caller(api_key().as_deref()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
 }
@@ -71,13 +94,6 @@ pub(crate) async fn wait_until_serving(channel: Channel) -> anyhow::Result<()> {
         }
     }
     bail!("the router stopped before it served")
-}
-
-/// Returns once the router answers at all, whether or not it serves yet.
-pub(crate) async fn wait_until_answering(channel: Channel) -> anyhow::Result<()> {
-    let request = HealthCheckRequest { service: String::new() };
-    HealthClient::new(channel).check(request).await.map_err(|status| explain(&status))?;
-    Ok(())
 }
 
 /// A server keeps the deadline itself; this is for one that does not, and waits a little longer.

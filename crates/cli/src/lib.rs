@@ -9,6 +9,7 @@ pub mod command;
 mod embedded;
 pub mod generation;
 pub mod hosts;
+mod identity;
 mod out;
 mod progress;
 pub mod report;

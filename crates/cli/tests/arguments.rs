@@ -11,7 +11,7 @@ use cli::args::{
 use cli::command::{Cli, Command, group, router, worker};
 use proptest::option::of;
 use proptest::prelude::*;
-use settings::{HttpListen, Settings, Sources};
+use settings::{ClusterTls, HttpListen, Settings, Sources, Tls};
 
 fn parse(argv: &[String]) -> Cli {
     let line = std::iter::once("cohort".to_owned()).chain(argv.iter().cloned());
@@ -76,7 +76,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         data_parallel: counts[7],
         experts: experts.0,
         dispatch: experts.1,
-        expert_placement: experts.2,
+        expert_placement: experts.2.clone(),
         threads,
         kv_tokens: counts[1],
         block_size: counts[2],
@@ -85,11 +85,19 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         waiting_requests_max: counts[5],
         waiting_tokens_max: counts[6],
         metrics_listen: experts.3,
+        group_tls_certificate: experts.2.clone(),
+        group_tls_key: experts.2.clone(),
+        group_tls_client_ca: experts.2.clone(),
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
         fault_dir: fault,
     })
+}
+
+/// A file's name, or none where there is no number.
+fn numbered(name: &str, number: Option<u32>) -> Option<String> {
+    number.map(|number| format!("{name} {number}"))
 }
 
 fn router_flags() -> impl Strategy<Value = RouterFlags> {
@@ -99,6 +107,14 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
     let limits = any::<(Option<u32>, Option<usize>)>();
     (of(address()), of(http()), limits, graces, patience).prop_map(
         |(grpc_listen, http_listen, (requests_max, prompt_bytes_max), graces, patience)| RouterFlags {
+            tls_certificate: numbered("certificate", requests_max),
+            tls_key: numbered("key", requests_max),
+            tls_client_ca: numbered("client ca", requests_max),
+            keys_file: numbered("keys", requests_max),
+            cluster_secret_file: numbered("secret", requests_max),
+            cluster_tls_ca: numbered("ca", requests_max),
+            cluster_tls_certificate: numbered("certificate", requests_max),
+            cluster_tls_key: numbered("key", requests_max),
             grpc_listen,
             http_listen,
             requests_max,
@@ -163,7 +179,9 @@ fn flags_made_from_settings_give_the_same_settings() {
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
                 router.http.head_timeout_s = 8\nrouter.http.body_timeout_s = 9.5\nrouter.http.write_timeout_s = 10\n\
                 router.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
-                router.drain_grace_s = 3";
+                router.drain_grace_s = 3\nrouter.tls.certificate = 'a'\nrouter.tls.key = 'b'\nrouter.tls.client_ca = 'c'\n\
+                router.keys_file = 'd'\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
+                cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
     let settings =
@@ -185,6 +203,12 @@ fn every_flag_names_a_key_that_exists() {
     settings.model.layers = Some(1);
     settings.model.window_keys = Some(1);
     settings.group.threads = Some(1);
+    let tls = Tls { certificate: Some("c".into()), key: Some("k".into()), client_ca: Some("a".into()) };
+    (settings.router.tls, settings.group.tls) = (tls.clone(), tls);
+    settings.router.keys_file = Some("f".into());
+    settings.cluster.secret_file = Some("s".into());
+    settings.cluster.tls =
+        ClusterTls { ca: Some("a".into()), certificate: Some("c".into()), key: Some("k".into()) };
     settings.group.expert_placement = Some("p".into());
     settings.group.fault_dir = Some("p".into());
     let mut flags = ModelFlags::from(&settings).flags();
@@ -224,6 +248,7 @@ fn the_commands_of_the_readme_are_understood() {
         "generate --chat x --json-schema s.json --thinking-tokens-max 50",
         "chat --choice yes --choice no",
         "bench --clients 4 --json",
+        "keys new alice --requests-per-minute 60 --tokens-per-minute 1000 --concurrency 2 --priority-min -3 --json",
         "bench serve --rate 3.5 --requests 10",
         "config check --config cluster.toml",
         "plan --preset north-mini-code --tensor-parallel 2 --memory 139GiB --context 131072 --json",

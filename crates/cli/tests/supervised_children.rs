@@ -132,7 +132,7 @@ fn a_grandchild_that_keeps_stdout_open_does_not_hide_the_exit() {
 fn a_program_that_is_not_there_is_named() {
     within_reason(async {
         let (updates, _inbox) = mpsc::channel(1);
-        let spec = Spec { program: "/nonexistent/cohort".into(), args: Vec::new() };
+        let spec = Spec { program: "/nonexistent/cohort".into(), args: Vec::new(), secret: None };
         let error = spawn(&spec, (), updates).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/cohort"), "{error}");
     });

@@ -27,6 +27,6 @@ pub use error::{Cause, Error, Field};
 pub use faulty::{Fault, Faulty};
 pub use in_process::InProcess;
 pub use link::{HangUp, PLAN_BYTES_MAX, PlanChannel, PlanReceiver, PlanSender, PlanWatch};
-pub use rendezvous::{Joined, Member, PROTOCOL_VERSION, Rendezvous, RendezvousOptions, join};
+pub use rendezvous::{GroupSecret, Joined, Member, PROTOCOL_VERSION, Rendezvous, RendezvousOptions, join};
 pub use solo::Solo;
 pub use tcp::{AbortHandle, ONE_SHOT_BYTES_MAX, Tcp, TcpOptions};

@@ -259,6 +259,7 @@ fn a_rank_that_gives_up_in_the_middle_of_its_frames_says_why() {
         collectives::RendezvousOptions {
             within: PATIENT,
             tcp: TcpOptions { deadline, ..TcpOptions::default() },
+            secret: None,
         }
     };
     let started = Instant::now();

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use collectives::{
-    Collective, Error, Field, Joined, Member, PROTOCOL_VERSION, PlanChannel, Rendezvous, RendezvousOptions,
-    join,
+    Collective, Error, Field, GroupSecret, Joined, Member, PROTOCOL_VERSION, PlanChannel, Rendezvous,
+    RendezvousOptions, join,
 };
 use common::{LOOPBACK, PATIENT, member, options};
 
@@ -95,6 +95,61 @@ fn a_rank_that_disagrees_is_refused_with_both_values_at_both_ends() {
         assert_eq!(at_leader, Error::Disagreement { rank: 1, field, ours: leader, theirs: other });
         assert_eq!(at_joiner, Error::Disagreement { rank: 0, field, ours: joiners, theirs: leaders });
     }
+}
+
+#[test]
+fn ranks_with_one_secret_meet_and_others_are_refused() {
+    let with = |text: &str| RendezvousOptions {
+        secret: Some(GroupSecret::new(text.as_bytes())),
+        ..options(PATIENT)
+    };
+    let meet = |leads: RendezvousOptions, joins: RendezvousOptions| {
+        let (door, address) = door();
+        thread::scope(|scope| {
+            let joining = scope.spawn(move || join(&address, &member(1, 2), &joins));
+            let led = door.lead(&member(0, 2), &leads);
+            let joined = joining.join().unwrap();
+            (led.map(drop), joined.map(drop))
+        })
+    };
+    assert_eq!(meet(with("one"), with("one")), (Ok(()), Ok(())));
+    for joins in [with("two"), options(PATIENT)] {
+        let (at_leader, at_joiner) = meet(with("one"), joins);
+        for error in [at_leader.unwrap_err(), at_joiner.unwrap_err()] {
+            let Error::Disagreement { field, ours, theirs, .. } = error else { panic!("{error}") };
+            assert_eq!(field, Field::ConfigHash);
+            assert!(ours != theirs && [ours, theirs].iter().any(|hash| *hash != "07".repeat(32)));
+        }
+    }
+}
+
+#[test]
+fn who_repeats_a_hello_without_the_secret_does_not_get_into_the_mesh() {
+    let secret = Some(GroupSecret::new(b"one"));
+    let (door, address) = door();
+    let leading = thread::spawn(move || {
+        let within = Duration::from_secs(2);
+        let options = RendezvousOptions { secret, within, ..options(PATIENT) };
+        door.lead(&member(0, 2), &options).map(drop)
+    });
+    // The hash of the refusal is all it takes to be welcomed …
+    let first = join(&address, &member(1, 2), &options(PATIENT));
+    let Error::Disagreement { theirs, .. } = first.map(drop).unwrap_err() else { panic!("not refused") };
+    assert_eq!(theirs.len(), 64);
+    let refused = leading.join().unwrap().unwrap_err();
+    assert!(matches!(refused, Error::Disagreement { rank: 1, .. }), "{refused}");
+    // … and not enough to open a connection of the mesh.
+    let hash: Vec<u8> =
+        (0..32).map(|at| u8::from_str_radix(&theirs[2 * at..2 * at + 2], 16).unwrap()).collect();
+    let repeated = Member { config_hash: hash.try_into().unwrap(), ..member(1, 2) };
+    let (door, address) = self::door();
+    let leading = thread::spawn(move || {
+        let within = Duration::from_secs(2);
+        let options = RendezvousOptions { secret, within, ..options(PATIENT) };
+        door.lead(&member(0, 2), &options).map(drop)
+    });
+    assert!(join(&address, &repeated, &options(Duration::from_secs(5))).is_err());
+    assert_eq!(leading.join().unwrap(), Err(Error::Absent { ranks: vec![1], after: Duration::from_secs(2) }));
 }
 
 /// The first bytes of a message of this protocol.

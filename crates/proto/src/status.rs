@@ -6,7 +6,9 @@
 //! | [`Failure::PromptTooLong`] | `OUT_OF_RANGE` | |
 //! | [`Failure::UnknownModel`] | `NOT_FOUND` | |
 //! | [`Failure::NoTokenizer`], [`Failure::NoChatTemplate`] | `FAILED_PRECONDITION` | `PreconditionFailure` |
-//! | [`Failure::Overloaded`] | `RESOURCE_EXHAUSTED` | `RetryInfo` |
+//! | [`Failure::Unauthenticated`] | `UNAUTHENTICATED` | |
+//! | [`Failure::Forbidden`] | `PERMISSION_DENIED` | |
+//! | [`Failure::Overloaded`], [`Failure::Limited`] | `RESOURCE_EXHAUSTED` | `RetryInfo` |
 //! | [`Failure::NotServing`], [`Failure::Unavailable`] | `UNAVAILABLE` | `RetryInfo` |
 //! | [`Failure::DeadlineExceeded`] | `DEADLINE_EXCEEDED` | |
 //! | [`Failure::Cancelled`] | `CANCELLED` | |
@@ -99,6 +101,28 @@ pub enum Failure {
         /// How long to wait before the next try.
         retry_after: Duration,
     },
+    /// Nobody known is calling.
+    #[error("{why}")]
+    Unauthenticated {
+        /// What was missing or wrong, without showing it.
+        why: String,
+    },
+    /// The caller is known and may not do this.
+    #[error("{why}")]
+    Forbidden {
+        /// What it may not do, and what it may.
+        why: String,
+    },
+    /// The caller has used what it may use.
+    #[error("this key may have at most {max} {what}; retry after {} ms", .retry_after.as_millis())]
+    Limited {
+        /// What is bounded: `requests a minute`, `tokens a minute`, `requests at once`.
+        what: String,
+        /// The bound.
+        max: u64,
+        /// How long to wait before the next try.
+        retry_after: Duration,
+    },
     /// The group that would serve it is starting or stopping.
     #[error("not serving yet or any more: {phase}, {percent} % done; retry after {} ms", .retry_after.as_millis())]
     NotServing {
@@ -160,7 +184,9 @@ impl Failure {
             Self::PromptTooLong { .. } => Code::OutOfRange,
             Self::UnknownModel { .. } => Code::NotFound,
             Self::NoTokenizer { .. } | Self::NoChatTemplate { .. } => Code::FailedPrecondition,
-            Self::Overloaded { .. } => Code::ResourceExhausted,
+            Self::Unauthenticated { .. } => Code::Unauthenticated,
+            Self::Forbidden { .. } => Code::PermissionDenied,
+            Self::Overloaded { .. } | Self::Limited { .. } => Code::ResourceExhausted,
             Self::NotServing { .. } | Self::Unavailable { .. } => Code::Unavailable,
             Self::DeadlineExceeded => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
@@ -178,7 +204,10 @@ impl Failure {
             Self::UnknownModel { .. } => "UNKNOWN_MODEL",
             Self::NoTokenizer { .. } => "NO_TOKENIZER",
             Self::NoChatTemplate { .. } => "NO_CHAT_TEMPLATE",
+            Self::Unauthenticated { .. } => "UNAUTHENTICATED",
+            Self::Forbidden { .. } => "FORBIDDEN",
             Self::Overloaded { .. } => "OVERLOADED",
+            Self::Limited { .. } => "LIMITED",
             Self::NotServing { .. } => "NOT_SERVING",
             Self::Unavailable { .. } => "UNAVAILABLE",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
@@ -193,6 +222,7 @@ impl Failure {
     pub const fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Overloaded { retry_after, .. }
+            | Self::Limited { retry_after, .. }
             | Self::NotServing { retry_after, .. }
             | Self::Unavailable { retry_after, .. } => Some(*retry_after),
             Self::Invalid(_)
@@ -200,6 +230,8 @@ impl Failure {
             | Self::UnknownModel { .. }
             | Self::NoTokenizer { .. }
             | Self::NoChatTemplate { .. }
+            | Self::Unauthenticated { .. }
+            | Self::Forbidden { .. }
             | Self::DeadlineExceeded
             | Self::Cancelled
             | Self::GroupLost { .. }
@@ -227,7 +259,10 @@ impl Failure {
             }
             Self::PromptTooLong { .. }
             | Self::UnknownModel { .. }
+            | Self::Unauthenticated { .. }
+            | Self::Forbidden { .. }
             | Self::Overloaded { .. }
+            | Self::Limited { .. }
             | Self::NotServing { .. }
             | Self::Unavailable { .. }
             | Self::DeadlineExceeded
@@ -261,6 +296,9 @@ impl Failure {
             "OVERLOADED" => {
                 Self::Overloaded { what: text("what")?, max: text("max")?.parse().ok()?, retry_after }
             }
+            "UNAUTHENTICATED" => Self::Unauthenticated { why: text("why")? },
+            "FORBIDDEN" => Self::Forbidden { why: text("why")? },
+            "LIMITED" => Self::Limited { what: text("what")?, max: text("max")?.parse().ok()?, retry_after },
             "NOT_SERVING" => Self::NotServing {
                 phase: Phase::from_name(&text("phase")?)?,
                 percent: text("percent")?.parse().ok()?,
@@ -289,11 +327,16 @@ impl Failure {
             Self::NoTokenizer { needed_for } | Self::NoChatTemplate { needed_for } => {
                 vec![("needed_for", needed_for.clone())]
             }
-            Self::Overloaded { what, max, .. } => vec![("what", what.clone()), ("max", max.to_string())],
+            Self::Overloaded { what, max, .. } | Self::Limited { what, max, .. } => {
+                vec![("what", what.clone()), ("max", max.to_string())]
+            }
             Self::NotServing { phase, percent, .. } => {
                 vec![("phase", phase.name().to_owned()), ("percent", percent.to_string())]
             }
-            Self::Unavailable { why, .. } | Self::Internal { why } => vec![("why", why.clone())],
+            Self::Unavailable { why, .. }
+            | Self::Unauthenticated { why }
+            | Self::Forbidden { why }
+            | Self::Internal { why } => vec![("why", why.clone())],
             Self::GroupLost { group, why } => vec![("group", group.clone()), ("why", why.clone())],
             Self::DeadlineExceeded | Self::Cancelled => Vec::new(),
         };

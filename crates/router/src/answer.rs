@@ -90,6 +90,7 @@ impl Answer {
         let result = self.call.within(self.work.step()).await;
         if let Ok(message) = &result {
             self.counted.message(message);
+            self.call.spend_tokens(message.token_ids.len());
         }
         if result.is_err() || self.work.is_done() {
             // Leaving the stream cancels what the group still does for it, as after a stop string.

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::{Failure, Violation};
+use security::Visit;
 use tokio::time::Instant;
-use tonic::Status;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
+use tonic::{Extensions, Status};
 
 use crate::running::{Entry, Running};
 
@@ -25,14 +26,17 @@ pub(crate) struct Call {
     pub(crate) deadline: Option<Instant>,
     /// Its line among the running requests, for as long as a part of it runs.
     entry: Option<Arc<Entry>>,
+    /// The use of its API key, where one is asked for.
+    visit: Option<Arc<Visit>>,
 }
 
 impl Call {
-    /// Reads the headers of a call whose message names `request_id` (empty: take the header's, else draw one).
+    /// Reads the headers of a call whose message names `request_id` (empty: take the header's, else draw one), and what
+    /// the door has noted of it.
     ///
     /// # Errors
     /// [`Failure::Invalid`] for an id that cannot travel in a header, or a `grpc-timeout` that is not one.
-    pub(crate) fn new(headers: &MetadataMap, request_id: &str) -> Result<Self, Failure> {
+    pub(crate) fn new(headers: &MetadataMap, noted: &Extensions, request_id: &str) -> Result<Self, Failure> {
         let from_header = || headers.get(REQUEST_ID)?.to_str().ok().filter(|id| is_request_id(id));
         let request_id = match request_id {
             "" => from_header().map_or_else(draw_request_id, str::to_owned),
@@ -44,7 +48,30 @@ impl Call {
         };
         let deadline = proto::timeout(headers)?
             .and_then(|timeout| Instant::now().checked_add(timeout.saturating_sub(DEADLINE_MARGIN)));
-        Ok(Self { request_id, deadline, entry: None })
+        Ok(Self { request_id, deadline, entry: None, visit: noted.get().cloned() })
+    }
+
+    /// Whether its key may have this priority; lower numbers are served first.
+    ///
+    /// # Errors
+    /// [`Failure::Forbidden`] with the most urgent one it may have.
+    pub(crate) fn check_priority(&self, priority: i32) -> Result<(), Failure> {
+        let bound = self.visit.as_ref().and_then(|visit| visit.meter().limits().priority_min);
+        match bound.filter(|&bound| priority < bound) {
+            None => Ok(()),
+            Some(bound) => {
+                let why =
+                    format!("this key may ask for priority {bound} or higher numbers, not for {priority}");
+                Err(Failure::Forbidden { why })
+            }
+        }
+    }
+
+    /// Counts tokens of its prompt or answer.
+    pub(crate) fn spend_tokens(&self, count: usize) {
+        if let Some(visit) = &self.visit {
+            visit.spend_tokens(count, std::time::Instant::now());
+        }
     }
 
     /// The status of a failure, with the request's id in its headers.

@@ -2,8 +2,10 @@
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use security::{ClientTls, Secret, ServerTls};
 
 use crate::Error;
 
@@ -29,6 +31,21 @@ pub struct Config {
     pub withdraw_grace: Duration,
     /// After that: how long open requests may go on before they are ended with UNAVAILABLE.
     pub drain_grace: Duration,
+    /// Who may call, and as whom the groups are called.
+    pub access: Access,
+}
+
+/// Who may call a router, and as whom it calls the groups. The default: everybody, and as nobody.
+#[derive(Debug, Clone, Default)]
+pub struct Access {
+    /// Files for TLS on both listeners; plain text without.
+    pub tls: Option<ServerTls>,
+    /// The file of API keys; without it no key is asked for.
+    pub keys: Option<PathBuf>,
+    /// Files for TLS to groups whose address is `https://`.
+    pub group_tls: Option<ClientTls>,
+    /// The cluster's secret, shown to every group.
+    pub secret: Option<Secret>,
 }
 
 /// Bounds on what a router takes in.

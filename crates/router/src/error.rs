@@ -17,7 +17,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A worker's address is not a URL.
-    #[error("worker address `{address}` is not of the form http://host:port: {reason}")]
+    #[error("worker address `{address}` is not of the form http://host:port or https://host:port: {reason}")]
     WorkerAddress {
         /// The configured text.
         address: String,
@@ -43,6 +43,9 @@ pub enum Error {
         /// What is wrong and what would be right.
         reason: String,
     },
+    /// A certificate, a key, or the file of API keys cannot be used.
+    #[error(transparent)]
+    Security(#[from] security::Error),
     /// A listener broke while serving.
     #[error("the {what} server stopped: {reason}")]
     Serve {

@@ -10,6 +10,7 @@ use proto::{Failure, GenerationFields, RETRY_AFTER, worker};
 use tokio::time::Instant;
 use tonic::{Code, Request, Status, Streaming};
 
+use crate::affinity::Chain;
 use crate::call::DEADLINE_MARGIN;
 use crate::workers::{Groups, InFlight, describe};
 
@@ -20,6 +21,7 @@ pub(crate) struct Placed {
     place: InFlight,
     tried: Vec<usize>,
     request: Arc<worker::GenerateRequest>,
+    prompt: Chain,
 }
 
 /// What a group generates for a request, until all its sequences have ended or it broke. Dropping it cancels the
@@ -68,7 +70,7 @@ struct Refused {
 }
 
 impl Placed {
-    /// Takes a place at the least loaded group that is not in `tried`.
+    /// Takes a place at the best group that is not in `tried`.
     ///
     /// # Errors
     /// [`Failure::NotServing`] or [`Failure::Unavailable`] when no group takes requests, with how far they are.
@@ -77,8 +79,12 @@ impl Placed {
         request: &Arc<worker::GenerateRequest>,
         mut tried: Vec<usize>,
     ) -> Result<Self, Failure> {
-        let place = groups.place(&mut tried).ok_or_else(|| groups.progress().refusal())?;
-        Ok(Self { groups: Arc::clone(groups), place, tried, request: Arc::clone(request) })
+        let prompt = match request.bypass_prefix_cache {
+            true => Chain::default(),
+            false => Chain::of(&request.prompt, &request.cache_salt),
+        };
+        let place = groups.place(&mut tried, &prompt).ok_or_else(|| groups.progress().refusal())?;
+        Ok(Self { groups: Arc::clone(groups), place, tried, request: Arc::clone(request), prompt })
     }
 
     /// Sends the request and passes its chunks on; nothing is sent before they are asked for.
@@ -100,19 +106,24 @@ impl Placed {
             let group = self.place.index();
             let refused = match attempt(self.place, &self.request, deadline).await {
                 Ok((place, first, chunks)) => {
+                    self.groups.tried(group, true);
                     let open = sequences.len();
                     return Ok(WorkerStream { place, first: Some(first), chunks, sequences, open });
                 }
                 Err(refused) => refused,
             };
             lost |= refused.lost;
-            match self.groups.place(&mut self.tried) {
-                Some(place) if refused.try_elsewhere => {
+            if refused.lost {
+                self.groups.tried(group, false);
+            }
+            let elsewhere = || self.groups.place_again(&mut self.tried, &self.prompt);
+            match refused.try_elsewhere.then(elsewhere).flatten() {
+                Some(place) => {
                     let (request, to) = (&self.request.request_id, place.group().address());
                     tracing::info!(request, reason = %refused.failure, to, "trying another group");
                     self.place = place;
                 }
-                Some(_) | None => {
+                None => {
                     return Err(Broken { failure: refused.failure, group, begun: false, lost, sequences });
                 }
             }

@@ -18,7 +18,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::{Bytes, to_bytes};
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::request::Parts;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -29,6 +31,7 @@ use tonic::metadata::MetadataMap;
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::call::{Call, REQUEST_ID};
+use crate::gate::Gate;
 use crate::metrics;
 use crate::pipeline::Shared;
 use crate::service::VERSION;
@@ -54,7 +57,7 @@ struct Context {
 /// runs), `/startupz` (it listens), `/readyz`, `/health` and `/ping` (a group serves), `/load` (requests taken now),
 /// `/metrics`, `/version`.
 pub(crate) fn routes(shared: Arc<Shared>) -> Router {
-    let counted = Arc::clone(&shared.metrics);
+    let (counted, gate) = (Arc::clone(&shared.metrics), Arc::clone(&shared.gate));
     Router::new()
         .route("/livez", get(livez))
         .route("/startupz", get(startupz))
@@ -75,10 +78,23 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
         .route("/detokenize", post(tokens::detokenize))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
+        .layer(axum::middleware::from_fn(move |request, next| admit(Arc::clone(&gate), request, next)))
         .layer(axum::middleware::from_fn(move |request, next| {
             metrics::count_http(Arc::clone(&counted), request, next)
         }))
         .with_state(Context { shared, started: now() })
+}
+
+/// Refuses whoever may not call, before anything of the body is read.
+async fn admit(gate: Arc<Gate>, mut request: Request, next: Next) -> Response {
+    let failure = match gate.admit(&mut request) {
+        Ok(()) => return next.run(request).await,
+        Err(failure) => failure,
+    };
+    match request.uri().path() {
+        "/v2/chat" | "/cohere/v2/chat" => cohere::refuse(failure.into()),
+        _ => ApiError::from(failure).into_response(),
+    }
 }
 
 fn now() -> u64 {
@@ -99,11 +115,11 @@ async fn embeddings() -> ApiError {
 }
 
 async fn chat_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
-    let (headers, mut fields) = read(&context.shared, request).await?;
+    let (parts, mut fields) = read(&context.shared, request).await?;
     let common = chat::take(&mut fields, context.shared.text.as_ref());
     fields.finish()?;
     let requests = vec![common.request.clone()];
-    generate(&context.shared, &headers, Api::Chat, (common, requests)).await
+    generate(&context.shared, &parts, Api::Chat, (common, requests)).await
 }
 
 /// The body of a `/v1/chat/completions` request as our own message; `text` is that of the served checkpoint. What the
@@ -122,24 +138,24 @@ pub fn read_chat(body: &[u8], text: Option<&Text>) -> Result<v1::GenerateRequest
 }
 
 async fn plain_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
-    let (headers, mut fields) = read(&context.shared, request).await?;
+    let (parts, mut fields) = read(&context.shared, request).await?;
     let (common, prompts) = completions::take(&mut fields);
     fields.finish()?;
     let each = |prompt| v1::GenerateRequest { prompt: Some(prompt), ..common.request.clone() };
     let requests = prompts.into_iter().map(each).collect();
-    generate(&context.shared, &headers, Api::Completion, (common, requests)).await
+    generate(&context.shared, &parts, Api::Completion, (common, requests)).await
 }
 
 /// Runs one request for each prompt through the pipeline and writes the answers. A caller that goes away drops this,
 /// and with it all that runs for it.
 async fn generate(
     shared: &Arc<Shared>,
-    headers: &HeaderMap,
+    parts: &Parts,
     api: Api,
     asked: (Common, Vec<v1::GenerateRequest>),
 ) -> Result<Response, ApiError> {
     let (common, requests) = asked;
-    let call = call(headers, &common.request.request_id)?.listed(&shared.running);
+    let call = call(parts, &common.request.request_id)?.listed(&shared.running);
     let several = requests.len() > 1;
     let mut answers = Vec::new();
     for (index, request) in requests.into_iter().enumerate() {
@@ -187,12 +203,12 @@ fn view(shared: &Shared, api: Api, call: &Call, common: &Common) -> Result<View,
     })
 }
 
-fn call(headers: &HeaderMap, request_id: &str) -> Result<Call, Failure> {
-    Call::new(&MetadataMap::from_headers(headers.clone()), request_id)
+fn call(parts: &Parts, request_id: &str) -> Result<Call, Failure> {
+    Call::new(&MetadataMap::from_headers(parts.headers.clone()), &parts.extensions, request_id)
 }
 
-/// The headers and fields of a request.
-async fn read(shared: &Shared, request: Request) -> Result<(HeaderMap, Fields), ApiError> {
+/// The head and fields of a request.
+async fn read(shared: &Shared, request: Request) -> Result<(Parts, Fields), ApiError> {
     let patience = shared.http_patience.body;
     let (parts, body) = request.into_parts();
     if let Some(kind) = parts.headers.get(header::CONTENT_TYPE) {
@@ -222,7 +238,8 @@ async fn read(shared: &Shared, request: Request) -> Result<(HeaderMap, Fields), 
             return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };
-    Ok((parts.headers, Fields::read(&body)?))
+    let fields = Fields::read(&body)?;
+    Ok((parts, fields))
 }
 
 /// Answers that hold a place now, as vLLM names it, and sequences that went on after the loss of their group.

@@ -4,11 +4,14 @@
 //! [`serve`] runs one; [`text`] and [`read_chat`] can be used by themselves.
 #![forbid(unsafe_code)]
 
+pub mod affinity;
 mod answer;
+pub mod breaker;
 mod call;
 mod config;
 mod error;
 mod forward;
+mod gate;
 mod http;
 mod metrics;
 pub mod pick;
@@ -22,7 +25,7 @@ mod undecoded;
 mod vllm;
 mod workers;
 
-pub use config::{Config, HttpPatience, Limits, ModelFiles};
+pub use config::{Access, Config, HttpPatience, Limits, ModelFiles};
 pub use error::Error;
 pub use http::read_chat;
 pub use serve::{Bound, serve};

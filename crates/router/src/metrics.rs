@@ -115,7 +115,16 @@ impl Metrics {
 
     /// The series that everybody looks for are there from the start, so that rates are right from the first event.
     fn start_at_nothing(&self) {
-        for outcome in [OK, ABANDONED, "OVERLOADED", "GROUP_LOST", "UNAVAILABLE", "INTERNAL"] {
+        for outcome in [
+            OK,
+            ABANDONED,
+            "OVERLOADED",
+            "UNAUTHENTICATED",
+            "LIMITED",
+            "GROUP_LOST",
+            "UNAVAILABLE",
+            "INTERNAL",
+        ] {
             let _ = self.requests.get_or_create(&Outcome { outcome });
         }
         for stage in ["admit", "tokenize", "place", "first_message", "whole"] {
@@ -138,6 +147,11 @@ impl Metrics {
             Ok(()) => page,
             Err(error) => unreachable!("writing to a string does not fail: {error}"),
         }
+    }
+
+    /// A request that was refused before it was read.
+    pub(crate) fn refused(&self, failure: &Failure) {
+        self.ended(failure.reason());
     }
 
     fn ended(&self, outcome: &'static str) {

@@ -14,6 +14,7 @@ use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
 use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
+use crate::gate::Gate;
 use crate::metrics::{Counted, Metrics};
 use crate::resume::Replay;
 use crate::running::Running;
@@ -35,6 +36,7 @@ pub(crate) struct Shared {
     pub(crate) http_patience: HttpPatience,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) gate: Arc<Gate>,
     /// Longest wait of an interrupted request for a group that goes on with it.
     pub(crate) resume_grace: Duration,
     pub(crate) running: Arc<Running>,
@@ -124,11 +126,13 @@ impl Shared {
         request: v1::GenerateRequest,
         counted: &mut Counted,
     ) -> Result<(Tokenized, (Placed, Replay)), Failure> {
+        call.check_priority(request.priority)?;
         let admitted = self.admit_generation(request)?;
         counted.passed("admit");
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
         counted.passed("tokenize");
         let way = self.place(call, &tokenized)?;
+        call.spend_tokens(tokenized.prompt.len());
         counted.passed("place");
         Ok((tokenized, way))
     }

@@ -7,19 +7,21 @@ use std::time::Duration;
 use proto::v1::cohort_server::CohortServer;
 use proto::vllm::control_server::ControlServer;
 use proto::vllm::inference_server::InferenceServer;
+use security::{Acceptor, Badge, Clients, Dialer, KeyFile, incoming};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 use tower::util::MapResponseLayer;
-use types::limits::MESSAGE_BYTES_MAX;
+use types::limits::{HEADER_BYTES_MAX, MESSAGE_BYTES_MAX};
 
 use crate::call::random_u64;
+use crate::config::Access;
+use crate::gate::{Gate, GateLayer};
 use crate::metrics::Metrics;
 use crate::pipeline::Shared;
 use crate::running::Running;
@@ -47,11 +49,12 @@ pub struct Bound {
 }
 
 /// Serves until `shutdown`, then withdraws and drains as `config` says. `bound` is called once, as soon as the
-/// listeners are open. Needs a tokio runtime with its time and net drivers.
+/// listeners answer. Needs a tokio runtime with its time and net drivers.
 ///
 /// # Errors
 /// [`Error::Bind`] for an address that cannot be had, [`Error::File`] for a tokenizer or template that cannot be
-/// used, [`Error::NoWorkers`] and [`Error::WorkerAddress`] for a bad list of workers, [`Error::Serve`] when a
+/// used, [`Error::NoWorkers`] and [`Error::WorkerAddress`] for a bad list of workers, [`Error::Security`] for certificates
+/// and keys that cannot be used, [`Error::Serve`] when a
 /// listener breaks.
 pub async fn serve(
     config: Config,
@@ -59,35 +62,39 @@ pub async fn serve(
     bound: impl FnOnce(Bound),
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    let groups = Arc::new(Groups::new(&config.workers)?);
+    let Doors { grpc: grpc_door, http: http_door, keys, dialer } = Doors::new(&config.access)?;
+    let badge = Badge::new(config.access.secret.as_ref());
+    let groups = Arc::new(Groups::new(&config.workers, dialer.as_ref(), &badge)?);
     let grpc = bind(config.grpc_listen, "--grpc-listen").await?;
     let http = match config.http_listen {
         Some(address) => Some(bind(address, "--http-listen").await?),
         None => None,
     };
-    bound(Bound {
+    let places = Bound {
         grpc: local_address(&grpc, config.grpc_listen, "--grpc-listen")?,
         http: match (&http, config.http_listen) {
             (Some(listener), Some(asked)) => Some(local_address(listener, asked, "--http-listen")?),
             _ => None,
         },
-    });
+    };
     // Watch tasks and listeners end when this function does, however it ends.
     let stop = CancellationToken::new();
     let _stop_on_exit = stop.clone().drop_guard();
     groups.watch(&format!("router-{:016x}", random_u64()), &stop);
-    let shared = share(&config, files, groups).await?;
+    let shared = share(&config, files, groups, keys).await?;
     tokio::spawn(stop.clone().run_until_cancelled_owned(turn_away(shutdown.clone(), Arc::clone(&shared))));
 
     let refuse = CancellationToken::new();
     let mut grpc = AbortOnDropHandle::new(tokio::spawn(serve_grpc(
-        grpc,
+        (grpc, grpc_door),
         Arc::clone(&shared),
         refuse.clone(),
         stop.clone(),
     )));
+    let http = http.map(|listener| (listener, http_door));
     let mut http =
         AbortOnDropHandle::new(tokio::spawn(serve_http(http, Arc::clone(&shared), refuse.clone())));
+    bound(places);
     tokio::select! {
         () = shutdown.cancelled() => {}
         ended = &mut grpc => return joined("gRPC", ended),
@@ -98,6 +105,32 @@ pub async fn serve(
     refuse.cancel();
     drain(&config, &shared, grpc).await;
     Ok(())
+}
+
+/// What the listeners and connections were told to be protected with, ready for use.
+struct Doors {
+    grpc: Acceptor,
+    http: Acceptor,
+    keys: Option<KeyFile>,
+    dialer: Option<Dialer>,
+}
+
+impl Doors {
+    fn new(access: &Access) -> Result<Self, Error> {
+        let tls = access.tls.as_ref();
+        let doors = Self {
+            grpc: Acceptor::new(tls, Clients::Required, &[b"h2"])?,
+            // Probes have no certificate; the gate tells them from the others.
+            http: Acceptor::new(tls, Clients::Asked, &[b"http/1.1"])?,
+            keys: access.keys.as_deref().map(KeyFile::open).transpose()?,
+            dialer: access.group_tls.as_ref().map(|tls| Dialer::new(tls, &[b"h2"])).transpose()?,
+        };
+        doors.grpc.watch();
+        doors.http.watch();
+        doors.keys.iter().for_each(KeyFile::watch);
+        doors.dialer.iter().for_each(Dialer::watch);
+        Ok(doors)
+    }
 }
 
 async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Error> {
@@ -112,12 +145,19 @@ fn local_address(
     listener.local_addr().map_err(|source| Error::Bind { address, flag, source })
 }
 
-async fn share(config: &Config, files: ModelFiles, groups: Arc<Groups>) -> Result<Arc<Shared>, Error> {
+async fn share(
+    config: &Config,
+    files: ModelFiles,
+    groups: Arc<Groups>,
+    keys: Option<KeyFile>,
+) -> Result<Arc<Shared>, Error> {
     let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
     let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
     let closing = CancellationToken::new();
+    let metrics = Arc::new(Metrics::new(&groups));
     Ok(Arc::new(Shared {
-        metrics: Arc::new(Metrics::new(&groups)),
+        gate: Arc::new(Gate::new(keys, Arc::clone(&metrics))),
+        metrics,
         groups,
         text,
         model_name: config.model_name.clone(),
@@ -137,7 +177,7 @@ async fn turn_away(shutdown: CancellationToken, shared: Arc<Shared>) {
 }
 
 async fn serve_grpc(
-    listener: TcpListener,
+    (listener, door): (TcpListener, Acceptor),
     shared: Arc<Shared>,
     refuse: CancellationToken,
     stop: CancellationToken,
@@ -162,12 +202,15 @@ async fn serve_grpc(
     let inference = InferenceServer::new(vllm::Inference::new(Arc::clone(&shared)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let gate = GateLayer(Arc::clone(&shared.gate));
     let control = ControlServer::new(vllm::Control::new(shared)).max_decoding_message_size(MESSAGE_BYTES_MAX);
     Server::builder()
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(STREAM_WINDOW_BYTES)
+        .http2_max_header_list_size(Some(HEADER_BYTES_MAX))
+        .layer(gate)
         .layer(MapResponseLayer::new(undecoded::explain))
         .add_service(cohort)
         .add_service(inference)
@@ -175,16 +218,13 @@ async fn serve_grpc(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?)
         .add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            refuse.cancelled_owned(),
-        )
+        .serve_with_incoming_shutdown(incoming(listener, door), refuse.cancelled_owned())
         .await
         .map_err(|error| broken(error.to_string()))
 }
 
 async fn serve_http(
-    listener: Option<TcpListener>,
+    listener: Option<(TcpListener, Acceptor)>,
     shared: Arc<Shared>,
     refuse: CancellationToken,
 ) -> Result<(), Error> {

@@ -8,7 +8,6 @@ use futures::{Stream, StreamExt};
 use proto::v1::cohort_server::Cohort;
 use proto::worker::GetActivityRequest;
 use proto::{Failure, Prompt, v1};
-use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 use types::TokenId;
 
@@ -100,8 +99,8 @@ fn summed(address: &str, group: &proto::worker::GroupActivity) -> v1::GroupActiv
 }
 
 /// Reads a call's headers; its failure has no id to be labelled with.
-fn call(headers: &MetadataMap, request_id: &str) -> Result<Call, Status> {
-    Call::new(headers, request_id).map_err(Status::from)
+fn call<T>(request: &Request<T>, request_id: &str) -> Result<Call, Status> {
+    Call::new(request.metadata(), request.extensions(), request_id).map_err(Status::from)
 }
 
 /// The answer to a call, labelled with its id either way.
@@ -134,7 +133,7 @@ impl Cohort for Service {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let call = call(request.metadata(), &request.get_ref().request_id)?;
+        let call = call(&request, &request.get_ref().request_id)?;
         let result = self.shared.generate(call.clone(), request.into_inner()).await;
         let labelled = call.clone();
         let stream = result.map(|answer| {
@@ -149,7 +148,7 @@ impl Cohort for Service {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateOnceResponse>, Status> {
-        let call = call(request.metadata(), &request.get_ref().request_id)?;
+        let call = call(&request, &request.get_ref().request_id)?;
         let result = match self.shared.generate(call.clone(), request.into_inner()).await {
             Ok(answer) => answer.collect().await.map(as_one),
             Err(failure) => Err(failure),
@@ -161,14 +160,14 @@ impl Cohort for Service {
         &self,
         request: Request<v1::GetModelInfoRequest>,
     ) -> Result<Response<v1::GetModelInfoResponse>, Status> {
-        respond(&call(request.metadata(), "")?, self.model_info())
+        respond(&call(&request, "")?, self.model_info())
     }
 
     async fn get_activity(
         &self,
         request: Request<v1::GetActivityRequest>,
     ) -> Result<Response<v1::GetActivityResponse>, Status> {
-        let call = call(request.metadata(), "")?;
+        let call = call(&request, "")?;
         let permit = self.shared.permit();
         let groups = match permit {
             Ok(_permit) => Ok(self.activity().await),
@@ -181,7 +180,7 @@ impl Cohort for Service {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
-        let call = call(request.metadata(), "")?;
+        let call = call(&request, "")?;
         let result = call.within(self.tokenize(request.into_inner())).await;
         respond(&call, result)
     }
@@ -190,6 +189,6 @@ impl Cohort for Service {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
-        respond(&call(request.metadata(), "")?, self.detokenize(request.into_inner()))
+        respond(&call(&request, "")?, self.detokenize(request.into_inner()))
     }
 }

@@ -63,7 +63,7 @@ impl Inference {
 }
 
 fn call<T>(request: &Request<T>, request_id: &str) -> Result<Call, Status> {
-    Call::new(request.metadata(), request_id).map_err(Status::from)
+    Call::new(request.metadata(), request.extensions(), request_id).map_err(Status::from)
 }
 
 fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, Status> {

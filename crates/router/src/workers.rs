@@ -2,20 +2,23 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use proto::worker::worker_client::WorkerClient;
 use proto::{Failure, Phase, RETRY_AFTER, worker};
+use security::{Badge, Dialer, Identified};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX};
 
 use crate::Error;
-use crate::pick::{Candidate, least_loaded};
+use crate::affinity::{Affinity, Chain};
+use crate::breaker::{Breaker, RetryBudget};
+use crate::pick::{Candidate, Why, choose};
 
 /// A leader that cannot be reached is tried again after this, doubled each time up to the maximum.
 const RETRY_MIN: Duration = Duration::from_millis(20);
@@ -116,6 +119,7 @@ struct Seen {
 pub(crate) struct Group {
     address: String,
     channel: Channel,
+    badge: Badge,
     in_flight: AtomicUsize,
 }
 
@@ -124,8 +128,8 @@ impl Group {
         &self.address
     }
 
-    pub(crate) fn client(&self) -> WorkerClient<Channel> {
-        WorkerClient::new(self.channel.clone())
+    pub(crate) fn client(&self) -> WorkerClient<Identified> {
+        WorkerClient::with_interceptor(self.channel.clone(), self.badge.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
@@ -166,6 +170,10 @@ struct State {
     seen: Vec<Seen>,
     /// What is served: the facts of the first group heard, for as long as a group that has them is there.
     served: Option<Facts>,
+    /// One for each of `seen`.
+    breakers: Vec<Breaker>,
+    affinity: Affinity,
+    retries: RetryBudget,
 }
 
 /// All groups of a router.
@@ -178,8 +186,11 @@ pub(crate) struct Groups {
     resumed: Counter,
 }
 
-/// Why a group was chosen: it had the least to do, or another one had refused the request.
-const REASONS: [&str; 2] = ["least_loaded", "retry"];
+/// Why a group was chosen: it had the least to do, it knew the prompt's beginning, or another one had refused the request.
+const LEAST_LOADED: &str = "least_loaded";
+const PREFIX: &str = "prefix";
+const RETRY: &str = "retry";
+const REASONS: [&str; 3] = [LEAST_LOADED, PREFIX, RETRY];
 
 /// A choice of a group.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -199,22 +210,29 @@ pub(crate) struct GroupView {
 
 impl Groups {
     /// Prepares a connection to each address; none is opened yet.
-    pub(crate) fn new(addresses: &[String]) -> Result<Self, Error> {
+    /// They are made by `dialer` where an address is `https://`, and all calls show `badge`.
+    pub(crate) fn new(addresses: &[String], dialer: Option<&Dialer>, badge: &Badge) -> Result<Self, Error> {
         if addresses.is_empty() {
             return Err(Error::NoWorkers);
         }
         let mut groups = Vec::with_capacity(addresses.len());
         for address in addresses {
-            let channel = endpoint(address)?.connect_lazy();
             groups.push(Arc::new(Group {
                 address: address.clone(),
-                channel,
+                channel: channel(address, dialer)?,
+                badge: badge.clone(),
                 in_flight: AtomicUsize::new(0),
             }));
         }
         let link = Link::Down { why: "not connected yet".to_owned() };
         let seen = vec![Seen { link, facts: None, reported: 0, kv_blocks: 0 }; groups.len()];
-        let state = Mutex::new(State { seen, served: None });
+        let state = Mutex::new(State {
+            breakers: vec![Breaker::default(); seen.len()],
+            seen,
+            served: None,
+            affinity: Affinity::new(Instant::now()),
+            retries: RetryBudget::default(),
+        });
         let placements = Family::default();
         for (group, reason) in
             groups.iter().flat_map(|group: &Arc<Group>| REASONS.map(|reason| (group, reason)))
@@ -274,7 +292,7 @@ impl Groups {
     }
 
     /// A client of group `index`, as [`Groups::place`] counts them.
-    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Channel>> {
+    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Identified>> {
         self.groups.get(index).map(|group| group.client())
     }
 
@@ -318,26 +336,59 @@ impl Groups {
         }
     }
 
-    /// Takes a place at the least loaded group that is not in `tried`, and adds it there.
-    pub(crate) fn place(&self, tried: &mut Vec<usize>) -> Option<InFlight> {
-        let state = self.state();
-        let candidates: Vec<Candidate> = self
-            .groups
-            .iter()
-            .enumerate()
-            .map(|(index, group)| Candidate {
-                eligible: state.takes(index) && !tried.contains(&index),
+    /// Takes a place at the best group for a prompt that is not in `tried`, and adds it there. A group that fails request
+    /// after request is left alone for a while.
+    pub(crate) fn place(&self, tried: &mut Vec<usize>, prompt: &Chain) -> Option<InFlight> {
+        let now = Instant::now();
+        let mut state = self.state();
+        let known = state.affinity.known(prompt, self.groups.len());
+        let groups = self.groups.iter().zip(known).enumerate();
+        let candidates: Vec<Candidate> = groups
+            .map(|(index, (group, known_tokens))| Candidate {
+                eligible: state.takes(index)
+                    && !tried.contains(&index)
+                    && state.breakers[index].lets_through(now),
                 in_flight: group.in_flight.load(Ordering::Relaxed),
                 reported: state.seen[index].reported,
+                known_tokens,
             })
             .collect();
-        let index = least_loaded(&candidates)?;
-        let reason = REASONS[usize::from(!tried.is_empty())];
+        let (index, why) = choose(&candidates)?;
+        state.breakers[index].sent(now);
+        state.affinity.learn(prompt, index, now);
+        let reason = match (tried.is_empty(), why) {
+            (false, _) => RETRY,
+            (true, Why::Prefix) => PREFIX,
+            (true, Why::LeastLoaded) => LEAST_LOADED,
+        };
+        if tried.is_empty() {
+            state.retries.earn();
+        }
         let placement = Placement { group: self.groups[index].address.clone(), reason };
         self.placements.get_or_create(&placement).inc();
         tried.push(index);
         // Counted under the lock, so that two requests at once do not both see the group empty.
         Some(InFlight::new(Arc::clone(&self.groups[index]), index))
+    }
+
+    /// As [`Groups::place`], for a request that another group refused, while such requests are few among all.
+    pub(crate) fn place_again(&self, tried: &mut Vec<usize>, prompt: &Chain) -> Option<InFlight> {
+        let granted = self.state().retries.spend();
+        if granted { self.place(tried, prompt) } else { None }
+    }
+
+    /// A request came to its first token at a group, or the group or its connection broke before.
+    pub(crate) fn tried(&self, index: usize, came_to_a_token: bool) {
+        let mut state = self.state();
+        if came_to_a_token {
+            return state.breakers[index].succeeded();
+        }
+        let opened = state.breakers[index].failed(Instant::now());
+        drop(state);
+        if opened {
+            let group = &self.groups[index].address;
+            tracing::warn!(%group, "the group fails one request after the other: it gets none for a while");
+        }
     }
 
     async fn keep_watching(&self, index: usize, router_id: &str) {
@@ -396,6 +447,11 @@ impl Groups {
         let (took, before) = (state.takes(index), state.seen[index].clone());
         change(&mut state.seen[index]);
         state.choose_served();
+        if matches!((&before.link, &state.seen[index].link), (Link::Down { .. }, Link::Up { .. })) {
+            // It has begun anew: whatever its past was, its cache is empty.
+            state.affinity.forget(index);
+            state.breakers[index].succeeded();
+        }
         let (takes, after) = (state.takes(index), state.seen[index].clone());
         let served = state.served.clone();
         drop(state);
@@ -482,12 +538,25 @@ pub(crate) fn describe(status: &tonic::Status) -> String {
     text
 }
 
+fn channel(address: &str, dialer: Option<&Dialer>) -> Result<Channel, Error> {
+    let endpoint = endpoint(address)?;
+    if endpoint.uri().scheme_str() != Some("https") {
+        return Ok(endpoint.connect_lazy());
+    }
+    let dialer = dialer.ok_or_else(|| {
+        let reason = "https needs the authority of the group's certificate: set cluster.tls.ca".to_owned();
+        Error::WorkerAddress { address: address.to_owned(), reason }
+    })?;
+    Ok(dialer.channel(&endpoint))
+}
+
 fn endpoint(address: &str) -> Result<Endpoint, Error> {
     let refuse = |reason: String| Error::WorkerAddress { address: address.to_owned(), reason };
     let endpoint =
         Endpoint::from_shared(address.to_owned()).map_err(|error| refuse(describe_chain(&error)))?;
-    if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().port().is_none() {
-        return Err(refuse("it needs the scheme http and a port".to_owned()));
+    let uri = endpoint.uri();
+    if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.port().is_none() {
+        return Err(refuse("it needs the scheme http or https and a port".to_owned()));
     }
     Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)

@@ -39,6 +39,7 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     model(&settings.model, &mut faults);
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
     metrics_ports(settings, &mut faults);
+    tls(settings, &mut faults);
     faults
 }
 
@@ -59,6 +60,37 @@ fn metrics_ports(settings: &Settings, faults: &mut Vec<Fault>) {
             let reason = format!("one of the groups would take {address}, which is the router's");
             faults.push(("group.metrics_listen", reason));
         }
+    }
+}
+
+/// What stands alone protects nothing.
+fn tls(settings: &Settings, faults: &mut Vec<Fault>) {
+    let (router, group, cluster) = (&settings.router.tls, &settings.group.tls, &settings.cluster.tls);
+    let pairs = [
+        (&router.certificate, &router.key, "router.tls.certificate", "router.tls.key"),
+        (&group.certificate, &group.key, "group.tls.certificate", "group.tls.key"),
+        (&cluster.certificate, &cluster.key, "cluster.tls.certificate", "cluster.tls.key"),
+    ];
+    for (certificate, key, certificate_name, key_name) in pairs {
+        match (certificate, key) {
+            (Some(_), None) => faults.push((certificate_name, format!("is of no use without {key_name}"))),
+            (None, Some(_)) => faults.push((key_name, format!("is of no use without {certificate_name}"))),
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+    }
+    for (own, needed, own_name, needed_name) in [
+        (&router.client_ca, &router.certificate, "router.tls.client_ca", "router.tls.certificate"),
+        (&group.client_ca, &group.certificate, "group.tls.client_ca", "group.tls.certificate"),
+        (&cluster.certificate, &cluster.ca, "cluster.tls.certificate", "cluster.tls.ca"),
+    ] {
+        if own.is_some() && needed.is_none() {
+            faults.push((own_name, format!("is of no use without {needed_name}")));
+        }
+    }
+    let encrypted = settings.router.workers.iter().any(|worker| worker.starts_with("https://"));
+    if encrypted && cluster.ca.is_none() {
+        let reason = "is needed where router.workers has an https:// address".to_owned();
+        faults.push(("cluster.tls.ca", reason));
     }
 }
 
@@ -182,9 +214,10 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     }
 }
 
-/// `http://host:port`, nothing after it.
+/// `http://host:port` or `https://host:port`, nothing after it.
 fn is_worker_address(text: &str) -> bool {
-    let Some((host, port)) = text.strip_prefix("http://").and_then(|rest| rest.rsplit_once(':')) else {
+    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    let Some((host, port)) = rest.and_then(|rest| rest.rsplit_once(':')) else {
         return false;
     };
     let bracketed = host.starts_with('[') && host.ends_with(']');

@@ -2,9 +2,15 @@
 
 use std::net::SocketAddr;
 
+use security::{ClientTls, ServerTls};
 use types::{TpRank, TpSize};
 
-use crate::tree::Settings;
+use crate::tree::{ClusterTls, Settings, Tls};
+
+fn server_tls(tls: &Tls) -> Option<ServerTls> {
+    let (certificate, key) = tls.certificate.clone().zip(tls.key.clone())?;
+    Some(ServerTls { certificate, key, client_ca: tls.client_ca.clone() })
+}
 
 /// What the tree does not hold because it differs from rank to rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +26,7 @@ pub struct RankPlace {
 }
 
 impl Settings {
-    /// What a router is started with.
+    /// What a router is started with, but for the cluster's secret.
     #[must_use]
     pub fn router(&self) -> router::Config {
         let router = &self.router;
@@ -42,6 +48,12 @@ impl Settings {
             },
             withdraw_grace: router.withdraw_grace_s,
             drain_grace: router.drain_grace_s,
+            access: router::Access {
+                tls: server_tls(&router.tls),
+                keys: router.keys_file.clone(),
+                group_tls: self.client_tls(),
+                secret: None,
+            },
         }
     }
 
@@ -69,7 +81,15 @@ impl Settings {
         }
     }
 
-    /// What one rank is started with, serving `files` under `name`.
+    /// How a router knows its groups, and what it shows them.
+    #[must_use]
+    pub fn client_tls(&self) -> Option<ClientTls> {
+        let ClusterTls { ca, certificate, key } = &self.cluster.tls;
+        let identity = certificate.clone().zip(key.clone());
+        ca.clone().map(|ca| ClientTls { ca, identity })
+    }
+
+    /// What one rank is started with, but for the cluster's secret, serving `files` under `name`.
     #[must_use]
     pub fn worker(&self, place: RankPlace, files: model::Files, name: String) -> worker::Config {
         let group = &self.group;
@@ -96,6 +116,7 @@ impl Settings {
             boot_timeout: group.boot_timeout_s,
             step_timeout: group.step_timeout_s,
             drain_grace: group.drain_grace_s,
+            access: worker::Access { tls: server_tls(&group.tls), secret: None },
             fault_dir: group.fault_dir.clone(),
         }
     }

@@ -19,4 +19,6 @@ pub use describe::{Key, Section};
 pub use error::{Complaint, Error, Origin};
 pub use layers::{FILE_BYTES_MAX, Flag, Sources};
 pub use load::Loaded;
-pub use tree::{Cluster, Group, HttpListen, Model, Router, RouterHttp, RouterLimits, Settings};
+pub use tree::{
+    Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterHttp, RouterLimits, Settings, Tls,
+};

@@ -92,12 +92,19 @@ pub struct Router {
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::address_or_off")]
     pub http_listen: HttpListen,
-    /// Leaders of the worker groups, as `http://host:port`. `cohort up` fills this in.
+    /// Leaders of the worker groups, as `http://host:port` or `https://host:port`. `cohort up` fills this in.
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     #[schemars(schema_with = "schema::workers")]
     pub workers: Vec<String>,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
+    /// Certificates of both listeners.
+    pub tls: Tls,
+    /// File of the API keys, as `cohort keys new` writes its lines; read again when it changes. Default: no key is asked
+    /// for.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub keys_file: Option<PathBuf>,
     /// How long HTTP callers are waited for.
     pub http: RouterHttp,
     /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
@@ -127,6 +134,44 @@ pub struct RouterLimits {
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = PROMPT_BYTES_MAX))]
     pub prompt_bytes_max: usize,
+}
+
+/// `[router.tls]` and `[group.tls]`: certificates of listeners, in PEM files that are read again when they change.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// Certificate, and those that lead to an authority callers know. Default: no TLS.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub certificate: Option<PathBuf>,
+    /// The certificate's private key. Default: none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub key: Option<PathBuf>,
+    /// Authorities that callers' certificates must be signed by; probes and metrics need none. Default: callers need no
+    /// certificate.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub client_ca: Option<PathBuf>,
+}
+
+/// `[cluster.tls]`: how a router knows groups whose address is `https://`, and shows itself to them; PEM files that are
+/// read again when they change.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterTls {
+    /// Authorities that the groups' certificates must be signed by. Default: none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub ca: Option<PathBuf>,
+    /// The router's own certificate, for groups with `group.tls.client_ca`. Default: none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub certificate: Option<PathBuf>,
+    /// The private key of that certificate. Default: none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub key: Option<PathBuf>,
 }
 
 /// `[router.http]`: how long HTTP callers are waited for before their connection is closed.
@@ -220,6 +265,8 @@ pub struct Group {
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::address_or_off")]
     pub metrics_listen: HttpListen,
+    /// Certificates of the leader's listeners.
+    pub tls: Tls,
     /// Longest a step's collective may take before the missing rank is named and the group ends, in seconds.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
@@ -243,6 +290,13 @@ pub struct Cluster {
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = GROUPS_MAX))]
     pub groups: u32,
+    /// File with the secret that routers show to groups; groups refuse calls without it. The variable
+    /// `COHORT_CLUSTER_SECRET` may hold it instead. Default: a random one in `cohort up`, else none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub secret_file: Option<PathBuf>,
+    /// How routers and groups know each other.
+    pub tls: ClusterTls,
 }
 
 /// Where HTTP is served, if it is.
@@ -321,6 +375,8 @@ impl Default for Router {
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
             limits: RouterLimits::default(),
+            tls: Tls::default(),
+            keys_file: None,
             http: RouterHttp::default(),
             resume_grace_s: Duration::from_secs(10),
             withdraw_grace_s: Duration::ZERO,
@@ -364,6 +420,7 @@ impl Default for Group {
             hosts: Vec::new(),
             boot_timeout_s: Duration::from_secs(60),
             metrics_listen: HttpListen::Off,
+            tls: Tls::default(),
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),
             fault_dir: None,
@@ -373,6 +430,6 @@ impl Default for Group {
 
 impl Default for Cluster {
     fn default() -> Self {
-        Self { groups: 1 }
+        Self { groups: 1, secret_file: None, tls: ClusterTls::default() }
     }
 }

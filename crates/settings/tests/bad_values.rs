@@ -98,6 +98,25 @@ fn each_bad_value_is_refused_with_its_key() {
 }
 
 #[test]
+fn what_protects_nothing_alone_is_refused() {
+    let cases = [
+        ("router.tls.certificate = 'c'", "router.tls.certificate: is of no use without router.tls.key"),
+        ("group.tls.key = 'k'", "group.tls.key: is of no use without group.tls.certificate"),
+        ("group.tls.client_ca = 'a'", "group.tls.client_ca: is of no use without group.tls.certificate"),
+        (
+            "cluster.tls.certificate = 'c'\ncluster.tls.key = 'k'",
+            "cluster.tls.certificate: is of no use without cluster.tls.ca",
+        ),
+        (
+            "router.workers = ['https://a:1']",
+            "cluster.tls.ca: is needed where router.workers has an https:// address",
+        ),
+        ("router.keys_file = ''", "router.keys_file: must not be empty; leave the key out instead"),
+    ];
+    refused(&cases);
+}
+
+#[test]
 fn each_parallel_plan_that_cannot_work_is_refused_with_the_numbers() {
     refused(&[
         ("group.data_parallel = 0", "group.data_parallel: must be between 1 and 128, not 0"),

@@ -47,6 +47,8 @@ pub const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
 pub const PRIORITY_MAX: i32 = 100;
 /// Size of one gRPC message in bytes: a 1M-token prompt with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Bytes of one request's headers: ids, keys and trace context take a few hundred.
+pub const HEADER_BYTES_MAX: u32 = 64 << 10;
 
 const _: () = assert!(STOP_STRING_BYTES_MAX * STOP_STRINGS_MAX < MESSAGE_BYTES_MAX);
 const _: () = assert!(CONTEXT_TOKENS_MAX < u32::MAX / 4);

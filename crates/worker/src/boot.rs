@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use collectives::{
-    AbortHandle, Collective, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp, TcpOptions,
+    AbortHandle, Collective, GroupSecret, Joined, Member, PlanChannel, Rendezvous, RendezvousOptions, Tcp,
+    TcpOptions,
 };
 use model::{Checkpoint, KvBudget, Model, ModelConfig, Parts, Placement, ShardPlan, Sharing};
 use ops::Backend;
@@ -130,7 +131,8 @@ pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> R
     let plan = parallel(config).name;
     let member = Member { rank, plan, config_hash: facts.config_hash };
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
-    let options = RendezvousOptions { within: config.boot_timeout, tcp };
+    let secret = config.access.secret.as_ref().map(|secret| GroupSecret::new(secret.expose().as_bytes()));
+    let options = RendezvousOptions { within: config.boot_timeout, tcp, secret };
     let joined = if rank.is_leader() {
         Rendezvous::bind(config.rendezvous).and_then(|rendezvous| {
             reporter.report(Report::Rendezvous(rendezvous.local_addr()));

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use security::{Secret, ServerTls};
 use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank, TpSize};
 
 /// Where the model runs.
@@ -124,4 +125,15 @@ pub struct Config {
     pub fault_dir: Option<PathBuf>,
     /// Longest open requests may go on after the order to stop.
     pub drain_grace: Duration,
+    /// Who may call the leader.
+    pub access: Access,
+}
+
+/// Who may call a leader. The default: everybody.
+#[derive(Debug, Clone, Default)]
+pub struct Access {
+    /// Files for TLS on the leader's listeners; plain text without. Callers of the one for metrics need no certificate.
+    pub tls: Option<ServerTls>,
+    /// The cluster's secret, which routers must show.
+    pub secret: Option<Secret>,
 }

@@ -57,6 +57,9 @@ pub enum Error {
         /// What would be right.
         needed: String,
     },
+    /// A certificate or a key cannot be used.
+    #[error(transparent)]
+    Security(#[from] security::Error),
     /// The leader's listener could not be opened.
     #[error("cannot listen on {address}: {source}; choose another --listen address")]
     Listen {

@@ -29,7 +29,7 @@ mod state;
 mod streams;
 
 pub use capacity::{Capacity, CollectiveCosts, GroupShape, KvCosts, Memory, RankBytes};
-pub use config::{Config, Device, Limits, LoadFormat};
+pub use config::{Access, Config, Device, Limits, LoadFormat};
 pub use device::{StepBounds, cuda_options};
 pub use error::Error;
 pub use fit::{Memory as RankMemory, Part};

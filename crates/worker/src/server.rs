@@ -4,14 +4,17 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::Failure;
 use proto::worker::worker_server::WorkerServer;
+use security::{Acceptor, Clients, SECRET_HEADER, Secret, incoming};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Status};
 use tonic_health::ServingStatus;
-use types::limits::MESSAGE_BYTES_MAX;
+use types::limits::{HEADER_BYTES_MAX, MESSAGE_BYTES_MAX};
 
 use crate::flight::FlightRecorder;
 use crate::guide::Kitchen;
@@ -50,6 +53,10 @@ impl GrpcServer {
         metrics: &Arc<Metrics>,
         flight: &Arc<FlightRecorder>,
     ) -> Result<Self, Error> {
+        let tls = config.access.tls.as_ref();
+        let door = Acceptor::new(tls, Clients::Required, &[b"h2"])?;
+        // Whoever watches, and the kubelet, have no certificate.
+        let watchers_door = Acceptor::new(tls, Clients::Anybody, &[b"http/1.1"])?;
         let (listener, address) =
             listen(config.listen).map_err(|source| Error::Listen { address: config.listen, source })?;
         let watched = match config.metrics_listen {
@@ -67,7 +74,10 @@ impl GrpcServer {
         if let Some((listener, address)) = watched {
             tracing::info!(%address, "metrics are served");
             let served = (Arc::clone(&metrics), Arc::clone(&state));
-            runtime.spawn(async move { metrics::serve(into_tokio(listener), served.0, served.1).await });
+            runtime.spawn(async move {
+                watchers_door.watch();
+                metrics::serve(incoming(into_tokio(listener), watchers_door), served.0, served.1).await;
+            });
         }
         let kitchen = Arc::new(Kitchen::new(config.model.clone()));
         let service = Service {
@@ -79,7 +89,7 @@ impl GrpcServer {
             plan: boot::parallel(config),
             closing: closing.clone(),
         };
-        let served = serve(listener, service, state, closing.clone());
+        let served = serve((listener, door), (service, config.access.secret.clone()), state, closing.clone());
         let task = runtime.spawn(served);
         Ok(Self { runtime, task, closing, address })
     }
@@ -119,9 +129,21 @@ fn into_tokio(listener: TcpListener) -> tokio::net::TcpListener {
     }
 }
 
+/// Refuses calls of whoever does not show the cluster's secret, before their messages are read.
+fn members_only(mut request: Request<()>, secret: Option<&Secret>) -> Result<Request<()>, Status> {
+    let Some(secret) = secret else { return Ok(request) };
+    let shown = request.metadata_mut().remove(SECRET_HEADER);
+    if shown.is_some_and(|shown| secret.is(shown.as_bytes())) {
+        return Ok(request);
+    }
+    let why = "this port takes calls of its own cluster only: its secret was not shown, or is another one; \
+               give both processes the same cluster.secret_file";
+    Err(Failure::Unauthenticated { why: why.to_owned() }.into())
+}
+
 async fn serve(
-    listener: TcpListener,
-    service: Service,
+    (listener, door): (TcpListener, Acceptor),
+    (service, secret): (Service, Option<Secret>),
     state: Arc<StatePublisher>,
     closing: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
@@ -144,14 +166,14 @@ async fn serve(
     let worker = WorkerServer::new(service)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    // The builder's own setting does not reach an incoming of ours; without it a token waits 40 ms for a delayed
-    // acknowledgement.
-    let incoming = TcpIncoming::from(into_tokio(listener)).with_nodelay(Some(true));
+    let worker = InterceptedService::new(worker, move |request| members_only(request, secret.as_ref()));
+    door.watch();
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_header_list_size(Some(HEADER_BYTES_MAX))
         .add_service(health)
         .add_service(worker)
-        .serve_with_incoming_shutdown(incoming, closing.cancelled_owned())
+        .serve_with_incoming_shutdown(incoming(into_tokio(listener), door), closing.cancelled_owned())
         .await
 }

@@ -1,3 +1,16 @@
+{{- /* A probe of a group behind TLS, at the port that asks for no certificate: the kubelet has none, and its gRPC probes
+speak no TLS. */ -}}
+{{- define "cohort.groupProbe" -}}
+{{- $root := index . 0 -}}
+{{- if not $root.Values.metrics.enabled -}}
+{{- fail "metrics.enabled is needed where groups have TLS: they are probed at that port" -}}
+{{- end -}}
+httpGet:
+  path: {{ index . 1 }}
+  port: metrics
+  scheme: HTTPS
+{{- end -}}
+
 {{- /* The pod of a group, or of one of its ranks: a dict of root, args, leader (whether routers and probes reach it) and
 ranks (how many run in it). */ -}}
 {{- define "cohort.groupPod" -}}
@@ -57,16 +70,24 @@ spec:
         failureThreshold: {{ max 1 (div (add $values.startupSeconds 1) 2) }}
       # Answers in every phase; a step that hangs ends the process by itself.
       livenessProbe:
+        {{- if include "cohort.groupTls" $root }}
+        {{- include "cohort.groupProbe" (list $root "/livez") | nindent 8 }}
+        {{- else }}
         grpc:
           port: {{ $values.port }}
           service: live
+        {{- end }}
         periodSeconds: 10
         timeoutSeconds: 5
         failureThreshold: 3
       # Serving only once the warm-up token is out, and not any more once it drains.
       readinessProbe:
+        {{- if include "cohort.groupTls" $root }}
+        {{- include "cohort.groupProbe" (list $root "/readyz") | nindent 8 }}
+        {{- else }}
         grpc:
           port: {{ $values.port }}
+        {{- end }}
         periodSeconds: 2
         timeoutSeconds: 2
         failureThreshold: 2
@@ -94,6 +115,9 @@ spec:
         {{- with include "cohort.modelMount" $root | trim }}
         {{- . | nindent 8 }}
         {{- end }}
+        {{- with include "cohort.secretMounts" (list $root "group") | trim }}
+        {{- . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: config
       configMap:
@@ -106,6 +130,9 @@ spec:
         medium: Memory
         sizeLimit: {{ $values.shmSize }}
     {{- with include "cohort.modelVolume" $root | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    {{- with include "cohort.secretVolumes" (list $root "group") | trim }}
     {{- . | nindent 4 }}
     {{- end }}
 {{- end -}}

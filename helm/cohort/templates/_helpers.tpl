@@ -72,13 +72,109 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- add .Values.groups.preStopSeconds $drain 15 -}}
 {{- end -}}
 
+{{- /* The Secrets of certificates: of the routers' listeners, of the groups', of routers at groups; empty for none. */ -}}
+{{- define "cohort.routerTls" -}}
+{{- $tls := .Values.security.tls -}}
+{{- $tls.router.secretName | default (ternary (printf "%s-tls" (include "cohort.router" .)) "" $tls.certManager.enabled) -}}
+{{- end -}}
+
+{{- define "cohort.groupTls" -}}
+{{- $tls := .Values.security.tls -}}
+{{- $tls.groups.secretName | default (ternary (printf "%s-tls" (include "cohort.groups" .)) "" $tls.certManager.enabled) -}}
+{{- end -}}
+
+{{- define "cohort.routerAtGroupsTls" -}}
+{{- $tls := .Values.security.tls -}}
+{{- if $tls.groups.routerSecretName -}}
+{{- $tls.groups.routerSecretName -}}
+{{- else if $tls.certManager.enabled -}}
+{{- include "cohort.router" . }}-at-groups-tls
+{{- else if $tls.groups.secretName -}}
+{{- fail "security.tls.groups.routerSecretName is needed beside security.tls.groups.secretName: groups let in routers with a certificate only" -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* What the configuration says of Secrets, under the paths where they are mounted. */ -}}
+{{- define "cohort.securityConfig" -}}
+{{- $tls := .Values.security.tls -}}
+{{- if include "cohort.routerTls" . }}
+router:
+  tls:
+    certificate: /etc/cohort-router-tls/tls.crt
+    key: /etc/cohort-router-tls/tls.key
+    {{- if $tls.router.requireClients }}
+    client_ca: /etc/cohort-router-tls/ca.crt
+    {{- end }}
+  {{- if .Values.security.keys.secretName }}
+  keys_file: /etc/cohort-keys/{{ .Values.security.keys.key }}
+  {{- end }}
+{{- else if .Values.security.keys.secretName }}
+router:
+  keys_file: /etc/cohort-keys/{{ .Values.security.keys.key }}
+{{- end }}
+{{- if include "cohort.groupTls" . }}
+group:
+  tls:
+    certificate: /etc/cohort-group-tls/tls.crt
+    key: /etc/cohort-group-tls/tls.key
+    client_ca: /etc/cohort-group-tls/ca.crt
+{{- end }}
+{{- if or (include "cohort.groupTls" .) .Values.security.clusterSecret.secretName }}
+cluster:
+  {{- if .Values.security.clusterSecret.secretName }}
+  secret_file: /etc/cohort-secret/{{ .Values.security.clusterSecret.key }}
+  {{- end }}
+  {{- if include "cohort.groupTls" . }}
+  tls:
+    ca: /etc/cohort-at-groups-tls/ca.crt
+    certificate: /etc/cohort-at-groups-tls/tls.crt
+    key: /etc/cohort-at-groups-tls/tls.key
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* The Secrets of a part, `router` or `group`, as lines of directory and name. */ -}}
+{{- define "cohort.secrets" -}}
+{{- $root := index . 0 -}}
+{{- $secrets := list -}}
+{{- if eq (index . 1) "router" -}}
+{{- $secrets = list (list "router-tls" (include "cohort.routerTls" $root)) (list "at-groups-tls" (include "cohort.routerAtGroupsTls" $root)) (list "keys" $root.Values.security.keys.secretName) -}}
+{{- else -}}
+{{- $secrets = list (list "group-tls" (include "cohort.groupTls" $root)) -}}
+{{- end -}}
+{{- $secrets = append $secrets (list "secret" $root.Values.security.clusterSecret.secretName) -}}
+{{- range $secrets }}
+{{- if index . 1 }}
+- name: {{ index . 0 }}
+  secret: {{ index . 1 }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "cohort.secretMounts" -}}
+{{- range include "cohort.secrets" . | fromYamlArray }}
+- name: {{ .name }}
+  mountPath: /etc/cohort-{{ .name }}
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "cohort.secretVolumes" -}}
+{{- range include "cohort.secrets" . | fromYamlArray }}
+- name: {{ .name }}
+  secret:
+    secretName: {{ .secret }}
+    defaultMode: 0440
+{{- end }}
+{{- end -}}
+
 {{- /* Where the leaders of all groups listen. */ -}}
 {{- define "cohort.workers" -}}
 {{- $service := include "cohort.groups" . -}}
 {{- $scaled := .Values.groups.autoscaling -}}
 {{- $groups := ternary $scaled.maxReplicas .Values.groups.replicas $scaled.enabled | int -}}
 {{- range $index := until $groups }}
-- http://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
+- {{ ternary "https" "http" (ne (include "cohort.groupTls" $) "") }}://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
 {{- end }}
 {{- end -}}
 
@@ -97,6 +193,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .Values.model.directory -}}{{- $path = printf "%s/%s" $path .Values.model.directory -}}{{- end -}}
 {{- $config = mergeOverwrite $config (dict "model" (dict "path" $path)) -}}
 {{- end -}}
+{{- $config = mergeOverwrite $config (include "cohort.securityConfig" . | fromYaml) -}}
 {{- toYaml $config -}}
 {{- end -}}
 

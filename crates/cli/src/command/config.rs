@@ -231,6 +231,11 @@ fn flag_of(key: &str) -> Option<String> {
     settings.model.layers = Some(1);
     settings.group.expert_placement = Some("FILE".into());
     settings.group.threads = Some(1);
+    let file = || Some("FILE".into());
+    let tls = || settings::Tls { certificate: file(), key: file(), client_ca: file() };
+    (settings.router.tls, settings.group.tls) = (tls(), tls());
+    (settings.router.keys_file, settings.cluster.secret_file) = (file(), file());
+    settings.cluster.tls = settings::ClusterTls { ca: file(), certificate: file(), key: file() };
     settings.group.fault_dir = Some("DIR".into());
     let groups: [&dyn ConfigFlags; 4] = [
         &args::ModelFlags::from(&settings),

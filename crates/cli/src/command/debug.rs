@@ -6,20 +6,21 @@ use anyhow::bail;
 use model::ExpertLoad;
 use proto::worker::worker_client::WorkerClient;
 use proto::worker::{GetActivityRequest, GetStepsRequest, GroupActivity, StepRecord};
+use security::{Badge, Identified};
 use serde_json::json;
 use tonic::Request;
-use tonic::transport::Channel;
 use types::limits::MESSAGE_BYTES_MAX;
 
-use crate::client;
 use crate::out::say;
 use crate::table::{Align, Table};
+use crate::{client, identity};
 
 /// Longest wait for an answer, which comes between two steps.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 const MORE: &str = "\
 A group's leader says where it listens when it starts, and `cohort bench` needs only the router.
+The variable COHORT_CLUSTER_SECRET holds the cluster's secret, where it has one.
 
 Examples:
   cohort debug expert-load --worker http://127.0.0.1:7000 > load.json
@@ -105,9 +106,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-async fn connect(args: &WorkerArgs) -> anyhow::Result<WorkerClient<Channel>> {
+async fn connect(args: &WorkerArgs) -> anyhow::Result<WorkerClient<Identified>> {
     let channel = client::channel_of("--worker", &args.worker).await?;
-    Ok(WorkerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
+    let badge = Badge::new(identity::from_variable()?.as_ref());
+    let worker = WorkerClient::with_interceptor(channel, badge);
+    Ok(worker.max_decoding_message_size(MESSAGE_BYTES_MAX))
 }
 
 async fn steps(args: &StepsArgs) -> anyhow::Result<Vec<StepRecord>> {

@@ -8,6 +8,7 @@ use settings::Settings;
 use super::worker;
 use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy};
 use crate::hosts::Host;
+use crate::identity;
 use crate::progress::Progress;
 use crate::report::{self, Event, Line};
 use crate::supervisor::group::{self, Group};
@@ -137,6 +138,7 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         &args.file,
         &[&HostsFlag(&args.hosts), &args.model, &args.compute, &args.group],
     )?;
+    let secret = identity::secret(&settings, StartedBy::supervised(args.supervised))?;
     let log = log.to_argv();
     let host = Host::find(&settings.group.hosts, args.host_index, |name| std::env::var(name).ok())?;
     let size = settings.ranks();
@@ -153,7 +155,7 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
             }
             let mut argv = rank.to_argv();
             argv.extend_from_slice(&log);
-            Spec::own(argv)
+            Spec::own(argv, secret.clone())
         },
     };
     super::runtime()?.block_on(async {

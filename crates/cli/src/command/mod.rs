@@ -9,6 +9,7 @@ pub mod demo;
 pub mod generate;
 pub mod group;
 pub mod kernels;
+pub mod keys;
 pub mod plan;
 pub mod router;
 pub mod up;
@@ -61,6 +62,8 @@ pub enum Command {
     Debug(debug::Args),
     /// Check the GPU kernels of a model; needs no GPU
     Kernels(kernels::Args),
+    /// Make API keys for callers
+    Keys(keys::Args),
     /// Run a router for worker groups that run elsewhere
     Router(Box<router::Args>),
     /// Run the ranks of one worker group on this machine
@@ -86,6 +89,7 @@ impl Command {
             Self::Plan(args) => plan::run(&args),
             Self::Debug(args) => debug::run(&args),
             Self::Kernels(args) => kernels::run(&args),
+            Self::Keys(args) => keys::run(&args),
             Self::Router(args) => router::run(&args),
             Self::Group(args) => group::run(&args, log),
             Self::Worker(args) => worker::run(&args),
@@ -108,6 +112,7 @@ impl Command {
             | Self::Config(_)
             | Self::Debug(_)
             | Self::Kernels(_)
+            | Self::Keys(_)
             | Self::Plan(_) => false,
         }
     }
@@ -126,6 +131,7 @@ impl Command {
             | Self::Config(_)
             | Self::Debug(_)
             | Self::Kernels(_)
+            | Self::Keys(_)
             | Self::Plan(_) => "warn",
         }
     }

@@ -9,7 +9,7 @@ use settings::{HttpListen, Settings};
 use crate::args::{self, ConfigFlags, FileFlag, ModelFlags, RouterFlags, StartedBy};
 use crate::report::{self, Event, Line, Serving};
 use crate::supervisor::{lifeline, signals};
-use crate::{client, embedded};
+use crate::{embedded, identity};
 
 const MORE: &str = "\
 Clients speak gRPC and HTTP to a router. It turns text into tokens, picks a group for each request, and streams
@@ -22,7 +22,7 @@ pub struct Args {
     /// Where the configuration comes from.
     #[command(flatten)]
     pub file: FileFlag,
-    /// Leaders of the worker groups, as http://host:port; separate several with commas
+    /// Leaders of the worker groups, as http://host:port or https://host:port; separate several with commas
     #[arg(long, value_name = "ADDR,…", value_delimiter = ',')]
     pub workers: Vec<String>,
     /// What is served.
@@ -63,6 +63,7 @@ impl Args {
 
     /// What a supervised router of these settings is started with: again at the addresses it `served` at, if it did.
     pub(crate) fn supervised(settings: &Settings, leaders: &[SocketAddr], served: Option<Serving>) -> Self {
+        let scheme = if settings.group.tls.certificate.is_some() { "https" } else { "http" };
         let mut router = RouterFlags::from(settings);
         if let Some(served) = served {
             router.grpc_listen = Some(served.grpc);
@@ -70,7 +71,7 @@ impl Args {
         }
         Self {
             file: FileFlag::default(),
-            workers: leaders.iter().map(|leader| format!("http://{leader}")).collect(),
+            workers: leaders.iter().map(|leader| format!("{scheme}://{leader}")).collect(),
             model: ModelFlags::from(settings),
             router,
             supervised: true,
@@ -100,26 +101,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         );
     }
     let files = embedded::text_files(&settings)?;
-    let config = settings.router();
+    let mut config = settings.router();
+    config.access.secret = identity::secret(&settings, StartedBy::supervised(args.supervised))?;
     let supervised = args.supervised;
     super::serving_runtime()?.block_on(async {
-        let announce = |bound: router::Bound| _ = tokio::spawn(announce(bound, supervised));
-        Ok(router::serve(config, files, announce, stop).await?)
+        Ok(router::serve(config, files, |bound| announce(bound, supervised), stop).await?)
     })
 }
 
-/// Says where the router serves, once it answers there: listening comes before the tokenizer has been read, and a
-/// router that ends over a bad one has never served.
-async fn announce(bound: router::Bound, supervised: bool) {
+/// Says where the router serves.
+fn announce(bound: router::Bound, supervised: bool) {
     let serving = Serving { grpc: bound.grpc, http: bound.http };
-    let address = client::reachable(serving.grpc).to_string();
-    let answered = async { client::wait_until_answering(client::channel(&address).await?).await };
-    match answered.await {
-        Ok(()) if supervised => {
-            report::say(&Line { pid: std::process::id(), rank: None, event: Event::Serving(serving) });
-        }
-        Ok(()) => eprintln!("serving gRPC at {}{}", serving.grpc, http_part(serving)),
-        Err(error) => tracing::warn!("at {address}: {error:#}"),
+    match supervised {
+        true => report::say(&Line { pid: std::process::id(), rank: None, event: Event::Serving(serving) }),
+        false => eprintln!("serving gRPC at {}{}", serving.grpc, http_part(serving)),
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+use security::Secret;
 use settings::Settings;
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +18,7 @@ use crate::report::Serving;
 use crate::style::Paint;
 use crate::supervisor::cluster::{self, Cluster, Happening, Member};
 use crate::supervisor::{Spec, signals};
-use crate::{client, embedded};
+use crate::{client, embedded, identity};
 
 /// What a member may need beyond its own graces to end.
 const SUPERVISOR_SLACK: Duration = Duration::from_secs(1);
@@ -82,12 +83,15 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
             "group.hosts has {hosts} hosts, and cohort up starts groups on this one; run cohort group on each of them"
         );
     }
+    let encrypted = settings.router.tls.certificate.is_some();
     let log = super::quiet(log, "warn");
     super::runtime()?.block_on(async {
         let display = Arc::new(Display::new(&settings));
         tokio::spawn(say_stopping(stop.clone(), Arc::clone(&display)));
         supervise(&settings, &log, &stop, |happening| match happening {
-            Happening::Up(serving) => _ = tokio::spawn(tell_when_serving(serving, Arc::clone(&display))),
+            Happening::Up(serving) => {
+                _ = tokio::spawn(tell_when_serving(serving, encrypted, Arc::clone(&display)))
+            }
             other => display.show(other),
         })
         .await
@@ -102,9 +106,14 @@ pub(crate) async fn supervise(
     on: impl FnMut(Happening),
 ) -> anyhow::Result<()> {
     let log = log.to_argv();
+    // Whoever else runs on this machine reaches its ports too.
+    let secret = match identity::secret(settings, StartedBy::User)? {
+        Some(secret) => secret,
+        None => Secret::random()?,
+    };
     let own = |mut argv: Vec<String>| {
         argv.extend_from_slice(&log);
-        Spec::own(argv)
+        Spec::own(argv, Some(secret.clone()))
     };
     let cluster = Cluster {
         groups: settings.cluster.groups,
@@ -124,8 +133,12 @@ async fn say_stopping(stop: CancellationToken, display: Arc<Display>) {
     display.print(&display.paint.dim("stopping; open requests finish first, Ctrl-C again ends at once"));
 }
 
-/// Says so once the router answers that it serves.
-async fn tell_when_serving(serving: Serving, display: Arc<Display>) {
+/// Says so once the router answers that it serves; behind TLS it is believed, since only its callers have what it takes to
+/// ask.
+async fn tell_when_serving(serving: Serving, encrypted: bool, display: Arc<Display>) {
+    if encrypted {
+        return display.progress().announce(&display.banner(serving));
+    }
     let address = client::reachable(serving.grpc).to_string();
     let served = async { client::wait_until_serving(client::channel(&address).await?).await };
     match served.await {

@@ -12,10 +12,10 @@ use types::TpRank;
 use worker::{Report, Reporter};
 
 use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, ModelFlags, StartedBy};
-use crate::embedded;
 use crate::progress::Progress;
 use crate::report::{self, Event, Line, Throttle};
 use crate::supervisor::{lifeline, signals};
+use crate::{embedded, identity};
 
 /// Any free port of this machine only.
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -93,7 +93,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let (rendezvous, leader) = (args.rendezvous, args.leader.clone());
     let place = RankPlace { rank, rendezvous, leader, listen: args.listen };
     let name = embedded::served_name(&settings);
-    let config = settings.worker(place, embedded::checkpoint(&settings), name);
+    let mut config = settings.worker(place, embedded::checkpoint(&settings), name);
+    config.access.secret = identity::secret(&settings, StartedBy::supervised(args.supervised))?;
     let booted = Arc::new(AtomicBool::new(false));
     end_while_booting(stop.clone(), Arc::clone(&booted))?;
     Ok(worker::run(&config, &reporter(rank, args.supervised, booted), &stop)?)

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
+use security::{SECRET_VARIABLE, Secret};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::sync::{mpsc, watch};
@@ -27,16 +28,18 @@ pub struct Spec {
     pub program: OsString,
     /// Its arguments.
     pub args: Vec<OsString>,
+    /// The cluster's secret; it travels in a variable, which other users cannot read.
+    pub secret: Option<Secret>,
 }
 
 impl Spec {
-    /// This same binary with these arguments.
+    /// This same binary with these arguments, in the cluster of `secret`.
     ///
     /// # Errors
     /// When the binary's own path cannot be found.
-    pub fn own(args: Vec<String>) -> anyhow::Result<Self> {
+    pub fn own(args: Vec<String>, secret: Option<Secret>) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("find this program's own file")?;
-        Ok(Self { program: program.into(), args: args.into_iter().map(OsString::from).collect() })
+        Ok(Self { program: program.into(), args: args.into_iter().map(OsString::from).collect(), secret })
     }
 }
 
@@ -148,6 +151,7 @@ pub fn spawn<K: Copy + Send + 'static>(
 ) -> anyhow::Result<Handle> {
     let mut child = Command::new(&spec.program)
         .args(&spec.args)
+        .envs(spec.secret.iter().map(|secret| (SECRET_VARIABLE, secret.expose())))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

@@ -12,7 +12,7 @@ use rustix::process::{Pid, test_kill_process};
 pub(crate) fn shell(script: &str, args: &[String]) -> Spec {
     let mut all = vec!["-c".into(), script.into(), "sh".into()];
     all.extend(args.iter().map(Into::into));
-    Spec { program: "/bin/sh".into(), args: all }
+    Spec { program: "/bin/sh".into(), args: all, secret: None }
 }
 
 /// A shell command that reports this event.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::lobby::{Event, Lobby};
 use super::mesh::Book;
+use super::secret::{GroupSecret, answer_to};
 use super::wire::{
     Decoded, Hello, Message, PREFIX_BYTES, PROTOCOL_VERSION, Refusal, Token, body_length, decode, encode,
 };
@@ -120,7 +121,7 @@ impl<'a> Gathering<'a> {
 }
 
 /// Tells every rank where the others listen.
-pub(super) fn welcome(seats: &[Seat], until: Instant) -> Result<Book, Error> {
+pub(super) fn welcome(seats: &[Seat], secret: Option<GroupSecret>, until: Instant) -> Result<Book, Error> {
     let token = token().map_err(|error| Error::io("reading /dev/urandom", &error))?;
     let addresses: Vec<SocketAddr> = seats.iter().map(|seat| seat.mesh).collect();
     let message = encode(&Message::Welcome { token, addresses: addresses.clone() });
@@ -129,7 +130,7 @@ pub(super) fn welcome(seats: &[Seat], until: Instant) -> Result<Book, Error> {
         let sent = socket::write_full(&seat.stream, &message, &[], until);
         sent.map_err(|stop| stopped(rank, stop, patience))?;
     }
-    Ok(Book { token, addresses })
+    Ok(Book { token: answer_to(secret, token), addresses })
 }
 
 fn token() -> std::io::Result<Token> {

@@ -7,11 +7,12 @@ use types::TpRank;
 
 use super::gather::stopped;
 use super::lobby::{Event, Lobby};
+use super::secret::same;
 use super::wire::{Decoded, Message, Purpose, Refusal, Token, encode};
 use crate::socket;
 use crate::{Error, tcp::Link};
 
-/// Who is where, and the group's token.
+/// Who is where, and what opens a connection of the mesh.
 pub(super) struct Book {
     pub(super) token: Token,
     /// For rank 0: of ranks 1, 2, …, which it never dials. For the others: of every rank.
@@ -123,7 +124,7 @@ impl Mesh {
     /// Keeps a connection a higher rank made; `false` when it is not one.
     fn seat(&mut self, stream: TcpStream, token: &Token, rank: u32, purpose: Purpose) -> bool {
         let wanted = rank > self.rank.index() && (purpose != Purpose::Plan || self.rank.is_leader());
-        if *token != self.book.token || !wanted {
+        if !same(token, &self.book.token) || !wanted {
             return false;
         }
         let Some(corner) = self.corners.get_mut(rank as usize) else { return false };

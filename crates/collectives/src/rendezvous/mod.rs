@@ -8,6 +8,7 @@
 mod gather;
 mod lobby;
 mod mesh;
+mod secret;
 mod wire;
 
 use std::io::{self, ErrorKind};
@@ -22,6 +23,7 @@ use self::mesh::Mesh;
 use self::wire::{Hello, Message};
 use crate::{Error, PlanChannel, PlanSender, Tcp, TcpOptions, socket};
 
+pub use self::secret::GroupSecret;
 pub use self::wire::PROTOCOL_VERSION;
 
 /// The name errors give this stage.
@@ -50,11 +52,13 @@ pub struct RendezvousOptions {
     pub within: Duration,
     /// Deadlines of the group's operations.
     pub tcp: TcpOptions,
+    /// What all ranks of the group know and others do not; without it whoever reaches the ports may join.
+    pub secret: Option<GroupSecret>,
 }
 
 impl Default for RendezvousOptions {
     fn default() -> Self {
-        Self { within: Duration::from_secs(60), tcp: TcpOptions::default() }
+        Self { within: Duration::from_secs(60), tcp: TcpOptions::default(), secret: None }
     }
 }
 
@@ -104,8 +108,9 @@ impl Rendezvous {
         }
         check_plan(member)?;
         let until = socket::from_now(options.within);
+        let member = &as_shown(member, options);
         let seats = Gathering::new(&self.listener, member, options.within).run(until)?;
-        let mesh = Mesh::new(member.rank, welcome(&seats, until)?);
+        let mesh = Mesh::new(member.rank, welcome(&seats, options.secret, until)?);
         finish(mesh, &self.listener, options, until)
     }
 }
@@ -134,7 +139,7 @@ pub fn join(leader: &str, member: &Member, options: &RendezvousOptions) -> Resul
     let hello = Message::Hello(Hello {
         rank,
         size: member.rank.size().get(),
-        config_hash: member.config_hash,
+        config_hash: as_shown(member, options).config_hash,
         plan: member.plan.clone(),
         mesh,
     });
@@ -152,7 +157,13 @@ pub fn join(leader: &str, member: &Member, options: &RendezvousOptions) -> Resul
     }
     let mut addresses = vec![there];
     addresses.extend(followers);
+    let token = secret::answer_to(options.secret, token);
     finish(Mesh::new(member.rank, mesh::Book { token, addresses }), &listener, options, until)
+}
+
+/// The member as it shows itself: ranks with other secrets have other hashes.
+fn as_shown(member: &Member, options: &RendezvousOptions) -> Member {
+    Member { config_hash: secret::bound_hash(options.secret, member.config_hash), ..member.clone() }
 }
 
 /// Connects every pair, then checks that every connection works.

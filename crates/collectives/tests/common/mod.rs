@@ -132,7 +132,7 @@ pub(crate) fn member(rank: u32, size: u32) -> Member {
 }
 
 pub(crate) fn options(deadline: Duration) -> RendezvousOptions {
-    RendezvousOptions { within: PATIENT, tcp: TcpOptions { deadline, ..TcpOptions::default() } }
+    RendezvousOptions { within: PATIENT, tcp: TcpOptions { deadline, ..TcpOptions::default() }, secret: None }
 }
 
 /// A complete group on loopback, in rank order.

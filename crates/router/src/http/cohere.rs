@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{Peekable, unfold};
@@ -42,14 +42,19 @@ impl IntoResponse for Refusal {
         let status = response.status();
         let headers = std::mem::take(response.headers_mut());
         let mut response = (status, Json(body)).into_response();
-        // Retry-After; the body's own headers are of the other form.
+        // The body's own headers are of the other form.
         for (name, value) in &headers {
-            if name == axum::http::header::RETRY_AFTER {
+            if name == header::RETRY_AFTER || name == header::WWW_AUTHENTICATE {
                 response.headers_mut().insert(name, value.clone());
             }
         }
         response
     }
+}
+
+/// What is refused before a chat is looked at.
+pub(super) fn refuse(error: ApiError) -> Response {
+    Refusal { id: String::new(), error }.into_response()
 }
 
 /// Answers a chat.
@@ -67,8 +72,8 @@ pub(super) async fn chat(State(context): State<Context>, request: Request) -> Re
 }
 
 async fn answer(shared: &Arc<Shared>, request: Request, id: &mut String) -> Result<Response, ApiError> {
-    let (headers, mut fields) = read(shared, request).await?;
-    let call = call(&headers, "")?.listed(&shared.running);
+    let (parts, mut fields) = read(shared, request).await?;
+    let call = call(&parts, "")?.listed(&shared.running);
     call.request_id.clone_into(id);
     let Asked { request, stream, show } = request::take(&mut fields, shared.text.as_ref());
     fields.finish()?;

@@ -31,6 +31,8 @@ impl ApiError {
     /// The body.
     pub(super) fn to_json(&self) -> Value {
         let kind = match self.status.as_u16() {
+            401 => "authentication_error",
+            403 => "permission_error",
             404 => "not_found_error",
             429 => "rate_limit_error",
             400..500 => "invalid_request_error",
@@ -76,6 +78,9 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, Json(self.to_json())).into_response();
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

@@ -6,16 +6,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use security::{Acceptor, Stream};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+use types::limits::HEADER_BYTES_MAX;
 
 use crate::config::HttpPatience;
+use crate::gate::Certified;
 
 /// Most connections at once; further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 16_384;
@@ -24,15 +29,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `refuse`; then open answers are finished and idle connections closed.
 pub(crate) async fn serve(
-    listener: TcpListener,
+    (listener, acceptor): (TcpListener, Acceptor),
     routes: Router,
     patience: HttpPatience,
     refuse: CancellationToken,
 ) {
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    builder.http1().max_buf_size(HEADER_BYTES_MAX as usize);
     // The time of a head begins when the connection waits for it, so it bounds the silence between requests too.
     builder.http1().timer(TokioTimer::new()).header_read_timeout(patience.head).keep_alive(true);
-    let service = TowerToHyperService::new(routes);
     let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
@@ -43,7 +48,12 @@ pub(crate) async fn serve(
         let (place, stream) = tokio::select! {
             () = refuse.cancelled() => break,
             (place, accepted) = accepted => match accepted {
-                Ok((stream, _)) => (place, stream),
+                Ok((stream, _)) => {
+                    if let Err(error) = stream.set_nodelay(true) {
+                        tracing::debug!(%error, "a connection keeps its delay");
+                    }
+                    (place, stream)
+                }
                 Err(error) => {
                     tracing::debug!(%error, "a connection was not accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -51,11 +61,19 @@ pub(crate) async fn serve(
                 }
             },
         };
-        let connection = builder.serve_connection(TokioIo::new(impatient(stream, patience)), service.clone());
-        let connection = graceful.watch(connection.into_owned());
+        let (builder, routes, acceptor) = (builder.clone(), routes.clone(), acceptor.clone());
+        let watcher = graceful.watcher();
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(error, "a connection ended");
+            match acceptor.accept(stream).await {
+                Ok(stream) => {
+                    let service = TowerToHyperService::new(routes.map_request(noted(&acceptor, &stream)));
+                    let io = TokioIo::new(impatient(stream, patience));
+                    let connection = watcher.watch(builder.serve_connection(io, service).into_owned());
+                    if let Err(error) = connection.await {
+                        tracing::debug!(error, "a connection ended");
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "a TLS handshake failed"),
             }
             drop(place);
         });
@@ -64,11 +82,19 @@ pub(crate) async fn serve(
     graceful.shutdown().await;
 }
 
-/// A stream whose writes fail when nobody takes them for too long.
-fn impatient(stream: TcpStream, patience: HttpPatience) -> Pin<Box<TimeoutStream<TcpStream>>> {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "a connection keeps its delay");
+/// Notes on every request what its connection's other end has shown, where something was asked of it.
+fn noted<B>(acceptor: &Acceptor, stream: &Stream) -> impl Fn(Request<B>) -> Request<B> + Clone + use<B> {
+    let certified = acceptor.asks_for_certificates().then(|| Certified(stream.is_certified()));
+    move |mut request: Request<B>| {
+        if let Some(certified) = certified {
+            request.extensions_mut().insert(certified);
+        }
+        request
     }
+}
+
+/// A stream whose writes fail when nobody takes them for too long.
+fn impatient(stream: Stream, patience: HttpPatience) -> Pin<Box<TimeoutStream<Stream>>> {
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(patience.write));
     Box::pin(stream)

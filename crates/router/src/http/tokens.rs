@@ -17,7 +17,7 @@ pub(super) async fn tokenize(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let shared = &context.shared;
-    let (headers, mut fields) = read(&context.shared, request).await?;
+    let (parts, mut fields) = read(&context.shared, request).await?;
     let facts = served(&context, &mut fields)?;
     let text: Option<String> = fields.take("prompt");
     let prompt = match text {
@@ -36,7 +36,7 @@ pub(super) async fn tokenize(
     let permit = shared.permit()?;
     let tokenizer = shared.text("/tokenize")?.tokenizer();
     let work = shared.tokenize(Prompt::try_from(Some(prompt))?, &permit);
-    let (_, ids) = call(&headers, "")?.within(work).await?;
+    let (_, ids) = call(&parts, "")?.within(work).await?;
     let token = |id: &TokenId| String::from_utf8_lossy(tokenizer.token_bytes(*id)).into_owned();
     let texts = wants_texts.then(|| ids.iter().map(token).collect::<Vec<String>>());
     let tokens: Vec<u32> = ids.iter().map(|id| id.0).collect();
@@ -50,7 +50,7 @@ pub(super) async fn detokenize(
     State(context): State<Context>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let (_, mut fields) = read(&context.shared, request).await?;
+    let (_parts, mut fields) = read(&context.shared, request).await?;
     let facts = served(&context, &mut fields)?;
     let tokens: Vec<u32> = fields.take("tokens").unwrap_or_default();
     for (index, id) in tokens.iter().enumerate().filter(|(_, id)| **id >= facts.vocab_size).take(1) {

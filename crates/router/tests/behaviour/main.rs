@@ -3,6 +3,7 @@
 
 mod support;
 
+mod access;
 mod admission;
 mod any_input;
 mod bad_requests;
@@ -37,6 +38,7 @@ mod stop_strings;
 mod streaming;
 mod structured;
 mod templates;
+mod tls;
 mod tokenizing;
 mod undecoded;
 mod vllm_api;

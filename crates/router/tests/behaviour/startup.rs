@@ -24,7 +24,14 @@ async fn a_port_in_use_is_named_with_its_flag() {
 
 #[tokio::test]
 async fn a_worker_address_must_be_a_url_with_a_port() {
-    for address in ["", "127.0.0.1:7100", "http://", "https://127.0.0.1:7100", "http://127.0.0.1"] {
+    for address in [
+        "",
+        "127.0.0.1:7100",
+        "http://",
+        "https://127.0.0.1:7100",
+        "ftp://127.0.0.1:7100",
+        "http://127.0.0.1",
+    ] {
         match start(config(&[address]), ModelFiles::default()).await {
             Error::WorkerAddress { address: named, .. } => assert_eq!(named, address),
             other => panic!("{address}: {other}"),

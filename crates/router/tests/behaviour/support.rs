@@ -212,6 +212,16 @@ impl Worker for Service {
     }
 }
 
+/// The service of a leader that stays as it is and takes no requests.
+pub(crate) fn still_leader(first: worker::WorkerState) -> impl Worker {
+    let (states, seen) = watch::channel(first);
+    // It lives as long as the test.
+    std::mem::forget(states);
+    let (opened, _) = mpsc::unbounded_channel();
+    let (cancelled, _) = mpsc::unbounded_channel();
+    Service { states: seen, opened, cancelled, refusal: Arc::default() }
+}
+
 /// A leader in its own runtime, so that [`Leader::kill`] cuts its connections as the death of a process would.
 pub(crate) struct Leader {
     pub(crate) address: String,
@@ -327,6 +337,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         http_patience: router::HttpPatience::default(),
         withdraw_grace: Duration::ZERO,
         drain_grace: PATIENCE,
+        access: router::Access::default(),
     }
 }
 

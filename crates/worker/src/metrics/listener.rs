@@ -1,5 +1,6 @@
 //! The leader's HTTP listener for what watches it: metrics and probes. Open as early as the one for routers.
 
+use std::io;
 use std::sync::Arc;
 
 use axum::extract::State;
@@ -8,8 +9,9 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use proto::Phase;
+use security::Stream;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
 
 use super::Metrics;
 use crate::state::StatePublisher;
@@ -23,16 +25,43 @@ struct Watched {
     state: Arc<StatePublisher>,
 }
 
+/// Connections for axum, as somebody else accepts them.
+struct Accepted<C>(C);
+
+impl<C> axum::serve::Listener for Accepted<C>
+where
+    C: tokio_stream::Stream<Item = io::Result<Stream>> + Send + Unpin + 'static,
+{
+    type Io = Stream;
+    type Addr = ();
+
+    async fn accept(&mut self) -> (Stream, ()) {
+        match self.0.next().await {
+            Some(Ok(stream)) => (stream, ()),
+            // Nobody comes any more.
+            Some(Err(_)) | None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Serves `/metrics`, `/livez` (this process answers), `/startupz` (it listens, with phase and percent) and `/readyz` (it
 /// takes requests) for as long as the process lives.
-pub(crate) async fn serve(listener: TcpListener, metrics: Arc<Metrics>, state: Arc<StatePublisher>) {
+pub(crate) async fn serve(
+    connections: impl tokio_stream::Stream<Item = io::Result<Stream>> + Send + 'static,
+    metrics: Arc<Metrics>,
+    state: Arc<StatePublisher>,
+) {
     let routes = Router::new()
         .route("/metrics", get(page))
         .route("/livez", get(livez))
         .route("/startupz", get(startupz))
         .route("/readyz", get(readyz))
         .with_state(Watched { metrics, state });
-    if let Err(error) = axum::serve(listener, routes).await {
+    if let Err(error) = axum::serve(Accepted(Box::pin(connections)), routes).await {
         tracing::error!(%error, "metrics are not served any more");
     }
 }

@@ -58,6 +58,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         step_timeout: Duration::from_secs(10),
         fault_dir: None,
         drain_grace: Duration::from_secs(30),
+        access: worker::Access::default(),
     }
 }
 

@@ -12,6 +12,7 @@ use tonic::codegen::http::{HeaderMap, Request, StatusCode, header};
 use types::limits::MESSAGE_BYTES_MAX;
 
 use super::lines::Line;
+use crate::client;
 
 /// Answers are longer than requests: many choices, log-probabilities.
 const ANSWER_BYTES_MAX: usize = 4 * MESSAGE_BYTES_MAX;
@@ -78,7 +79,11 @@ impl Sender {
     async fn once(&self, line: &Line) -> anyhow::Result<(Answer, Option<Duration>)> {
         let uri = format!("{}{}", self.server, line.url);
         let body = Full::new(Bytes::from(line.body.get().to_owned()));
-        let request = Request::post(&uri).header(header::CONTENT_TYPE, "application/json").body(body)?;
+        let mut request = Request::post(&uri).header(header::CONTENT_TYPE, "application/json");
+        if let Some(key) = client::api_key() {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        }
+        let request = request.body(body)?;
         let response = self.client.request(request).await;
         let response =
             response.with_context(|| format!("nothing answers at {uri}; is a cluster up? (cohort up)"))?;

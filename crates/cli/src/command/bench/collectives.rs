@@ -194,7 +194,8 @@ fn time<C: Collective<[f32]>>(
 
 /// Ranks of this process that meet as workers do.
 fn tcp_group(size: TpSize) -> anyhow::Result<Vec<collectives::Tcp>> {
-    let options = RendezvousOptions { within: DEADLINE, tcp: TcpOptions { deadline: DEADLINE, spin: SPIN } };
+    let tcp = TcpOptions { deadline: DEADLINE, spin: SPIN };
+    let options = RendezvousOptions { within: DEADLINE, tcp, ..RendezvousOptions::default() };
     let member = |rank: TpRank| Member { rank, plan: "bench".to_owned(), config_hash: [0; 32] };
     let rendezvous = Rendezvous::bind(ANYWHERE.parse().context("the loopback address")?)?;
     let address = rendezvous.local_addr().to_string();

@@ -117,7 +117,7 @@ impl Router {
         ];
         argv.extend(args.model.iter().map(|dir| format!("--model={dir}")));
         let (send, mut updates) = mpsc::channel(16);
-        let handle = child::spawn(&Spec::own(argv)?, (), send)?;
+        let handle = child::spawn(&Spec::own(argv, None)?, (), send)?;
         loop {
             match updates.recv().await {
                 Some(((), Update::Said(Line { event: Event::Serving(serving), .. }))) => {
