@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use collectives::Collective;
-use ops::{Backend, ExpertOwners, ExpertSlots, Packed};
+use ops::{Backend, ExpertOwners, ExpertSlots};
 use types::{TpRank, TpSize};
 
 use crate::config::MoeConfig;
@@ -77,10 +77,11 @@ pub(crate) fn exchange<B: Backend, C: Collective<B::Tensor>>(
     if let Some(slots) = weights.slots {
         routed = backend.place(routed, slots, own_rows.start)?;
     }
-    let Packed { rows: send, counts: sent_rows } = backend.pack(&own, &routed, owners)?;
+    let send = backend.pack(&own, &routed, owners, &mut counts.sent)?;
+    let sent_rows = counts.sent.iter().sum();
 
     let width = hidden + 2 * moe.routing.top_k;
-    counts.expect(sizes, &sent_rows, width);
+    counts.expect(sizes, width);
     let mut received = backend.buffer(counts.room.iter().sum::<usize>() / width, width)?;
     comm.all_to_all_open(&send, &counts.sent, &mut received, &counts.room, &mut counts.came)?;
     let came_rows = counts.learn(plan.whole, width)?;
@@ -89,17 +90,16 @@ pub(crate) fn exchange<B: Backend, C: Collective<B::Tensor>>(
     let done = backend.routed_experts(&x, &here, weights.gate_up, weights.down, held.start)?;
 
     counts.turn(width, hidden);
-    let mut returned = backend.buffer(sent_rows.iter().sum(), hidden)?;
+    let mut returned = backend.buffer(sent_rows, hidden)?;
     comm.all_to_all_v(&done, &counts.came, &mut returned, &counts.sent)?;
     Ok(backend.combine(&returned, &routed, owners)?)
 }
 
 impl Counts {
     /// Elements that go to each rank, and the most that may come: a rank sends each row of its slice at most once.
-    fn expect(&mut self, sizes: &Sizes<'_>, sent_rows: &[usize], width: usize) {
+    fn expect(&mut self, sizes: &Sizes<'_>, width: usize) {
         let (whole, each) = (sizes.plan.whole, sizes.plan.rank.size());
-        self.sent.clear();
-        self.sent.extend(sent_rows.iter().map(|count| count * width));
+        self.sent.iter_mut().for_each(|count| *count *= width);
         self.room.clear();
         let of = |peer: usize| part(peer % each.as_usize(), each, sizes.rows[peer / each.as_usize()]).len();
         self.room.extend((0..whole.size().as_usize()).map(|peer| of(peer) * width));

@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::bf16;
 use ops::{
     Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, ExpertSlots, HostTensor,
-    KvLayerSpec, Norm, Packed, Rope, Routing, Window,
+    KvLayerSpec, Norm, Rope, Routing, Window,
 };
 use rayon::prelude::*;
 use types::{DType, TokenId};
@@ -266,8 +266,14 @@ impl Backend for CpuBackend {
         Ok(Tensor::copied(width, wanted))
     }
 
-    fn pack(&mut self, x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
-        dispatch::pack(x, routed, owners)
+    fn pack(
+        &mut self,
+        x: &Tensor,
+        routed: &Routed,
+        owners: ExpertOwners,
+        counts: &mut Vec<usize>,
+    ) -> Result<Tensor, Error> {
+        dispatch::pack(x, routed, owners, counts)
     }
 
     fn unpack(&mut self, packed: &Tensor, hidden: usize) -> Result<(Tensor, Routed), Error> {

@@ -1,6 +1,6 @@
 //! Rows on their way to the ranks that hold their experts, and back.
 
-use ops::{Error, ExpertOwners, ExpertSlots, Packed};
+use ops::{Error, ExpertOwners, ExpertSlots};
 use types::TokenId;
 
 use crate::route::Routed;
@@ -32,7 +32,12 @@ pub(crate) fn place(
 }
 
 /// See [`ops::Backend::pack`].
-pub(crate) fn pack(x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
+pub(crate) fn pack(
+    x: &Tensor,
+    routed: &Routed,
+    owners: ExpertOwners,
+    counts: &mut Vec<usize>,
+) -> Result<Tensor, Error> {
     let k = routed.top_k;
     if routed.experts.len() != x.rows() * k {
         let detail = format!("{} rows with {} choices, {k} a row", x.rows(), routed.experts.len());
@@ -40,8 +45,8 @@ pub(crate) fn pack(x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<
     }
     let width = x.width() + 2 * k;
     let most = routed.experts.len().min(x.rows() * owners.ranks) * width;
-    let mut counts = Vec::with_capacity(owners.ranks);
-    let rows = Tensor::collect(width, most, |data| {
+    counts.clear();
+    Ok(Tensor::collect(width, most, |data| {
         for owner in 0..owners.ranks {
             let before = data.len();
             for row in rows_for(routed, owners, owner) {
@@ -52,8 +57,7 @@ pub(crate) fn pack(x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<
             }
             counts.push((data.len() - before) / width);
         }
-    });
-    Ok(Packed { rows, counts })
+    }))
 }
 
 /// See [`ops::Backend::unpack`].

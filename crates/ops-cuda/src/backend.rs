@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use half::bf16;
 use ops::sample::{Choice, Plain};
 use ops::{
-    Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed, Rope,
-    Routing, Window,
+    Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing,
+    Window,
 };
 use types::{Bytes, DType, TokenId};
 
@@ -27,7 +27,7 @@ use crate::kernels::{
 };
 use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::step::Step;
-use crate::tensor::{Routed, Tensor, Weight, size};
+use crate::tensor::{Routed, Tensor, Weight, same_shape, size};
 
 /// How to use a card.
 #[derive(Debug, Clone)]
@@ -259,14 +259,6 @@ impl CudaBackend {
         };
         Ok(self.device.launch(self.device.kernels.sum, Grid::over(a.elements()), &params)?)
     }
-}
-
-fn same_shape(op: &'static str, a: &Tensor, b: &Tensor) -> Result<(), Error> {
-    if (a.rows(), a.width()) == (b.rows(), b.width()) {
-        return Ok(());
-    }
-    let detail = format!("{}x{} and {}x{}", a.rows(), a.width(), b.rows(), b.width());
-    Err(Error::Shape { op, detail })
 }
 
 impl Backend for CudaBackend {
@@ -562,8 +554,14 @@ impl Backend for CudaBackend {
         self.slice(x, rows)
     }
 
-    fn pack(&mut self, x: &Tensor, routed: &Routed, owners: ExpertOwners) -> Result<Packed<Tensor>, Error> {
-        self.pack_rows(x, routed, owners)
+    fn pack(
+        &mut self,
+        x: &Tensor,
+        routed: &Routed,
+        owners: ExpertOwners,
+        counts: &mut Vec<usize>,
+    ) -> Result<Tensor, Error> {
+        self.pack_rows((x, routed), owners, counts)
     }
 
     fn unpack(&mut self, packed: &Tensor, hidden: usize) -> Result<(Tensor, Routed), Error> {

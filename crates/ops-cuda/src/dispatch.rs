@@ -4,7 +4,7 @@
 use std::cell::OnceCell;
 use std::ops::Range;
 
-use ops::{Error, ExpertOwners, ExpertSlots, Packed};
+use ops::{Error, ExpertOwners, ExpertSlots};
 use types::{DType, TokenId};
 
 use crate::arena::Piece;
@@ -112,10 +112,10 @@ impl CudaBackend {
     /// See [`ops::Backend::pack`].
     pub(crate) fn pack_rows(
         &self,
-        x: &Tensor,
-        routed: &Routed,
+        (x, routed): (&Tensor, &Routed),
         owners: ExpertOwners,
-    ) -> Result<Packed<Tensor>, Error> {
+        counts: &mut Vec<usize>,
+    ) -> Result<Tensor, Error> {
         let k = routed.top_k;
         if routed.rows != x.rows() {
             let detail = format!("{} rows with the choices of {}", x.rows(), routed.rows);
@@ -123,7 +123,7 @@ impl CudaBackend {
         }
         let experts = self.choices(routed)?;
         let mut source: Vec<u32> = Vec::with_capacity(experts.len());
-        let mut counts = Vec::with_capacity(owners.ranks);
+        counts.clear();
         for owner in 0..owners.ranks {
             let before = source.len();
             source.extend(
@@ -145,7 +145,7 @@ impl CudaBackend {
         };
         let grid = Grid::new(size("pack", source.len())?, 1, 256);
         self.device().launch(self.device().kernels.pack, grid, &params)?;
-        Ok(Packed { rows, counts })
+        Ok(rows)
     }
 
     /// See [`ops::Backend::unpack`].

@@ -169,6 +169,15 @@ pub struct Routed {
     pub(crate) on_host: OnceCell<Vec<u32>>,
 }
 
+/// Refuses operands of an element-wise op that do not match.
+pub(crate) fn same_shape(op: &'static str, a: &Tensor, b: &Tensor) -> Result<(), Error> {
+    if (a.rows(), a.width()) == (b.rows(), b.width()) {
+        return Ok(());
+    }
+    let detail = format!("{}x{} and {}x{}", a.rows(), a.width(), b.rows(), b.width());
+    Err(Error::Shape { op, detail })
+}
+
 /// Kernels take sizes as u32; a larger one is refused, not cut.
 pub(crate) fn size(op: &'static str, value: usize) -> Result<u32, Error> {
     u32::try_from(value)

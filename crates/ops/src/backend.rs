@@ -157,15 +157,6 @@ impl ExpertSlots {
     }
 }
 
-/// Rows laid out for an all-to-all.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Packed<T> {
-    /// [sum of `counts`, H + 2k]: the values of a row, its k experts, its k weights.
-    pub rows: T,
-    /// Rows for each rank, in rank order.
-    pub counts: Vec<usize>,
-}
-
 /// A device that runs the model. One value per rank; it owns the device's memory, and one thread uses it.
 pub trait Backend {
     /// Activations on the device: [rows, width], compute dtype or (for partial sums) fp32.
@@ -397,7 +388,8 @@ pub trait Backend {
     fn slice_rows(&mut self, x: &Self::Tensor, rows: Range<usize>) -> Result<Self::Tensor, Error>;
 
     /// Lays the rows of `x` [T, H] out for the ranks that hold their experts: for each rank in order the rows, in
-    /// ascending order, that chose at least one of its experts, each once and with all its choices.
+    /// ascending order, that chose at least one of its experts, each once and with all its choices. `counts` becomes the
+    /// rows for each rank; the result is [sum of `counts`, H + 2k]: the values of a row, its k experts, its k weights.
     ///
     /// # Errors
     /// When `routed` has other rows than `x`, or on a device failure.
@@ -406,7 +398,8 @@ pub trait Backend {
         x: &Self::Tensor,
         routed: &Self::Routed,
         owners: ExpertOwners,
-    ) -> Result<Packed<Self::Tensor>, Error>;
+        counts: &mut Vec<usize>,
+    ) -> Result<Self::Tensor, Error>;
 
     /// Takes received rows [R, H + 2k] apart: their values [R, H] and their choices.
     ///

@@ -13,7 +13,7 @@ mod host;
 pub mod sample;
 
 pub use backend::{
-    Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Packed, Rope, Routing, Scoring, Window, largest,
+    Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Rope, Routing, Scoring, Window, largest,
 };
 pub use batch::{Batch, BatchSequence};
 pub use dummy::{Dummy, DummyBand, DummyPiece, chosen, dummy_unit};

@@ -3,8 +3,7 @@
 use std::ops::Range;
 
 use ops::{
-    Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Packed, Rope, Routing,
-    Window,
+    Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window,
 };
 use ops_cpu::{CpuBackend, KvLayer, Routed, Tensor, Weight};
 use types::{DType, TokenId};
@@ -208,8 +207,9 @@ impl Backend for Mutant {
         x: &Tensor,
         (routed, _): &(Routed, Tensor),
         owners: ExpertOwners,
-    ) -> Result<Packed<Tensor>, Error> {
-        self.inner.pack(x, routed, owners)
+        counts: &mut Vec<usize>,
+    ) -> Result<Tensor, Error> {
+        self.inner.pack(x, routed, owners, counts)
     }
 
     fn unpack(&mut self, _: &Tensor, _: usize) -> Result<(Tensor, (Routed, Tensor)), Error> {

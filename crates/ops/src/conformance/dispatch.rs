@@ -1,7 +1,7 @@
 //! Rows sent to the ranks that hold their experts and back: the whole way, with every rank played by one backend.
 
 use super::{Bench, reference as r};
-use crate::{Backend, Error, ExpertOwners, ExpertSlots, Packed, Routing, Scoring};
+use crate::{Backend, Error, ExpertOwners, ExpertSlots, Routing, Scoring};
 use types::TokenId;
 
 const HIDDEN: usize = 24;
@@ -46,7 +46,8 @@ fn placed<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
         let routed = bench.backend.place(routed, &slots, first_row)?;
         // With a slot to each rank, the counts of the packed rows say which slots were chosen.
         let x = bench.backend.buffer(ROWS - first_row, HIDDEN)?;
-        let Packed { counts, .. } = bench.backend.pack(&x, &routed, owners)?;
+        let mut counts = Vec::new();
+        bench.backend.pack(&x, &routed, owners, &mut counts)?;
         let mut expected = vec![0.0; HELD.len()];
         for (row, logits) in r::wide(&logits).chunks(EXPERTS).enumerate().skip(first_row) {
             // The bench numbers tokens and positions as the rows.
@@ -122,7 +123,8 @@ fn round_trip<B: Backend>(
     let device_logits = bench.rows(EXPERTS, logits)?;
     let routed = bench.backend.route(&device_logits, routing)?;
     let x = bench.rows(HIDDEN, &data)?;
-    let Packed { rows, counts } = bench.backend.pack(&x, &routed, owners)?;
+    let mut counts = Vec::new();
+    let rows = bench.backend.pack(&x, &routed, owners, &mut counts)?;
     let expected = expected_counts(logits, routing, owners);
     let as_f32: Vec<f32> = counts.iter().map(|count| *count as f32).collect();
     bench.compare_values(&format!("counts of {case}"), &as_f32, &expected);
