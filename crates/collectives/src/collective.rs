@@ -23,6 +23,18 @@ pub trait Collective<T: ?Sized> {
     /// When a rank is lost, late, or brings another size or operation; the collective is unusable afterwards.
     fn all_reduce_sum(&mut self, data: &mut T) -> Result<(), Error>;
 
+    /// Begins a [`Collective::all_reduce_sum`] of `data` that the device ends within the very next op, which reads it, and may
+    /// first add to it what this rank still has to add. With `false` nothing has begun, and the caller asks for
+    /// [`Collective::all_reduce_sum`]; with `true` it is counted, `data` is not the sum, and any other op is an error.
+    /// All ranks get the same answer.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn begin_all_reduce_sum(&mut self, data: &T) -> Result<bool, Error> {
+        let _ = data;
+        Ok(false)
+    }
+
     /// Sums `data` over all ranks and leaves this rank its slice: `counts[r]` elements go to rank `r`, in order;
     /// `data` holds `counts.sum()` elements, `own` `counts[rank]`.
     ///
@@ -110,6 +122,10 @@ impl<T: ?Sized, C: Collective<T> + ?Sized> Collective<T> for Box<C> {
 
     fn all_reduce_sum(&mut self, data: &mut T) -> Result<(), Error> {
         (**self).all_reduce_sum(data)
+    }
+
+    fn begin_all_reduce_sum(&mut self, data: &T) -> Result<bool, Error> {
+        (**self).begin_all_reduce_sum(data)
     }
 
     fn reduce_scatter_sum(&mut self, data: &T, counts: &[usize], own: &mut T) -> Result<(), Error> {

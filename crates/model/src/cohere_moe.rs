@@ -342,15 +342,14 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         let attended = attention(ranked.backend, config, layer, own, &mut kv[index], &n)?;
         let sum = ranked.mlp(&own.mlp, &n, attended)?;
         drop(n);
-        let sum: Reduced<B::Tensor> = sum.reduce(backend, subgroup.as_mut().unwrap_or(comm))?;
+        let comm = subgroup.as_mut().unwrap_or(comm);
         match weights.layers.get(index + 1) {
             Some(next) => {
-                let (sum, more) = sum.parts();
-                let more = more.as_ref().map(|(more, scale)| (more, *scale));
-                let (x, n) = backend.residual_norm(x, (sum, more), (&next.norm, config.norm))?;
+                let (x, n) = sum.reduce_into((backend, comm), x, (&next.norm, config.norm))?;
                 Ok((x, Some(n)))
             }
             None => {
+                let sum: Reduced<B::Tensor> = sum.reduce(backend, comm)?;
                 let sum = sum.whole(backend)?;
                 Ok((backend.residual_add(x, &sum)?, None))
             }

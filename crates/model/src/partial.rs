@@ -1,7 +1,7 @@
 //! Which tensors still miss the other ranks' part. Forgetting the reduce, or doing it twice, does not compile.
 
 use collectives::Collective;
-use ops::Backend;
+use ops::{Backend, Norm};
 
 use crate::Error;
 
@@ -62,11 +62,29 @@ impl<T> Partial<T> {
         comm.all_reduce_sum(&mut whole)?;
         Ok(Reduced(whole, None))
     }
+
+    /// The one all-reduce, what it does to the residual stream `x`, and that one's norm: [`Backend::residual_norm`] of the
+    /// sum over all ranks. A device that can does all of it at once.
+    pub(crate) fn reduce_into<B: Backend<Tensor = T>, C: Collective<T>>(
+        self,
+        (backend, comm): (&mut B, &mut C),
+        x: T,
+        norm: (&B::Weight, Norm),
+    ) -> Result<(T, T), Error> {
+        let several = comm.rank().size().as_usize() > 1;
+        let (sum, more) = if several && comm.begin_all_reduce_sum(&self.0)? {
+            (self.0, self.1)
+        } else {
+            self.reduce(backend, comm)?.parts()
+        };
+        let more = more.as_ref().map(|(more, scale)| (more, *scale));
+        Ok(backend.residual_norm(x, (sum, more), norm)?)
+    }
 }
 
 impl<T> Reduced<T> {
     /// The summand, and what is still to be added to it, times a factor.
-    pub(crate) fn parts(self) -> (T, Option<(T, f32)>) {
+    fn parts(self) -> (T, Option<(T, f32)>) {
         (self.0, self.1)
     }
 

@@ -153,37 +153,9 @@ extern "C" __global__ void combine_rows(const CombineRowsParams p) {
     }
 }
 
-struct NormParams {
-    T* out;          // [T, width]
-    const void* x;   // [T, width]
-    const T* weight; // [width]
-    u32 width;
-    u32 x_f32;
-    float eps;
-    u32 layer; // 1: LayerNorm, 0: RMSNorm
-};
-
-__device__ float block_sum(float v) {
-    __shared__ float part[WARP];
-    v = warp_sum(v);
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = v;
-    __syncthreads();
-    v = threadIdx.x % WARP < blockDim.x / WARP ? part[threadIdx.x % WARP] : 0.0f;
-    return warp_sum(v);
-}
-
 // What of a row each thread keeps in registers; wider rows are read again.
 #define KEPT 4
 #define NORM_THREADS 256
-
-// RMS: x / sqrt(mean(x²) + eps), rounded, times weight, rounded. Layer: (x − mean) / sqrt(var + eps) · weight, rounded.
-__device__ __forceinline__ T normed(const NormParams& p, float v, float mean, float factor, float weight) {
-    v = (v - mean) * factor;
-    // The reference casts what RMSNorm normalised before the weight multiplies it.
-    if (!p.layer) v = rounded(v);
-    return narrow(v * weight);
-}
 
 // Rows of T in whole vectors, at most KEPT of them to a thread: one read.
 __device__ __forceinline__ void norm_kept(const NormParams& p) {

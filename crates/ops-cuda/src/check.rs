@@ -67,11 +67,11 @@ impl KernelReport {
     }
 }
 
-/// Every kernel file that a rank of this shape compiles.
+/// Every kernel file that a rank of this shape compiles, those of groups with a card for each rank included.
 #[must_use]
 pub fn sources(shape: &KernelShape) -> Vec<Source> {
     let mut sources = Source::common(shape.dtype);
-    sources.extend([attention_source(shape), Source::dummy(shape.dtype)]);
+    sources.extend([attention_source(shape), Source::dummy(shape.dtype), Source::peer(shape.dtype)]);
     sources
 }
 

@@ -19,7 +19,7 @@ use crate::arena::FreeList;
 use crate::backend::Options;
 use crate::cache::KernelCache;
 use crate::check::{attention_source, in_parallel};
-use crate::comm::Watch;
+use crate::comm::{OpenSum, Watch};
 use crate::graph::Lanes;
 use crate::kernels::{Address, GemmParams, Params, Source};
 use crate::memory::DeviceBuffer;
@@ -38,6 +38,8 @@ const COUNTERS: usize = 8192;
 pub(crate) struct Device {
     // Freed first to last: memory before the context it belongs to.
     watches: RefCell<Vec<Rc<Watch>>>,
+    /// A sum over ranks that the next launch has to end.
+    open: RefCell<Option<OpenSum>>,
     pub(crate) arena: DeviceBuffer,
     pub(crate) free: RefCell<FreeList>,
     pub(crate) kernels: Kernels,
@@ -78,6 +80,7 @@ impl Device {
         let counters = DeviceBuffer::new("counters", COUNTERS * size_of::<u32>())?;
         let device = Self {
             watches: RefCell::default(),
+            open: RefCell::default(),
             arena: DeviceBuffer::new("activations", arena_bytes)?,
             free: RefCell::new(FreeList::new(activations.0)),
             kernels,
@@ -95,6 +98,10 @@ impl Device {
         device.zero(device.counters.address(), COUNTERS * size_of::<u32>())?;
         device.synchronize()?;
         Ok(device)
+    }
+
+    pub(crate) const fn context(&self) -> &Arc<CudaContext> {
+        &self.context
     }
 
     pub(crate) fn name(&self) -> Result<String, Error> {
@@ -149,8 +156,19 @@ impl Device {
         self.chained.set([false; 2]);
     }
 
+    /// Leaves a sum over ranks to the next launch; nothing else may be launched before it.
+    pub(crate) fn leave_open(&self, sum: OpenSum) {
+        *self.open.borrow_mut() = Some(sum);
+    }
+
+    /// What [`Device::leave_open`] left of the tensor at `address`.
+    pub(crate) fn take_open(&self, address: Address) -> Option<OpenSum> {
+        self.open.borrow_mut().take_if(|open| open.address == address)
+    }
+
     /// Back to one lane, whatever was begun.
     pub(crate) fn alone(&self) {
+        *self.open.borrow_mut() = None;
         self.lane.set(0);
         self.free.borrow_mut().release();
     }
@@ -262,6 +280,9 @@ impl Device {
     ) -> Result<(), Error> {
         if blocks.0 == 0 || blocks.1 == 0 || blocks.2 == 0 {
             return Ok(());
+        }
+        if self.open.borrow().is_some() {
+            return Err(Error::SumOpen);
         }
         let mut params = *params;
         let mut arguments = [(&raw mut params).cast::<c_void>()];

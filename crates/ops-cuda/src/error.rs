@@ -105,6 +105,19 @@ pub enum Error {
         /// Who does not answer.
         missing: String,
     },
+    /// A variable of the environment that is not what it has to be.
+    #[error("{name} is `{value}`, and has to be a number of bytes, 0 for none")]
+    Setting {
+        /// The variable.
+        name: &'static str,
+        /// What it says.
+        value: String,
+    },
+    /// An op that reads a sum of which the other ranks' parts are still to come.
+    #[error(
+        "a sum over ranks was left to the op that adds it to the residual stream, and another op came first"
+    )]
+    SumOpen,
     /// What the ranks told each other before their cards could talk.
     #[error("the ranks could not agree on how their cards talk")]
     Line(#[from] collectives::Error),

@@ -13,6 +13,8 @@ pub struct Source {
 }
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
+/// The most ranks whose cards sum through each other's memory: those of a host.
+pub(crate) const PEERS_MAX: usize = 8;
 
 impl Source {
     /// The files every model of `dtype` needs, in the order rows, skinny, experts, sample and (in bf16) gemm.
@@ -29,7 +31,15 @@ impl Source {
     /// Embedding, sums, gates, norms.
     #[must_use]
     pub fn rows(dtype: DType) -> Self {
-        Self::new("rows.cu", include_str!("../kernels/rows.cu"), dtype)
+        let body = concat!(include_str!("../kernels/norm.cuh"), include_str!("../kernels/rows.cu"));
+        Self::new("rows.cu", body, dtype)
+    }
+
+    /// Sums over ranks whose cards see each other's memory.
+    #[must_use]
+    pub fn peer(dtype: DType) -> Self {
+        let body = concat!(include_str!("../kernels/norm.cuh"), include_str!("../kernels/peer.cu"));
+        Self::new("peer.cu", body, dtype)
     }
 
     /// Matrix products of few rows.
@@ -146,6 +156,14 @@ params! {
     RouterParams { route: RouteParams, logits: Address, x: Address, w: Address, arrived: Address, hidden: u32 }
     ResidualNormParams {
         x: Address, out: Address, sum: Address, more: Address, weight: Address,
+        width: u32, scale: f32, eps: f32, layer: u32,
+    }
+    PeersParams {
+        slots: [Address; PEERS_MAX], state: Address, host: Address, rank: u32, ranks: u32, places: u32,
+    }
+    AllReduceParams { peers: PeersParams, data: Address, pairs: u32 }
+    AllReduceNormParams {
+        peers: PeersParams, x: Address, out: Address, sum: Address, more: Address, weight: Address,
         width: u32, scale: f32, eps: f32, layer: u32,
     }
     LargestParams { best: Address, x: Address, width: u32, is_f32: u32, scale: f32 }

@@ -35,13 +35,17 @@ mod probe;
 mod products;
 mod step;
 mod tensor;
+mod timing;
 
 pub use activations::Activations;
 pub use attention::KvLayer;
 pub use backend::{CudaBackend, Options};
 pub use cache::KernelCache;
 pub use check::{KernelReport, KernelShape, ProgramReport, check, sources};
-pub use comm::{CardLine, Patience, SoloDevice, Staged, connect, connect_nccl, place_on_machine};
+pub use comm::{
+    CardLine, ONE_SHOT_DEFAULT, ONE_SHOT_VARIABLE, Patience, SoloDevice, Staged, connect, connect_cards,
+    one_shot, peer_bytes, place_on_machine,
+};
 pub use draw::DRAWN_ROWS_MAX;
 pub use error::Error;
 pub use kernels::Source;

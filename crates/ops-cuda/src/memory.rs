@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::slice;
+use std::sync::atomic::AtomicU32;
 
 use cudarc::driver::result;
 use types::Bytes;
@@ -66,6 +67,9 @@ impl Drop for DeviceBuffer {
 pub(crate) struct Pinned {
     start: NonNull<u8>,
     bytes: usize,
+    /// What was too small. Giving it back would wait for every card of the process, and one of them may be waiting for
+    /// what this rank has yet to queue.
+    outgrown: Option<Box<Self>>,
 }
 
 impl Pinned {
@@ -78,13 +82,15 @@ impl Pinned {
             .ok_or_else(|| Error::Driver { call: "cuMemHostAlloc", reason: "no address".to_owned() })?;
         // SAFETY: `bytes` bytes were just allocated there.
         unsafe { start.as_ptr().write_bytes(0, bytes) };
-        Ok(Self { start, bytes })
+        Ok(Self { start, bytes, outgrown: None })
     }
 
-    /// Makes room for `bytes`; what was inside is lost when it grows.
+    /// Makes room for `bytes`; what was inside is lost when it grows. Sizes double, so what was outgrown is less than what
+    /// is there.
     pub(crate) fn reserve(&mut self, bytes: usize) -> Result<(), Error> {
         if bytes > self.bytes {
-            *self = Self::new(bytes.next_power_of_two())?;
+            let outgrown = std::mem::replace(self, Self::new(bytes.next_power_of_two())?);
+            self.outgrown = Some(Box::new(outgrown));
         }
         Ok(())
     }
@@ -92,6 +98,18 @@ impl Pinned {
     pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated with this size, initialised, and borrowed with `self`.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
+    }
+
+    /// The host's address, which is also the card's: memory allocated through a context with unified addresses is mapped.
+    pub(crate) fn address(&self) -> Address {
+        self.start.as_ptr() as Address
+    }
+
+    /// The word at number `index`, which the card may write at any time; such memory is never taken as a slice.
+    pub(crate) fn word(&self, index: usize) -> &AtomicU32 {
+        assert!((index + 1) * size_of::<u32>() <= self.bytes, "a word of the allocation");
+        // SAFETY: in the allocation, aligned because page-locked memory begins at a page, and borrowed with `self`.
+        unsafe { AtomicU32::from_ptr(self.start.as_ptr().cast::<u32>().add(index)) }
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {

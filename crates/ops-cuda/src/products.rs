@@ -123,7 +123,8 @@ impl CudaBackend {
         Ok(device.launch_early(tiles.add_shares, Grid::over(count as usize / 4), &sum)?)
     }
 
-    /// x += sum + scale · more, in place, and its norm; `None` for rows or types that the kernel does not take.
+    /// x += sum + scale · more, in place, and its norm; `None` for rows or types that the kernel does not take. A sum over
+    /// ranks that was left open is ended on the way.
     pub(crate) fn residual_norm_at_once(
         &self,
         x: &Tensor,
@@ -131,6 +132,17 @@ impl CudaBackend {
         (weight, norm): (&Weight, Norm),
     ) -> Result<Option<Tensor>, Error> {
         let width = weight.dims1("residual_norm")?;
+        if let Some(open) = self.device().take_open(sum.address()) {
+            let like = |t: &Tensor, dtype| (t.rows(), t.width(), t.dtype()) == (sum.rows(), width, dtype);
+            let parts = like(sum, DType::F32) && more.is_none_or(|(more, _)| like(more, DType::F32));
+            if !parts || !like(x, self.storage()) {
+                let detail = format!("{x:?}, {sum:?} and a weight of {width} do not go together");
+                return Err(Error::Shape { op: "residual_norm", detail });
+            }
+            let out = self.tensor(x.rows(), width)?;
+            open.end((x, &out), (sum, more), (weight, norm))?;
+            return Ok(Some(out));
+        }
         let vector = 16 / self.storage().bytes();
         let fits = width.is_multiple_of(vector) && width / vector <= NORM_VECTORS_MAX;
         let alike = |t: &Tensor| (t.rows(), t.width(), t.dtype()) == (x.rows(), x.width(), DType::F32);

@@ -29,19 +29,29 @@ fn models() -> Vec<ModelConfig> {
     models
 }
 
+/// Heads of other checkpoints of the same kind: dimension, query heads, key heads.
+const OTHER_HEADS: [(usize, usize, usize); 3] = [(64, 8, 8), (64, 32, 8), (64, 16, 2)];
+
 /// What all their ranks compile, alone and in groups up to a host's eight.
 fn all_sources() -> Vec<Source> {
     let mut all: Vec<Source> = Vec::new();
     let mut seen = BTreeSet::new();
+    let mut add = |shape: KernelShape| {
+        let new = sources(&shape).into_iter();
+        all.extend(new.filter(|s| seen.insert((s.file(), s.defines().to_vec()))));
+    };
+    for (head_dim, query_heads, kv_heads) in OTHER_HEADS {
+        for dtype in [DType::F32, DType::BF16] {
+            add(KernelShape { dtype, head_dim, query_heads, kv_heads });
+        }
+    }
     for config in models() {
         for size in ShardPlan::sizes(&config, ExpertSharding::Tensor).into_iter().filter(|size| *size <= 8) {
             let rank = TpSize::new(size).unwrap().ranks().next().unwrap();
             let plan = ShardPlan::new(&config, rank).unwrap();
             let (query_heads, kv_heads) = (plan.query_heads.len(), plan.kv_heads.len());
             for dtype in [DType::F32, DType::BF16] {
-                let shape = KernelShape { dtype, head_dim: config.head_dim, query_heads, kv_heads };
-                let new = sources(&shape).into_iter();
-                all.extend(new.filter(|s| seen.insert((s.file(), s.defines().to_vec()))));
+                add(KernelShape { dtype, head_dim: config.head_dim, query_heads, kv_heads });
             }
         }
     }

@@ -18,7 +18,7 @@ use ops::{Backend, Batch, BatchSequence, BlockTable};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Error, Patience, SoloDevice};
 use support::{backend, skipped};
-use types::{BlockId, BlockSize, DType, Dispatch, Position, TokenId, TpRank};
+use types::{BlockId, BlockSize, Bytes, DType, Dispatch, Position, TokenId, TpRank};
 
 const BLOCK_TOKENS: u32 = 16;
 const BLOCKS_EACH: u32 = 8;
@@ -115,7 +115,7 @@ fn steps_recorded_with_nccl_say_what_the_cpu_says() {
     }
     let patience = Patience { boot: Duration::from_secs(60), step: Duration::from_secs(60) };
     let backend = backend(DType::F32).unwrap();
-    let line = match ops_cuda::connect_nccl(&backend, Solo::new(), patience) {
+    let line = match ops_cuda::connect_cards(&backend, Solo::new(), patience, Bytes(0)) {
         Ok(line) => line,
         Err(error @ Error::LibraryMissing { .. }) => return println!("no NCCL: skipped ({error})"),
         Err(error) => panic!("{error}"),

@@ -445,6 +445,8 @@ pub trait Backend {
     fn residual_add(&mut self, x: Self::Tensor, sum: &Self::Tensor) -> Result<Self::Tensor, Error>;
 
     /// The residual stream and its norm: [`Backend::residual_add`] of `sum` + scale · `more`, then [`Backend::norm`].
+    /// Where the line to the other ranks has left the sum over them open, `sum` + scale · `more` is this rank's part, and
+    /// the parts of all ranks are added up first.
     ///
     /// # Errors
     /// When shapes differ.

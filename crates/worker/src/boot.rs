@@ -175,10 +175,18 @@ pub(crate) fn load(
             let backend = CudaBackend::new(&options).map_err(Error::Cuda)?;
             let name = format!("cuda, {}, {}", backend.card().map_err(Error::Cuda)?, config.dtype);
             let patience = Patience { boot: config.boot_timeout, step: config.step_timeout };
-            let wrap =
-                |backend: &CudaBackend, tcp| ops_cuda::connect(backend, tcp, patience).map_err(Error::Cuda);
+            let one_shot = ops_cuda::one_shot().map_err(Error::Cuda)?;
+            let wrap = |backend: &CudaBackend, tcp| {
+                ops_cuda::connect(backend, tcp, patience, one_shot).map_err(Error::Cuda)
+            };
             let line = Line { collective, wrap };
+            // What the line to the other cards will take is not there for weights and keys: one for all ranks, and one for a
+            // sub-group's.
+            let lines = [rank.size().as_usize(), config.tensor.as_usize()];
+            let lines = &lines[..if rank.size() == config.tensor { 1 } else { 2 }];
+            let taken: u64 = lines.iter().map(|&ranks| ops_cuda::peer_bytes(ranks, one_shot).0).sum();
             let free = backend.memory_free().map_err(Error::Cuda)?;
+            let free = Bytes(free.0.saturating_sub(taken));
             let available = Some((free, RankMemory::OfEachRank));
             let ready = Ready { backend, name, available };
             OnDevice::Cuda(Box::new(assemble(config, facts, ready, line, reporter)?))

@@ -1,5 +1,6 @@
 //! `cohort bench`: measures a running cluster, or steps, operations and collectives with no cluster around them.
 
+mod cards;
 mod collectives;
 mod floor;
 mod leader;
@@ -41,6 +42,7 @@ large matrix product. Without --model or --preset the embedded model is measured
 
 Examples:
   cohort bench decode --preset north-mini-code --batch 1,8 --context 8192
+  cohort bench decode --preset north-mini-code --batch 1 --tensor-parallel 2
   cohort bench prefill --preset north-mini-code --layers 4 --device cpu --prompt 512 --chunk 512
   cohort bench kernels --preset command-a-plus --rows 1,16,256";
 

@@ -1,4 +1,5 @@
-//! The collective of ranks that have a card each: NCCL, queued in order with the rest of a rank's work.
+//! The collective of ranks that have a card each: NCCL, and the cards' own line for small sums, queued in order with the
+//! rest of a rank's work.
 
 use std::cell::RefMut;
 use std::ffi::c_int;
@@ -7,6 +8,7 @@ use std::rc::Rc;
 use collectives::{Collective, Counters, Error, Op, Traffic};
 use types::TpRank;
 
+use super::peer::{OpenSum, Peer};
 use super::watch::Watch;
 use crate::Tensor;
 use crate::nccl::{Lane, Transfer};
@@ -17,9 +19,10 @@ const HALF: usize = 1 << 16;
 /// A group whose ranks have a card each. Operations return when they are queued; what became of them shows when the
 /// card is next waited for ([`Watch::check`]).
 ///
-/// NCCL sums in an order of its own, the same for every rank: results are equal on all ranks, and may differ in the last
-/// bit from those of the host transports. Bytes are counted as a ring sends them; steps that are repeated from a
-/// recording are not counted, and NCCL does not tell its messages.
+/// Small sums are taken in rank order, as the hosts take them. NCCL sums in an order of its own, the same for every rank:
+/// results are equal on all ranks, and may differ in the last bit from those of the host transports. Its bytes are
+/// counted as a ring sends them, and it does not tell its messages; steps that are repeated from a recording are not
+/// counted.
 #[derive(Debug)]
 pub(crate) struct Cards {
     watch: Rc<Watch>,
@@ -44,19 +47,36 @@ impl Cards {
         let device = tensor.device();
         let lane = Lane { stream: device.stream(), dtype: tensor.dtype(), within: self.watch.step() };
         device.unchain();
-        let mut communicator = self.watch.communicator();
-        if communicator.is_over() {
-            return Err(Error::Aborted {
-                rank: communicator.rank().index(),
-                cause: collectives::Cause::Failed,
-            });
-        }
+        self.alive()?;
+        let communicator = self.watch.communicator();
         let queued = communicator.queue(transfers, &lane);
+        drop(communicator);
         let queued = queued.and_then(|()| self.watch.queued(op, lane.stream));
         queued.map_err(|error| {
-            communicator.abort();
+            self.watch.abort();
             Error::Argument { collective: op.name(), what: "NCCL", expected: error.to_string(), got: 0 }
         })
+    }
+
+    /// Refuses to go on after an abort.
+    fn alive(&self) -> Result<(), Error> {
+        let communicator = self.watch.communicator();
+        if !communicator.is_over() {
+            return Ok(());
+        }
+        Err(Error::Aborted { rank: communicator.rank().index(), cause: collectives::Cause::Failed })
+    }
+
+    /// The cards' own line, when it takes such sums.
+    fn peer(&self, takes: impl Fn(&Peer) -> bool) -> Option<Rc<Peer>> {
+        self.watch.peer().filter(|peer| takes(peer)).map(Rc::clone)
+    }
+
+    /// A sum of the cards' own line was asked for.
+    fn count_one_shot(&mut self, peer: &Peer, data: &Tensor) {
+        let bytes = peer.payload(data);
+        self.count(Op::AllReduce, bytes, bytes);
+        self.counted[Op::AllReduce as usize].messages_sent += peer.others() as u64;
     }
 
     fn count(&mut self, op: Op, sent: usize, received: usize) {
@@ -137,12 +157,36 @@ impl Collective<Tensor> for Cards {
     }
 
     fn all_reduce_sum(&mut self, data: &mut Tensor) -> Result<(), Error> {
+        if let Some(peer) = self.peer(|peer| peer.takes(data)) {
+            self.alive()?;
+            let queued = peer.all_reduce(data).map_err(|error| error.to_string());
+            let marked = queued.and_then(|()| {
+                self.watch.queued(Op::AllReduce, data.device().stream()).map_err(|error| error.to_string())
+            });
+            marked.map_err(|expected| Error::Argument {
+                collective: Op::AllReduce.name(),
+                what: "the cards' own line",
+                expected,
+                got: data.bytes() as u64,
+            })?;
+            self.count_one_shot(&peer, data);
+            return Ok(());
+        }
         let (count, ranks) = (data.elements(), self.ranks());
         self.queue(Op::AllReduce, &[Transfer::AllReduce { data: data.address(), count }], data)?;
         // A ring sends every part twice on its way, but for one's own.
         let bytes = 2 * data.bytes() * (ranks - 1) / ranks;
         self.count(Op::AllReduce, bytes, bytes);
         Ok(())
+    }
+
+    fn begin_all_reduce_sum(&mut self, data: &Tensor) -> Result<bool, Error> {
+        let Some(peer) = self.peer(|peer| peer.takes_rows(data)) else { return Ok(false) };
+        self.alive()?;
+        self.count_one_shot(&peer, data);
+        let watch = Rc::clone(&self.watch);
+        data.device().leave_open(OpenSum { address: data.address(), peer, watch });
+        Ok(true)
     }
 
     fn reduce_scatter_sum(&mut self, data: &Tensor, counts: &[usize], own: &mut Tensor) -> Result<(), Error> {
@@ -257,7 +301,7 @@ impl Collective<Tensor> for Cards {
     }
 
     fn abort(&mut self) {
-        self.watch.communicator().abort();
+        self.watch.abort();
         self.line().abort();
     }
 }

@@ -1,7 +1,10 @@
 //! How a group's ranks talk about tensors on their cards. A rank that is alone copies; ranks with a card each use NCCL,
-//! found at run time; ranks that share a card, which NCCL does not allow, send their numbers through the hosts.
+//! found at run time, and for small sums each other's memory, where their cards see it; ranks that share a card, which
+//! NCCL does not allow, send their numbers through the hosts.
 
 mod cards;
+mod meet;
+mod peer;
 mod solo;
 mod staged;
 mod watch;
@@ -12,11 +15,14 @@ use std::time::Duration;
 
 use collectives::Collective;
 use sha2::{Digest, Sha256};
+use types::Bytes;
 
+pub use self::peer::peer_bytes;
 pub use self::solo::SoloDevice;
 pub use self::staged::Staged;
 
 use self::cards::Cards;
+pub(crate) use self::peer::OpenSum;
 pub(crate) use self::watch::Watch;
 use crate::nccl::{Communicator, ID_BYTES, Nccl};
 use crate::{CudaBackend, Error, Tensor};
@@ -33,11 +39,32 @@ pub struct Patience {
     pub step: Duration,
 }
 
+/// Largest sum of a group that goes through its cards' memory ([`one_shot`]), in bytes of one rank's part; 0: none.
+pub const ONE_SHOT_VARIABLE: &str = "COHORT_CUDA_ONE_SHOT_BYTES_MAX";
+/// What it is without a word about it: 64 rows of 2,048 numbers. Above, NCCL; where the two meet is to be measured
+/// (`cohort bench collectives --transport nccl,one-shot`).
+pub const ONE_SHOT_DEFAULT: Bytes = Bytes(512 << 10);
+
+/// Largest sum that goes through the cards' memory, as [`ONE_SHOT_VARIABLE`] says.
+///
+/// # Errors
+/// [`Error::Setting`] when that is no number of bytes.
+pub fn one_shot() -> Result<Bytes, Error> {
+    let Some(value) = std::env::var_os(ONE_SHOT_VARIABLE) else { return Ok(ONE_SHOT_DEFAULT) };
+    let value = value.to_string_lossy().into_owned();
+    value.parse().map(Bytes).map_err(|_| Error::Setting { name: ONE_SHOT_VARIABLE, value })
+}
+
 /// The line between the cards of a group; `line` connects their hosts. All ranks call it together.
 ///
 /// # Errors
 /// When a rank that needs NCCL does not have it, named; when the ranks do not come together in time.
-pub fn connect<C>(backend: &CudaBackend, mut line: C, patience: Patience) -> Result<CardLine, Error>
+pub fn connect<C>(
+    backend: &CudaBackend,
+    mut line: C,
+    patience: Patience,
+    one_shot: Bytes,
+) -> Result<CardLine, Error>
 where
     C: Collective<[f32]> + 'static,
 {
@@ -56,14 +83,20 @@ where
         );
         return Ok(Box::new(Staged::new(line)));
     }
-    connect_nccl(backend, line, patience)
+    connect_cards(backend, line, patience, one_shot)
 }
 
-/// As [`connect`], through NCCL in any case, also for a rank that is alone.
+/// As [`connect`], through NCCL in any case, also for a rank that is alone; sums of up to `one_shot` through the cards'
+/// memory, where all ranks' cards see each other's.
 ///
 /// # Errors
 /// As [`connect`]; when two ranks share a card.
-pub fn connect_nccl<C>(backend: &CudaBackend, mut line: C, patience: Patience) -> Result<CardLine, Error>
+pub fn connect_cards<C>(
+    backend: &CudaBackend,
+    mut line: C,
+    patience: Patience,
+    one_shot: Bytes,
+) -> Result<CardLine, Error>
 where
     C: Collective<[f32]> + 'static,
 {
@@ -83,7 +116,9 @@ where
     line.broadcast(0, &mut id)?;
     let communicator = Communicator::join(nccl, &id.map(byte), rank, patience.boot)?;
     tracing::info!(version = nccl.version(), ranks = rank.size().get(), "cards talk through NCCL");
-    let watch = Rc::new(Watch::new(communicator, Box::new(line), patience.step));
+    let one_shot = usize::try_from(one_shot.0).unwrap_or(usize::MAX);
+    let peer = meet::meet(backend, &mut line, one_shot)?.map(Rc::new);
+    let watch = Rc::new(Watch::new(communicator, peer, Box::new(line), patience.step));
     backend.device().watch(Rc::clone(&watch));
     Ok(Box::new(Cards::new(watch)))
 }
@@ -97,11 +132,16 @@ pub fn place_on_machine<C: Collective<[f32]>>(line: &mut C) -> Result<usize, Err
     if line.rank().size().as_usize() == 1 {
         return Ok(0);
     }
-    // Two containers on one machine have cards of their own and names of their own.
+    let machines = told(line, &machine())?;
+    Ok(machines[..rank].iter().filter(|machine| **machine == machines[rank]).count())
+}
+
+/// What tells this machine apart. Two containers on one machine have cards of their own and names of their own.
+fn machine() -> [u8; 16] {
     let read = |path| fs::read(path).unwrap_or_default();
     let name = [read("/proc/sys/kernel/random/boot_id"), read("/proc/sys/kernel/hostname")].concat();
-    let machines = told(line, &Sha256::digest(name)[..16])?;
-    Ok(machines[..rank].iter().filter(|machine| **machine == machines[rank]).count())
+    let digest = Sha256::digest(name);
+    std::array::from_fn(|i| digest[i])
 }
 
 /// Tells every rank the same number of bytes, and hears theirs.

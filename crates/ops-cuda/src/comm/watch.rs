@@ -1,12 +1,15 @@
 //! What keeps a rank from waiting for other cards for ever: whoever waits for the card asks here how its communicator is.
 
-use std::cell::{RefCell, RefMut};
+use std::cell::{Cell, RefCell, RefMut};
 use std::fmt;
-use std::time::Duration;
+use std::rc::Rc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use collectives::{Collective, Op};
 use cudarc::driver::sys::{CUstream, CUstreamCaptureStatus, cuStreamIsCapturing};
 
+use super::peer::Peer;
 use crate::Error;
 use crate::graph::Event;
 use crate::nccl::Communicator;
@@ -16,9 +19,15 @@ const ROLL_CALL: Duration = Duration::from_secs(1);
 /// Collectives between two waits that are told apart in errors: more than a step has.
 const MARKS_MAX: usize = 1024;
 
-/// A communicator, the hosts' line beside it, and how long a wait may take.
+/// How long a card has to say which rank it waited for, once it was told to give up.
+const LAST_WORD: Duration = Duration::from_millis(100);
+
+/// A communicator, the cards' own line if there is one, the hosts' line beside them, and how long a wait may take.
 pub(crate) struct Watch {
     communicator: RefCell<Communicator>,
+    peer: Option<Rc<Peer>>,
+    /// Sums of the cards' own line that were done when the card was last waited for.
+    passed: Cell<u32>,
     line: RefCell<Box<dyn Collective<[f32]>>>,
     step: Duration,
     marks: RefCell<Marks>,
@@ -38,9 +47,28 @@ impl fmt::Debug for Watch {
 }
 
 impl Watch {
-    pub(crate) fn new(communicator: Communicator, line: Box<dyn Collective<[f32]>>, step: Duration) -> Self {
+    pub(crate) fn new(
+        communicator: Communicator,
+        peer: Option<Rc<Peer>>,
+        line: Box<dyn Collective<[f32]>>,
+        step: Duration,
+    ) -> Self {
         let (communicator, line) = (RefCell::new(communicator), RefCell::new(line));
-        Self { communicator, line, step, marks: RefCell::default() }
+        Self { communicator, peer, passed: Cell::new(0), line, step, marks: RefCell::default() }
+    }
+
+    /// The cards' own line.
+    pub(crate) const fn peer(&self) -> Option<&Rc<Peer>> {
+        self.peer.as_ref()
+    }
+
+    /// Ends everything that is queued and waits for other ranks.
+    pub(crate) fn abort(&self) {
+        // First what may stand before NCCL's operations: aborting those waits for the card.
+        if let Some(peer) = &self.peer {
+            peer.give_up();
+        }
+        self.communicator.borrow_mut().abort();
     }
 
     pub(crate) fn communicator(&self) -> RefMut<'_, Communicator> {
@@ -77,6 +105,9 @@ impl Watch {
     /// Everything that was queued is done.
     pub(crate) fn passed(&self) {
         self.marks.borrow_mut().queued.clear();
+        if let Some(peer) = &self.peer {
+            self.passed.set(peer.done());
+        }
     }
 
     /// Looks after the communicator when the card has been waited for so long.
@@ -91,12 +122,27 @@ impl Watch {
             Err(error) => error.to_string(),
         };
         let (rank, at) = (self.communicator.borrow().rank().index(), self.first_open());
-        self.communicator.borrow_mut().abort();
+        self.abort();
+        let silent = self.silent();
         let missing = match self.line.borrow_mut().barrier_within(ROLL_CALL) {
             Ok(()) => "every rank's host answers, so a card or a link between cards is stuck".to_owned(),
             Err(error) => error.to_string(),
         };
+        let missing = match silent {
+            Some(silent) => format!("the card of rank {silent} sent nothing; {missing}"),
+            None => missing,
+        };
         Err(Error::Stuck { rank, at, failed, missing })
+    }
+
+    /// The rank whose part of a sum did not come to this card.
+    fn silent(&self) -> Option<u32> {
+        let peer = self.peer.as_ref()?;
+        let asked = Instant::now();
+        while peer.waited_for().is_none() && asked.elapsed() < LAST_WORD {
+            thread::yield_now();
+        }
+        peer.waited_for()
     }
 
     /// The first operation that is not done, in words.
@@ -112,7 +158,14 @@ impl Watch {
                     marks.queued.len()
                 )
             }
-            None => "the collectives of a recorded step".to_owned(),
+            None => match &self.peer {
+                Some(peer) => format!(
+                    "{} number {} of a recorded step (the first is the embedding's, and each layer has one)",
+                    Op::AllReduce,
+                    peer.done().wrapping_sub(self.passed.get()).saturating_add(1)
+                ),
+                None => "the collectives of a recorded step".to_owned(),
+            },
         }
     }
 }

@@ -19,8 +19,31 @@ pub(crate) fn skipped() -> bool {
     }
 }
 
+/// Why nothing was tested, printed; `None` when two cards are there.
+pub(crate) fn skipped_without_two() -> bool {
+    match ops_cuda::probe() {
+        Ok(found) if found.cards.len() >= 2 => {
+            println!("on {found}");
+            false
+        }
+        Ok(found) => {
+            println!("two cards are needed: skipped (there is {found})");
+            true
+        }
+        Err(error) => {
+            println!("no CUDA driver: skipped ({error})");
+            true
+        }
+    }
+}
+
 pub(crate) fn backend(dtype: DType) -> Result<CudaBackend, ops::Error> {
+    backend_on(0, dtype)
+}
+
+/// On one of several cards.
+pub(crate) fn backend_on(ordinal: usize, dtype: DType) -> Result<CudaBackend, ops::Error> {
     let activations = Bytes(256 << 20);
-    let options = Options { ordinal: 0, dtype, activations, cache: KernelCache::user(), heads: None };
+    let options = Options { ordinal, dtype, activations, cache: KernelCache::user(), heads: None };
     Ok(CudaBackend::new(&options)?)
 }

@@ -1,4 +1,5 @@
-//! `cohort bench collectives`: what the ranks of a group say to each other, on the CPU's transports, in one process.
+//! `cohort bench collectives`: what the ranks of a group say to each other, in one process: on the CPU's transports, and
+//! between cards (`cards.rs`).
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 use types::{TpRank, TpSize};
 
+use super::cards;
 use super::steps::median;
 use crate::out::say;
 use crate::table::{Align, Table};
@@ -21,8 +23,16 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const SPIN: Duration = Duration::from_micros(20);
 const ANYWHERE: &str = "127.0.0.1:0";
 
+const MORE: &str = "\
+Between cards (nccl, one-shot) each time is that of the card, of many operations recorded in one graph.
+
+Examples:
+  cohort bench collectives --ranks 4 --bytes 4096,1048576
+  cohort bench collectives --transport nccl,one-shot --bytes 4096,65536,1048576,67108864";
+
 /// Flags of `cohort bench collectives`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
+#[command(after_help = MORE)]
 pub struct CollectivesArgs {
     /// Ranks of the group
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=128))]
@@ -49,13 +59,31 @@ pub enum Transport {
     InProcess,
     /// Sockets of the loopback interface.
     Tcp,
+    /// A card each: all-reduces by NCCL, in a recorded graph.
+    Nccl,
+    /// A card each: all-reduces through the cards' memory, in a recorded graph; sizes above 8 MiB are left out.
+    OneShot,
+}
+
+impl Transport {
+    /// As the command line has it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::InProcess => "in-process",
+            Self::Tcp => "tcp",
+            Self::Nccl => "nccl",
+            Self::OneShot => "one-shot",
+        }
+    }
 }
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Operation {
+pub(super) enum Operation {
     AllReduceSum,
+    /// With the residual stream and its norm, as a layer ends.
+    AllReduceNorm,
     ReduceScatterSum,
     AllGather,
     AllToAllV,
@@ -63,12 +91,14 @@ enum Operation {
 }
 
 impl Operation {
+    /// Those of the CPU's transports.
     const ALL: [Self; 5] =
         [Self::AllReduceSum, Self::ReduceScatterSum, Self::AllGather, Self::AllToAllV, Self::Barrier];
 
     const fn name(self) -> &'static str {
         match self {
             Self::AllReduceSum => "all_reduce_sum",
+            Self::AllReduceNorm => "all_reduce_norm",
             Self::ReduceScatterSum => "reduce_scatter_sum",
             Self::AllGather => "all_gather",
             Self::AllToAllV => "all_to_all_v",
@@ -79,14 +109,14 @@ impl Operation {
 
 /// One operation at one size.
 #[derive(Debug, Clone, Serialize)]
-struct Measured {
-    transport: Transport,
-    operation: Operation,
-    ranks: u32,
-    bytes: u32,
-    us: f64,
+pub(super) struct Measured {
+    pub(super) transport: Transport,
+    pub(super) operation: Operation,
+    pub(super) ranks: u32,
+    pub(super) bytes: u32,
+    pub(super) us: f64,
     /// Bytes a rank brings over the time; none of a barrier, which carries nothing.
-    bytes_per_s: Option<f64>,
+    pub(super) bytes_per_s: Option<f64>,
 }
 
 pub(super) fn run(args: &CollectivesArgs) -> anyhow::Result<()> {
@@ -96,6 +126,7 @@ pub(super) fn run(args: &CollectivesArgs) -> anyhow::Result<()> {
         rows.extend(match transport {
             Transport::InProcess => measure(args, transport, InProcess::group(size, DEADLINE))?,
             Transport::Tcp => measure(args, transport, tcp_group(size)?)?,
+            Transport::Nccl | Transport::OneShot => cards::measure(args, size, transport)?,
         });
     }
     if args.json {
@@ -106,13 +137,9 @@ pub(super) fn run(args: &CollectivesArgs) -> anyhow::Result<()> {
     let mut table = Table::new([left, left, right, right, right, right]);
     table.row(["transport", "operation", "ranks", "bytes", "µs", "GB/s"].map(str::to_owned));
     for row in rows {
-        let transport = match row.transport {
-            Transport::InProcess => "in-process",
-            Transport::Tcp => "tcp",
-        };
         let bytes = row.bytes_per_s.map(|_| row.bytes.to_string()).unwrap_or_default();
         table.row([
-            transport.to_owned(),
+            row.transport.name().to_owned(),
             row.operation.name().to_owned(),
             row.ranks.to_string(),
             bytes,
@@ -177,7 +204,7 @@ fn time<C: Collective<[f32]>>(
         line.barrier()?;
         let started = Instant::now();
         match operation {
-            Operation::AllReduceSum => line.all_reduce_sum(&mut data)?,
+            Operation::AllReduceSum | Operation::AllReduceNorm => line.all_reduce_sum(&mut data)?,
             Operation::ReduceScatterSum => line.reduce_scatter_sum(&data, &counts, &mut own)?,
             Operation::AllGather => line.all_gather(&own, &counts, &mut all)?,
             Operation::AllToAllV => line.all_to_all_v(&data, &counts, &mut all, &counts)?,

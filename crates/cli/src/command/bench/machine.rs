@@ -5,15 +5,15 @@ use std::num::NonZero;
 use std::thread::{self, available_parallelism};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
-use collectives::{Collective, Solo};
+use anyhow::{Context, anyhow};
+use collectives::{Collective, InProcess, Solo};
 use model::{KvBudget, Model, ModelConfig, Parts, ShardPlan, WeightBytes};
 use ops::{Backend, Batch, BatchSequence, BlockTable, Dummy, DummyPiece};
 use ops_cpu::{CpuBackend, HostCollective};
-use ops_cuda::{CudaBackend, SoloDevice};
+use ops_cuda::{CudaBackend, Patience, SoloDevice};
 use serde_json::{Value, json};
 use settings::Settings;
-use types::{Bytes, DType, Dispatch, Position, TokenId, TpRank};
+use types::{Bytes, DType, Dispatch, ExpertSharding, Position, TokenId, TpRank, TpSize};
 use worker::{Device, LoadFormat, StepBounds};
 
 use crate::args::{self, ComputeFlags, FileFlag, ModelFlags, StartedBy};
@@ -23,6 +23,9 @@ use crate::embedded;
 const SCRATCH: Bytes = Bytes(512 << 20);
 /// Repetitions of what gives a ceiling; the best counts.
 const ROUNDS: usize = 8;
+/// Longest wait for another rank.
+pub(super) const PATIENCE: Patience =
+    Patience { boot: Duration::from_secs(60), step: Duration::from_secs(60) };
 /// Bytes each thread copies at a time on the CPU: larger than caches.
 const COPY_BYTES: usize = 64 << 20;
 
@@ -41,17 +44,26 @@ pub struct TargetArgs {
     /// CPU threads [default: the machine's cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
+    /// Ranks that share the model, threads of this process with a card each (or a share of the CPU threads); times and
+    /// floors are those of rank 0
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=128))]
+    pub tensor_parallel: u32,
+    /// How they share the routed experts: tensor (a part of each) or expert (some of them whole)
+    #[arg(long, default_value = "tensor", value_parser = ["tensor", "expert"])]
+    pub experts: String,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
 }
 
-/// The model to be measured.
+/// The model to be measured, as one rank has it.
+#[derive(Clone)]
 pub(super) struct Target {
     pub(super) name: String,
     pub(super) config: ModelConfig,
     pub(super) plan: ShardPlan,
     pub(super) dtype: DType,
+    experts: ExpertSharding,
     device: Device,
     threads: usize,
     settings: Settings,
@@ -68,10 +80,10 @@ pub(super) struct Machine {
     pub(super) matmul: f64,
 }
 
-/// A measurement that runs on any backend.
-pub(super) trait Measurement {
+/// A measurement that runs on any backend. Every rank of a group makes it, all of them in step.
+pub(super) trait Measurement: Clone + Send {
     /// What it finds.
-    type Found;
+    type Found: Send;
 
     /// Runs it.
     fn run<B: Settled, C: Collective<B::Tensor>>(
@@ -117,9 +129,12 @@ impl Target {
         let config = embedded::model_config(&settings)?;
         let preset_alone = settings.model.preset.is_some() && args.compute.dtype.is_none();
         let cores = available_parallelism().map_or(1, NonZero::get);
+        let (ranks, experts) = (TpSize::new(args.tensor_parallel)?, args.experts.parse::<ExpertSharding>());
+        let experts = experts.map_err(|error| anyhow!("--experts {}: {error}", args.experts))?;
         Ok(Self {
             name: embedded::served_name(&settings),
-            plan: ShardPlan::new(&config, TpRank::SOLO)?,
+            plan: ShardPlan::sharded(&config, TpRank::new(0, ranks)?, experts)?,
+            experts,
             config,
             dtype: if preset_alone { DType::BF16 } else { settings.model.dtype },
             device: settings.model.device,
@@ -128,33 +143,74 @@ impl Target {
         })
     }
 
-    /// Takes the device, measures its ceilings, and runs `measurement` on it.
+    /// Takes the devices, measures their ceilings, and runs `measurement` on them; what rank 0 finds.
     pub(super) fn measure<M: Measurement>(
         &self,
         bounds: &StepBounds,
         measurement: M,
+    ) -> anyhow::Result<M::Found> {
+        let ranks = self.plan.rank.size();
+        if ranks == TpSize::ONE {
+            return self.measure_rank(bounds, measurement, None);
+        }
+        thread::scope(|scope| {
+            let mut running = Vec::new();
+            for (rank, line) in ranks.ranks().zip(InProcess::group(ranks, PATIENCE.step)) {
+                let plan = ShardPlan::sharded(&self.config, rank, self.experts)?;
+                let (target, measurement) = (Self { plan, ..self.clone() }, measurement.clone());
+                running.push(scope.spawn(move || target.measure_rank(bounds, measurement, Some(line))));
+            }
+            let found: Vec<_> = running.into_iter().map(thread::ScopedJoinHandle::join).collect();
+            let mut found =
+                found.into_iter().map(|rank| rank.map_err(|_| anyhow!("a rank's thread ended"))?);
+            let first = found.next().unwrap_or_else(|| unreachable!("a group has a rank"));
+            // The others' errors say why the first one waited in vain.
+            found.try_for_each(|rank| rank.map(drop))?;
+            first
+        })
+    }
+
+    /// One rank's part of [`Target::measure`]; `line` leads to the others.
+    fn measure_rank<M: Measurement>(
+        &self,
+        bounds: &StepBounds,
+        measurement: M,
+        line: Option<InProcess>,
     ) -> anyhow::Result<M::Found> {
         let cuda = match self.device {
             Device::Cpu => false,
             Device::Cuda => true,
             Device::Auto => ops_cuda::probe().is_ok(),
         };
+        let ranks = self.plan.rank.size().as_usize();
+        let times = if ranks > 1 { format!("{ranks} × ") } else { String::new() };
         if cuda {
             let mut options = worker::cuda_options(self.dtype, &self.config, &self.plan, bounds);
             options.activations += SCRATCH;
+            let cards = ops_cuda::probe().context("--device cuda")?.cards.len();
+            options.ordinal = self.plan.rank.as_usize() % cards;
             let mut backend = CudaBackend::new(&options).context("--device cuda")?;
-            let name = format!("{}, {}", backend.card()?, self.dtype);
+            let name = format!("{times}{}, {}", backend.card()?, self.dtype);
             let copy = backend.copy_bandwidth()?;
             let matmul = matmul_rate(&mut backend, (2048, 8192))?;
-            let comm = SoloDevice::new(Solo::new())?;
-            return measurement.run(self, Machine { name, copy, matmul }, (backend, comm));
+            let machine = Machine { name, copy, matmul };
+            let Some(line) = line else {
+                return measurement.run(self, machine, (backend, SoloDevice::new(Solo::new())?));
+            };
+            let comm = ops_cuda::connect(&backend, line, PATIENCE, ops_cuda::one_shot()?)?;
+            return measurement.run(self, machine, (backend, comm));
         }
-        let mut backend = CpuBackend::new(self.dtype, self.threads)?;
-        let plural = if self.threads == 1 { "" } else { "s" };
-        let name = format!("cpu, {} thread{plural}, {}", self.threads, self.dtype);
-        let copy = host_copy_bandwidth(self.threads);
+        let threads = (self.threads / ranks).max(1);
+        let mut backend = CpuBackend::new(self.dtype, threads)?;
+        let plural = if threads == 1 { "" } else { "s" };
+        let name = format!("{times}cpu, {threads} thread{plural}, {}", self.dtype);
+        let copy = host_copy_bandwidth(threads);
         let matmul = matmul_rate(&mut backend, (256, 1024))?;
-        measurement.run(self, Machine { name, copy, matmul }, (backend, HostCollective(Solo::new())))
+        let machine = Machine { name, copy, matmul };
+        match line {
+            Some(line) => measurement.run(self, machine, (backend, HostCollective(line))),
+            None => measurement.run(self, machine, (backend, HostCollective(Solo::new()))),
+        }
     }
 
     /// The model with its weights and a KV cache full of seeded numbers.

@@ -83,6 +83,7 @@ pub(super) fn run(args: &KernelsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+#[derive(Clone)]
 struct Ops<'a> {
     args: &'a KernelsArgs,
 }

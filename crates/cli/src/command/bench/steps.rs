@@ -237,6 +237,7 @@ impl Tokens {
     }
 }
 
+#[derive(Clone)]
 struct Decode<'a> {
     args: &'a DecodeArgs,
     room: Room,
@@ -319,6 +320,7 @@ fn choose<B: Settled, C: Collective<B::Tensor>>(
     model.most_likely(step)
 }
 
+#[derive(Clone)]
 struct Prefill<'a> {
     args: &'a PrefillArgs,
     room: Room,
