@@ -48,6 +48,22 @@ fn decode_counts_the_bytes_of_the_experts_it_touched() {
 }
 
 #[test]
+fn ranks_of_a_group_decode_together_and_read_a_share_of_the_bytes() {
+    let of = |flags: &str| {
+        let found = json(&format!("decode --batch 2 --context 60 --steps 2 {flags} {DEMO}"));
+        let row = &found["decode"].as_array().unwrap()[0];
+        assert!(positive(row, "tokens_per_s") > 0.0);
+        (found["machine"]["device"].as_str().unwrap().to_owned(), positive(row, "bytes"))
+    };
+    let (_, alone) = of("");
+    for experts in ["tensor", "expert"] {
+        let (device, shared) = of(&format!("--tensor-parallel 2 --experts {experts}"));
+        assert!(device.starts_with("2 × cpu"), "{device}");
+        assert!(shared < 0.8 * alone, "{experts}: {shared} of {alone}");
+    }
+}
+
+#[test]
 fn prefill_and_kernels_and_collectives_report_their_floors() {
     let found = json(&format!("prefill --prompt 40,96 --chunk 32 --repeats 2 {DEMO}"));
     let rows = found["prefill"].as_array().unwrap();
@@ -82,10 +98,16 @@ fn tables_line_up_and_bad_sizes_are_refused() {
         ("decode --layers 2 --device cuda --threads 0", "--threads"),
         ("prefill --chunk 0", "--chunk"),
         ("collectives --bytes 1", "--bytes"),
+        ("decode --tensor-parallel 3 --device cpu", "cannot hold its part of the model"),
         ("kernels --preset north", "north-mini-code"),
     ] {
         let output = bench(line);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && said.contains(part), "{line}: {said}");
     }
+    // No machine has so many cards; most that run this have no driver.
+    let output = bench("collectives --ranks 128 --transport one-shot");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let expected = ["needs as many of them", "is not found", "finds no device", "driver"];
+    assert!(!output.status.success() && expected.iter().any(|part| said.contains(part)), "{said}");
 }

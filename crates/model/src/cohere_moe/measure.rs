@@ -18,7 +18,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         Ok(())
     }
 
-    /// Runs a step and counts, for each sparse layer in order, the experts that at least one of its rows chose.
+    /// Runs a step and counts, for each sparse layer in order, the experts of this rank that at least one of its rows
+    /// chose.
     ///
     /// # Errors
     /// As [`Model::step`].
@@ -43,6 +44,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         let n = self.backend.norm(x, &weights.norm, self.config.norm)?;
         let logits = self.backend.linear(&n, router)?;
         let logits = self.backend.read(&logits)?;
-        Ok(Some(ops::chosen(&logits, moe.experts, moe.routing.top_k).len()))
+        let held = self.plan.experts.as_ref().map_or(0..moe.experts, |shard| shard.experts.clone());
+        let chosen = ops::chosen(&logits, moe.experts, moe.routing.top_k);
+        Ok(Some(chosen.into_iter().filter(|expert| held.contains(expert)).count()))
     }
 }
