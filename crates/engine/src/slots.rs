@@ -110,6 +110,22 @@ impl SlotTables {
         Ok(())
     }
 
+    /// As [`SlotTables::resolve`] for a device that has what the step before drew: rows whose token that is are put into
+    /// `drawn`, with the logit row that draws it, and their input is token 0 here.
+    pub fn known(&self, plan: &StepPlan, tokens: &mut Vec<TokenId>, drawn: &mut Vec<(u32, u32)>) {
+        tokens.clear();
+        drawn.clear();
+        for (at, input) in (0_u32..).zip(plan.inputs()) {
+            tokens.push(match *input {
+                Input::Known(token) => token,
+                Input::Drawn { row } => {
+                    drawn.push((at, row));
+                    TokenId(0)
+                }
+            });
+        }
+    }
+
     fn slot(&mut self, slot: SlotId) -> Result<&mut Slot, Error> {
         let slots = self.slots.len() as u64;
         self.slots.get_mut(slot.0 as usize).ok_or(Error::PlanField {

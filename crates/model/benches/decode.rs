@@ -110,6 +110,7 @@ fn step(
             tables: [table(), table()],
         }],
         logit_rows: vec![count as u32 - 1],
+        ..Batch::default()
     };
     model.step(&batch, |_, logits| {
         black_box(logits);

@@ -4,14 +4,14 @@
 //! of one rank produce is added up before a single all-reduce. (transformers `models/cohere2_moe`,
 //! `Cohere2MoeDecoderLayer`.)
 
+mod draw;
 mod measure;
 
-use std::ops::Range;
+pub use draw::{Forward, Pending};
 
 use collectives::{Collective, Counters};
-use ops::sample::{Choice, Plain};
 use ops::{Backend, Batch, ExpertSlots, KvGroup, KvLayerSpec, Window};
-use types::{BlockSize, Dispatch, TokenId};
+use types::{BlockSize, Dispatch};
 
 use crate::activity::{self, Activity};
 use crate::dispatch::{self, Counts, Routed, Sizes};
@@ -143,10 +143,10 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         rows: &[usize],
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let before = self.begin(batch, rows)?;
+        let before = self.check(batch, rows)?;
         let x = self.hidden(batch, rows)?;
         self.sink_logits(batch, &x, sink)?;
-        self.count(batch, &before);
+        self.count(batch.tokens.len(), &before);
         Ok(())
     }
 
@@ -161,86 +161,16 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
         mut observe: impl FnMut(&mut B, usize, &B::Tensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let before = self.begin(batch, rows)?;
+        let before = self.check(batch, rows)?;
         self.backend.begin_step(batch)?;
         let x = self.layers(rows, &mut observe)?;
         self.sink_logits(batch, &x, sink)?;
-        self.count(batch, &before);
-        Ok(())
-    }
-
-    /// As [`Model::step`], for steps that need no more of the logits than each row's most likely token (the lowest on a
-    /// tie); `None` for a row with a logit that is not a number.
-    ///
-    /// # Errors
-    /// As [`Model::step`].
-    pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
-        let how = vec![Some(Plain::GREEDY); batch.logit_rows.len()];
-        let chosen = self.choose((batch, &[batch.tokens.len()]), &how, |_, _| Ok(()))?;
-        let token = |choice| match choice {
-            Choice::Token(token) => Some(token),
-            Choice::NotANumber | Choice::Left => None,
-        };
-        Ok(chosen.into_iter().map(token).collect())
-    }
-
-    /// As [`Model::step_among`] for steps of which the device draws tokens: of every logit row that `how`, as long as there
-    /// are such rows, says how to draw. `sink` gets the logits of the other rows.
-    ///
-    /// # Errors
-    /// As [`Model::step_among`].
-    pub fn choose(
-        &mut self,
-        (batch, rows): (&Batch, &[usize]),
-        how: &[Option<Plain>],
-        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
-    ) -> Result<Vec<Choice>, Error> {
-        let before = self.begin(batch, rows)?;
-        let x = self.hidden(batch, rows)?;
-        let alone = self.plan.rank.size().as_usize() == 1;
-        let most = if alone { self.backend.drawn_rows_max() } else { LOGIT_ROWS_MAX };
-        let mut chosen = Vec::with_capacity(how.len());
-        for (chunk, how) in how.chunks(most).enumerate() {
-            let first = chunk * most;
-            if alone {
-                self.draw(&x, (first, how), &mut chosen, &mut sink)?;
-                continue;
-            }
-            let logits = self.logits(&x, first..first + how.len())?;
-            for (i, (logits, how)) in logits.chunks_exact(self.config.vocab_size).zip(how).enumerate() {
-                if how.is_none() {
-                    sink(first + i, logits)?;
-                }
-                chosen.push(how.map_or(Choice::Left, |how| ops::sample::drawn(first + i, logits, &how)));
-            }
-        }
-        self.count(batch, &before);
-        Ok(chosen)
-    }
-
-    /// [`Model::choose`] for logit rows from `first` on, by a device that has all of their logits.
-    fn draw(
-        &mut self,
-        x: &B::Tensor,
-        (first, how): (usize, &[Option<Plain>]),
-        chosen: &mut Vec<Choice>,
-        sink: &mut impl FnMut(usize, &[f32]) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let (vocab, scale) = (self.config.vocab_size, self.config.logit_scale);
-        let logits = self.own_logits(x, first..first + how.len())?;
-        chosen.extend(self.backend.draw(&logits, (vocab, scale), how)?);
-        for row in (0..how.len()).filter(|&row| how[row].is_none()) {
-            let mut values = self.backend.read_rows(&logits, row..row + 1)?;
-            if scale != 1.0 {
-                values.iter_mut().for_each(|value| *value *= scale);
-            }
-            sink(first + row, &values)?;
-        }
+        self.count(batch.tokens.len(), &before);
         Ok(())
     }
 
     /// Checks a step before any rank sends anything; returns what was sent before it.
-    fn begin(&self, batch: &Batch, rows: &[usize]) -> Result<Counters, Error> {
+    fn check(&self, batch: &Batch, rows: &[usize]) -> Result<Counters, Error> {
         let (subgroup, subgroups, got) = (self.plan.subgroup(), self.plan.subgroups(), batch.tokens.len());
         if rows.len() == subgroups && rows[subgroup] == got {
             return Ok(self.counters());
@@ -248,9 +178,9 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         Err(Error::Rows { rank: self.plan.whole, subgroup, subgroups, got, rows: rows.to_vec() })
     }
 
-    fn count(&mut self, batch: &Batch, before: &Counters) {
+    fn count(&mut self, rows: usize, before: &Counters) {
         self.activity.steps += 1;
-        self.activity.rows += batch.tokens.len() as u64;
+        self.activity.rows += rows as u64;
         self.activity.collectives = self.activity.collectives.plus(&self.counters().since(before));
     }
 
@@ -259,26 +189,13 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         self.subgroup.as_ref().map_or(whole, |subgroup| whole.plus(&subgroup.counters()))
     }
 
-    fn sink_logits(
-        &mut self,
-        batch: &Batch,
-        x: &B::Tensor,
-        mut sink: impl FnMut(usize, &[f32]) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let mut first = 0;
-        while first < batch.logit_rows.len() {
-            let end = batch.logit_rows.len().min(first + LOGIT_ROWS_MAX);
-            sink(first, &self.logits(x, first..end)?)?;
-            first = end;
-        }
-        Ok(())
-    }
-
     /// The residual stream after the last layer. A backend may repeat what it recorded of an earlier step, unless the
     /// host has a part in it: collectives that are not queued on the device, and what depends on the sizes of an
     /// exchange, run anew each time.
     fn hidden(&mut self, batch: &Batch, rows: &[usize]) -> Result<B::Tensor, Error> {
-        if !self.comm.queues() || self.dispatch == Dispatch::AllToAll {
+        // The host places choices among an expert's copies, and rows among the ranks that they are sent to.
+        let queues = self.comm.queues() && self.plan.placement.is_none();
+        if !queues || self.dispatch == Dispatch::AllToAll {
             self.backend.begin_step(batch)?;
             return self.layers(rows, &mut |_, _, _| Ok(()));
         }
@@ -354,39 +271,6 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
                 Ok((backend.residual_add(x, &sum)?, None))
             }
         }
-    }
-
-    /// Logits [which, vocabulary], scaled; equal on all ranks of the sub-group.
-    fn logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<Vec<f32>, Error> {
-        let rows = which.len();
-        let all = self.own_logits(x, which)?;
-        let Self { config, plan, backend, .. } = self;
-        let mut logits = backend.read(&all)?;
-        if plan.rank.size().as_usize() > 1 {
-            logits = interleave(&logits, rows, plan.vocab_rows, config.vocab_size);
-        }
-        if config.logit_scale != 1.0 {
-            logits.iter_mut().for_each(|l| *l *= config.logit_scale);
-        }
-        Ok(logits)
-    }
-
-    /// Logits on the device: [which, vocabulary] of a rank that is alone in its sub-group, else
-    /// [ranks, which, rows of a rank].
-    fn own_logits(&mut self, x: &B::Tensor, which: Range<usize>) -> Result<B::Tensor, Error> {
-        let rows = which.len();
-        let Self { config, plan, backend, comm, subgroup, weights, .. } = self;
-        let comm = subgroup.as_mut().unwrap_or(comm);
-        let x = backend.logit_rows(x, which)?;
-        let n = backend.norm(&x, &weights.final_norm, config.norm)?;
-        let own = backend.linear(&n, weights.head.as_ref().unwrap_or(&weights.embed))?;
-        let ranks = comm.rank().size().as_usize();
-        if ranks == 1 {
-            return Ok(own);
-        }
-        let mut all = backend.buffer(ranks * rows, plan.vocab_rows)?;
-        comm.all_gather(&own, &vec![rows * plan.vocab_rows; ranks], &mut all)?;
-        Ok(all)
     }
 
     /// The line to all other ranks, for barriers and counters.
@@ -553,20 +437,6 @@ fn gated<B: Backend>(
     let gate_up = backend.linear(n, &weights.gate_up)?;
     let activated = backend.swiglu(&gate_up)?;
     Ok(Partial::new(backend.linear_partial(&activated, &weights.down)?))
-}
-
-/// [ranks, rows, V] to [rows, vocabulary], dropping the last ranks' padding.
-fn interleave(by_rank: &[f32], rows: usize, rank_vocab: usize, vocab: usize) -> Vec<f32> {
-    let ranks = by_rank.len() / (rows * rank_vocab);
-    let mut logits = Vec::with_capacity(rows * vocab);
-    for row in 0..rows {
-        for rank in 0..ranks {
-            let real = vocab.saturating_sub(rank * rank_vocab).min(rank_vocab);
-            let start = (rank * rows + row) * rank_vocab;
-            logits.extend_from_slice(&by_rank[start..start + real]);
-        }
-    }
-    logits
 }
 
 impl Attention {

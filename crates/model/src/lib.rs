@@ -29,7 +29,7 @@ pub use activity::Activity;
 pub use balance::ExpertLoad;
 pub use catalogue::Catalogue;
 pub use checkpoint::{Block, Checkpoint, Element, Files, HEADER_BYTES_MAX, Header, TensorEntry};
-pub use cohere_moe::{KvBudget, Model, Parts};
+pub use cohere_moe::{Forward, KvBudget, Model, Parts, Pending};
 pub use config::{Attention, Combination, LayerConfig, Mlp, ModelConfig, MoeConfig, SharedExperts};
 pub use dispatch::slice as dispatch_slice;
 pub use error::{Complaint, Error, HeaderFault, TensorProblem};

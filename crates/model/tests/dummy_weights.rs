@@ -46,6 +46,7 @@ fn rank_logits(config: &ModelConfig, (rank, comm): (TpRank, InProcess), experts:
             tables: [table(), table()],
         }],
         logit_rows: (0..TOKENS.len() as u32).collect(),
+        ..Batch::default()
     };
     let mut logits = Vec::new();
     let sink = |_: usize, rows: &[f32]| {

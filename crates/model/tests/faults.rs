@@ -59,6 +59,7 @@ fn batch() -> Batch {
             tables: [table(), table()],
         }],
         logit_rows: vec![rows - 1],
+        ..Batch::default()
     }
 }
 

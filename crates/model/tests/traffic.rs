@@ -61,6 +61,7 @@ fn batch(rows: usize, logit_rows: usize) -> Batch {
         tokens: (0..rows as u32).map(|at| TokenId(3 + 7 * at % 50)).collect(),
         sequences: if rows == 0 { Vec::new() } else { vec![sequence] },
         logit_rows: (0..logit_rows as u32).collect(),
+        ..Batch::default()
     }
 }
 

@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use half::bf16;
+use ops::sample::{Choice, Plain};
 use ops::{
-    Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, ExpertSlots, HostTensor,
-    KvLayerSpec, Norm, Rope, Routing, Window,
+    Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, ExpertSlots, Fed, HostTensor,
+    KvLayerSpec, Norm, Rope, Routing, Window, draw_rows,
 };
 use rayon::prelude::*;
 use types::{DType, TokenId};
@@ -34,6 +35,8 @@ pub struct CpuBackend {
     sequence_of_row: Vec<usize>,
     positions: Vec<u32>,
     logit_rows: Vec<u32>,
+    /// Of the last step, by logit row; see [`Backend::draw`].
+    drawn: Vec<TokenId>,
     turns: RopeTable,
 }
 
@@ -51,6 +54,7 @@ impl CpuBackend {
             sequence_of_row: Vec::new(),
             positions: Vec::new(),
             logit_rows: Vec::new(),
+            drawn: Vec::new(),
             turns: RopeTable::default(),
         })
     }
@@ -73,6 +77,8 @@ impl Backend for CpuBackend {
     type Experts = Weight;
     type KvLayer = KvLayer;
     type Routed = Routed;
+    /// What became of each row: the host has nothing to wait for.
+    type Drawing = Vec<Choice>;
 
     fn dtype(&self) -> DType {
         self.dtype
@@ -129,6 +135,18 @@ impl Backend for CpuBackend {
             return Err(Error::Shape { op: "begin_step", detail });
         }
         self.tokens.clone_from(&batch.tokens);
+        for &Fed { row, from } in &batch.fed {
+            match (self.tokens.get_mut(row as usize), self.drawn.get(from as usize)) {
+                (Some(token), Some(drawn)) => *token = *drawn,
+                _ => {
+                    let drawn = self.drawn.len();
+                    let detail = format!(
+                        "row {row} of {rows} has the token of logit row {from}, of {drawn} before it"
+                    );
+                    return Err(Error::Shape { op: "begin_step", detail });
+                }
+            }
+        }
         self.sequences.clone_from(&batch.sequences);
         self.logit_rows.clone_from(&batch.logit_rows);
         self.positions.clear();
@@ -326,6 +344,55 @@ impl Backend for CpuBackend {
 
     fn upload(&mut self, width: usize, values: &[f32]) -> Result<Tensor, Error> {
         Tensor::new(width, values.to_vec())
+    }
+
+    fn draw(
+        &mut self,
+        logits: &Tensor,
+        (width, scale): (usize, f32),
+        (first, how): (usize, &[Option<Plain>]),
+    ) -> Result<Vec<Choice>, Error> {
+        let mut values = self.read(logits)?;
+        values.iter_mut().for_each(|value| *value *= scale);
+        let choices = draw_rows(&values, width, how);
+        let token = |choice: &Choice| match choice {
+            Choice::Token(token) => *token,
+            Choice::NotANumber | Choice::Left => TokenId(0),
+        };
+        let tokens: Vec<TokenId> = choices.iter().map(token).collect();
+        self.feed(first, &tokens)?;
+        Ok(choices)
+    }
+
+    fn mark(&mut self) -> Result<Vec<Choice>, Error> {
+        Ok(Vec::new())
+    }
+
+    fn feed(&mut self, first: usize, tokens: &[TokenId]) -> Result<(), Error> {
+        let end = first + tokens.len();
+        if self.drawn.len() < end {
+            self.drawn.resize(end, TokenId(0));
+        }
+        self.drawn[first..end].copy_from_slice(tokens);
+        Ok(())
+    }
+
+    fn tokens_drawn(&mut self, rows: Range<usize>) -> Result<Tensor, Error> {
+        let bits: Vec<f32> = self.drawn[rows].iter().map(|token| f32::from_bits(token.0)).collect();
+        Tensor::new(bits.len(), bits)
+    }
+
+    fn feed_tensor(&mut self, first: usize, tokens: &Tensor) -> Result<(), Error> {
+        let tokens: Vec<TokenId> = tokens.as_slice().iter().map(|bits| TokenId(bits.to_bits())).collect();
+        self.feed(first, &tokens)
+    }
+
+    fn is_drawn(&mut self, _drawing: &Vec<Choice>) -> Result<bool, Error> {
+        Ok(true)
+    }
+
+    fn collect(&mut self, drawing: Vec<Choice>) -> Result<Vec<Choice>, Error> {
+        Ok(drawing)
     }
 
     fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {

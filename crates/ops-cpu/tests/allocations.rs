@@ -111,7 +111,7 @@ fn a_layers_exchange_allocates_nothing() {
                     let batch = Batch {
                         tokens: (0..ROWS as u32).map(TokenId).collect(),
                         sequences: vec![BatchSequence { rows: 0..ROWS, start: Position(0), tables }],
-                        logit_rows: Vec::new(),
+                        ..Batch::default()
                     };
                     rank.backend.begin_step(&batch).unwrap();
                     let x = rank.backend.upload(HIDDEN, values).unwrap();

@@ -6,17 +6,22 @@
 struct EmbedParams {
     float* out;        // [T, width]
     const T* table;    // [rows, width]
-    const u32* tokens; // [T]
+    const u32* tokens; // [T]; with FED, the logit row of the step before whose token it is
+    const u32* drawn;  // by logit row of the step before
     u32 first;
     u32 rows;
     u32 width;
 };
 
-// out[t] = table[tokens[t] - first], or zeros for a token that another rank holds.
+#define FED 0x80000000u
+
+// out[t] = table[tokens[t] - first], or zeros for a token that another rank holds and where none was drawn.
 extern "C" __global__ void embed(const EmbedParams p) {
     u64 row = blockIdx.x;
-    u32 local = p.tokens[row] - p.first;
-    bool own = p.tokens[row] >= p.first && local < p.rows;
+    u32 token = p.tokens[row];
+    if (token & FED) token = p.drawn[token & ~FED];
+    u32 local = token - p.first;
+    bool own = token >= p.first && local < p.rows;
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
         p.out[row * p.width + i] = own ? widen(p.table[(u64)local * p.width + i]) : 0.0f;
     }
@@ -308,6 +313,32 @@ struct LargestParams {
     u32 is_f32;
     float scale;
 };
+
+struct JoinParams {
+    void* out;         // [rows, width], T
+    const void* parts; // [ranks, rows, each], T
+    u32 rows;
+    u32 each;
+    u32 width;
+};
+
+// Parts of rows from ranks one after the other to whole rows; blockIdx.y is the row, blocks share its columns.
+extern "C" __global__ void __launch_bounds__(256) join_ranks(const JoinParams p) {
+    u32 first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+    u64 row = blockIdx.y;
+    if (p.each % VECTOR == 0 && p.width % VECTOR == 0) {
+        for (u32 at = first; at < p.width / VECTOR; at += step) {
+            u32 column = at * VECTOR;
+            u64 from = (u64)(column / p.each * p.rows + row) * p.each + column % p.each;
+            *(uint4*)((T*)p.out + row * p.width + column) = load16((const T*)p.parts + from);
+        }
+        return;
+    }
+    for (u32 at = first; at < p.width; at += step) {
+        u64 from = (u64)(at / p.each * p.rows + row) * p.each + at % p.each;
+        ((T*)p.out)[row * p.width + at] = ((const T*)p.parts)[from];
+    }
+}
 
 // The largest of each row times scale, the lowest number on a tie; blockIdx.y is the row, blocks share its columns.
 extern "C" __global__ void __launch_bounds__(256) largest(const LargestParams p) {

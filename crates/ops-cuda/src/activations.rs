@@ -57,7 +57,8 @@ impl Activations {
         let experts = rows.max(self.exchanged_rows) * expert_row + tiles + self.exchange();
         let branches =
             attention.min(recorded * 3 * self.qkv + split) + recorded * (expert_row + 3 * self.intermediate);
-        let gathered = if self.ranks > 1 { self.ranks * self.vocab } else { 0 };
+        // Gathered, and once more in whole rows.
+        let gathered = if self.ranks > 1 { 2 * self.ranks * self.vocab } else { 0 };
         let logits = self.logit_rows * (2 * self.hidden + self.vocab + gathered);
         let widest = attention.max(dense).max(experts).max(logits).max(branches);
         let words = rows * stream + widest + SHARED_WORDS + self.table_words;

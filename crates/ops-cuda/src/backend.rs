@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use half::bf16;
 use ops::sample::{Choice, Plain};
@@ -22,9 +22,8 @@ use crate::draw::{DRAWN_ROWS_MAX, Rows};
 use crate::dummy::DummyKernel;
 use crate::graph::{Course, Recordings};
 use crate::idle::Idle;
-use crate::kernels::{
-    Address, EmbedParams, FillParams, GatherParams, NormParams, RoundParams, SumParams, SwigluParams,
-};
+use crate::kernels::{Address, EmbedParams, GatherParams, NormParams, RoundParams};
+use crate::landing::{Drawing, DrawnTokens};
 use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::step::Step;
 use crate::tensor::{Routed, Tensor, Weight, same_shape, size};
@@ -56,6 +55,7 @@ pub struct CudaBackend {
     recordings: Recordings,
     idle: Idle,
     draws: Rows,
+    drawn: DrawnTokens,
     pub(crate) dummy: Option<DummyKernel>,
     device: Rc<Device>,
 }
@@ -77,6 +77,7 @@ impl CudaBackend {
             recordings: Recordings::default(),
             idle: Idle::new()?,
             draws: Rows::new()?,
+            drawn: DrawnTokens::new()?,
             dummy: None,
             device,
         })
@@ -99,42 +100,6 @@ impl CudaBackend {
         memory::free()
     }
 
-    /// A weight of seeded numbers, uniform in ±`scale`, made on the card: for timing shapes without a checkpoint.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn random_weight(&mut self, dims: &[usize], seed: u64, scale: f32) -> Result<Weight, Error> {
-        self.device.bind()?;
-        let weight = Weight::reserve(dims, self.dtype)?;
-        let count = dims.iter().product::<usize>() as u64;
-        let params = FillParams { out: weight.address(), count, seed, scale };
-        let blocks = self.device.multiprocessors * 8;
-        self.device.launch(self.device.kernels.fill, Grid::new(blocks, 1, 256), &params)?;
-        // Weights are read before a kernel waits for the one before it.
-        self.device.unchain();
-        Ok(weight)
-    }
-
-    /// Bytes a second of large copies on the card, read and written: what a step's bytes are measured against.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn copy_bandwidth(&mut self) -> Result<f64, Error> {
-        const BYTES: usize = 1 << 30;
-        const ROUNDS: u32 = 8;
-        let from = self.random_weight(&[BYTES / self.dtype.bytes()], 1, 1.0)?;
-        let to = self.random_weight(&[BYTES / self.dtype.bytes()], 2, 1.0)?;
-        let mut best = f64::INFINITY;
-        for _ in 0..ROUNDS {
-            self.synchronize()?;
-            let started = Instant::now();
-            self.device.copy(to.address(), from.address(), BYTES)?;
-            self.synchronize()?;
-            best = best.min(started.elapsed().as_secs_f64());
-        }
-        Ok(2.0 * BYTES as f64 / best)
-    }
-
     /// Waits until the card has done everything that was queued.
     ///
     /// # Errors
@@ -151,12 +116,34 @@ impl CudaBackend {
         (&mut self.draws, &self.device)
     }
 
+    pub(crate) const fn drawn(&mut self) -> (&mut DrawnTokens, &Rc<Device>) {
+        (&mut self.drawn, &self.device)
+    }
+
+    /// Makes room for the tokens of so many logit rows.
+    pub(crate) fn reserve_drawn(&mut self, rows: usize) -> Result<(), Error> {
+        if self.drawn.reserve(&self.device, rows)? {
+            self.recordings.forget();
+        }
+        Ok(())
+    }
+
+    /// Queues the way to the host of tokens that the step's last kernel so far has drawn: how many from which on.
+    pub(crate) fn land_drawn(&mut self, rows: (usize, usize)) -> Result<Drawing, Error> {
+        self.idle.ends(&self.device)?;
+        Ok(self.drawn.land(&self.device, rows, self.idle.step())?)
+    }
+
+    pub(crate) fn measure_idle(&mut self, step: usize) {
+        self.idle.measure(step);
+    }
+
     pub(crate) const fn device(&self) -> &Rc<Device> {
         &self.device
     }
 
-    /// Time between the end of the last step but one and the beginning of the last one, as the card saw it: it had
-    /// nothing to do. `None` before the second step.
+    /// Time between the last kernel of the step before the one that was collected last and that one's first kernel, as the
+    /// card saw it: it had nothing but copies to do. `None` before the second step.
     #[must_use]
     pub const fn idle(&self) -> Option<Duration> {
         self.idle.between
@@ -175,11 +162,10 @@ impl CudaBackend {
             // The stream leaves capture whatever the outcome.
             drop(self.device.lanes().end_capture());
         }
-        self.idle.begins(&self.device)?;
-        if self.step.begin(&self.device, batch, rows)? {
+        if self.step.begin(&self.device, batch, (rows, self.drawn.rows()))? {
             self.recordings.forget();
         }
-        Ok(())
+        Ok(self.idle.begins(&self.device)?)
     }
 
     fn record(&mut self, batch: &Batch, rows: usize) -> Result<(), Error> {
@@ -219,45 +205,13 @@ impl CudaBackend {
         })
     }
 
-    pub(crate) fn gated(&self, gate_up: &Tensor) -> Result<Tensor, Error> {
-        if !gate_up.width().is_multiple_of(2) || gate_up.dtype() != self.dtype {
-            let detail = format!("rows of {} {} are not gate and up", gate_up.width(), gate_up.dtype());
-            return Err(Error::Shape { op: "swiglu", detail });
-        }
-        let width = gate_up.width() / 2;
-        let out = self.tensor(gate_up.rows(), width)?;
-        let params = SwigluParams {
-            out: out.address(),
-            gate_up: gate_up.address(),
-            rows: gate_up.rows() as u64,
-            width: size("swiglu", width)?,
-        };
-        self.device.launch(self.device.kernels.swiglu, Grid::over(out.elements()), &params)?;
-        Ok(out)
-    }
-
     /// Copies the result of a step to the host.
     pub(crate) fn land(&mut self, from: Address, bytes: usize) -> Result<&[u8], Error> {
         self.landing.reserve(bytes)?;
         self.idle.ends(&self.device)?;
         self.device.download(&mut self.landing.as_mut_slice()[..bytes], from)?;
-        self.idle.measure();
+        self.idle.measure(self.idle.step());
         Ok(&self.landing.as_slice()[..bytes])
-    }
-
-    /// out = a + scale · b, into `out`, which may be `a`.
-    fn sum(&self, out: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<(), Error> {
-        let params = SumParams {
-            out: out.address(),
-            a: a.address(),
-            b: b.address(),
-            count: a.elements() as u64,
-            scale,
-            out_f32: out.is_f32(),
-            a_f32: a.is_f32(),
-            b_f32: b.is_f32(),
-        };
-        Ok(self.device.launch(self.device.kernels.sum, Grid::over(a.elements()), &params)?)
     }
 }
 
@@ -267,6 +221,7 @@ impl Backend for CudaBackend {
     type Experts = Weight;
     type KvLayer = KvLayer;
     type Routed = Routed;
+    type Drawing = Drawing;
 
     fn dtype(&self) -> DType {
         self.dtype
@@ -377,6 +332,7 @@ impl Backend for CudaBackend {
             out: out.address(),
             table: table.address(),
             tokens: self.step.tokens(),
+            drawn: self.drawn.at(0),
             first: first_token.0,
             rows: size("embed", rows)?,
             width: size("embed", hidden)?,
@@ -502,10 +458,6 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn largest(&mut self, logits: &Tensor, width: usize, scale: f32) -> Result<Vec<Option<TokenId>>, Error> {
-        self.largest_of_rows(logits, width, scale)
-    }
-
     fn drawn_rows_max(&self) -> usize {
         DRAWN_ROWS_MAX
     }
@@ -514,9 +466,42 @@ impl Backend for CudaBackend {
         &mut self,
         logits: &Tensor,
         shape: (usize, f32),
-        how: &[Option<Plain>],
-    ) -> Result<Vec<Choice>, Error> {
-        self.draw_rows(logits, shape, how)
+        rows: (usize, &[Option<Plain>]),
+    ) -> Result<Drawing, Error> {
+        self.draw_rows(logits, shape, rows)
+    }
+
+    fn mark(&mut self) -> Result<Drawing, Error> {
+        self.idle.ends(&self.device)?;
+        Ok(self.drawn.mark(&self.device, self.idle.step())?)
+    }
+
+    fn feed(&mut self, first: usize, tokens: &[TokenId]) -> Result<(), Error> {
+        self.feed_tokens(first, tokens)
+    }
+
+    fn tokens_drawn(&mut self, rows: Range<usize>) -> Result<Tensor, Error> {
+        self.copy_of_drawn((rows.start, rows.len()))
+    }
+
+    fn feed_tensor(&mut self, first: usize, tokens: &Tensor) -> Result<(), Error> {
+        self.feed_copy(first, tokens)
+    }
+
+    fn is_drawn(&mut self, drawing: &Drawing) -> Result<bool, Error> {
+        drawing.is_done(&self.device)
+    }
+
+    fn collect(&mut self, drawing: Drawing) -> Result<Vec<Choice>, Error> {
+        self.collect_drawn(drawing)
+    }
+
+    fn buffer_like(&mut self, like: &Tensor, rows: usize, width: usize) -> Result<Tensor, Error> {
+        Tensor::new(&self.device, rows, width, like.dtype())
+    }
+
+    fn join_ranks(&mut self, parts: Tensor, shape: (usize, usize, usize)) -> Result<Tensor, Error> {
+        self.join_parts(parts, shape)
     }
 
     fn logit_rows(&mut self, x: &Tensor, which: Range<usize>) -> Result<Tensor, Error> {

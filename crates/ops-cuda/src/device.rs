@@ -20,7 +20,7 @@ use crate::backend::Options;
 use crate::cache::KernelCache;
 use crate::check::{attention_source, in_parallel};
 use crate::comm::{OpenSum, Watch};
-use crate::graph::Lanes;
+use crate::graph::{Event, Lanes};
 use crate::kernels::{Address, GemmParams, Params, Source};
 use crate::memory::DeviceBuffer;
 use crate::nvrtc::Compiled;
@@ -218,6 +218,26 @@ impl Device {
         Ok(())
     }
 
+    /// Whether `mark` has been passed, for one who asks again and again since `begun`; `next` is the time of the next look
+    /// after the other cards that have a part in it.
+    pub(crate) fn has_passed(
+        &self,
+        mark: &Event,
+        (begun, next): (Instant, &Cell<Duration>),
+    ) -> Result<bool, Error> {
+        let watches = self.watches.borrow();
+        if mark.has_passed()? {
+            watches.iter().for_each(|watch| watch.passed());
+            return Ok(true);
+        }
+        let waited = begun.elapsed();
+        if !watches.is_empty() && waited > next.get() {
+            watches.iter().try_for_each(|watch| watch.check(waited))?;
+            next.set(waited + WATCH_EVERY);
+        }
+        Ok(false)
+    }
+
     /// Copies `from` to the device after what was launched before, and waits.
     pub(crate) fn upload<E>(&self, to: Address, from: &[E]) -> Result<(), Error> {
         self.unchain();
@@ -411,6 +431,7 @@ pub(crate) struct Kernels {
     pub(crate) skinny_unaligned: Function,
     pub(crate) residual_norm: Function,
     pub(crate) largest: Function,
+    pub(crate) join_ranks: Function,
     pub(crate) route: Function,
     pub(crate) router: Function,
     pub(crate) expert_up: Function,
@@ -533,6 +554,7 @@ impl Kernels {
             combine_rows: rows.function("combine_rows")?,
             residual_norm: rows.function("residual_norm")?,
             largest: rows.function("largest")?,
+            join_ranks: rows.function("join_ranks")?,
             skinny: [
                 skinny.function("skinny1")?,
                 skinny.function("skinny2")?,

@@ -1,15 +1,15 @@
-//! Tokens drawn on the card: only their numbers come back.
+//! Tokens drawn on the card: only their numbers come back ([`crate::landing`]).
 
 use cudarc::driver::result;
 use ops::Error;
 use ops::sample::{Choice, Plain};
-use types::TokenId;
+use types::{DType, TokenId};
 
-use crate::arena::Piece;
 use crate::backend::CudaBackend;
 use crate::device::{Device, Grid};
 use crate::graph::Event;
-use crate::kernels::{Address, SampleParams};
+use crate::kernels::{Address, JoinParams, SampleParams};
+use crate::landing::{Drawing, TOKEN_BYTES};
 use crate::memory::{DeviceBuffer, Pinned};
 use crate::tensor::{Tensor, size};
 
@@ -17,9 +17,8 @@ use crate::tensor::{Tensor, size};
 pub const DRAWN_ROWS_MAX: usize = 256;
 /// Threads of a block, which has a row.
 const THREADS: u32 = 1024;
-/// What the kernel answers where there is no token.
-const LEFT: u32 = u32::MAX;
-const NOT_A_NUMBER: u32 = u32::MAX - 1;
+/// Blocks that share a row's columns when parts of rows are joined.
+const JOIN_BLOCKS: u32 = 16;
 
 /// What the kernel reads of a row, byte by byte as `SampleRow` in sample.cu.
 const ROW_BYTES: usize = 32;
@@ -87,26 +86,21 @@ impl CudaBackend {
         &mut self,
         logits: &Tensor,
         (width, scale): (usize, f32),
-        how: &[Option<Plain>],
-    ) -> Result<Vec<Choice>, Error> {
+        (first, how): (usize, &[Option<Plain>]),
+    ) -> Result<Drawing, Error> {
         if how.len() != logits.rows() || how.len() > DRAWN_ROWS_MAX {
             let detail =
                 format!("{} rows of logits for {} draws, at most {DRAWN_ROWS_MAX}", logits.rows(), how.len());
             return Err(Error::Shape { op: "draw", detail });
         }
-        if how.iter().flatten().all(Plain::is_greedy) {
-            let largest = self.largest_of_rows(logits, width, scale)?;
-            let choice = |(token, how): (Option<TokenId>, &Option<Plain>)| match how {
-                None => Choice::Left,
-                Some(_) => token.map_or(Choice::NotANumber, Choice::Token),
-            };
-            return Ok(largest.into_iter().zip(how).map(choice).collect());
-        }
-        let rows = self.stage_draws(how)?;
+        self.reserve_drawn(first + how.len())?;
+        let (rows, device) = self.draws();
+        let rows = rows.stage(device, how)?;
         let best = self.largest_keys(logits, width, scale)?;
-        let tokens = Piece::new(self.device(), how.len() * size_of::<u32>())?;
+        let (drawn, device) = self.drawn();
+        drawn.hold(device)?;
         let params = SampleParams {
-            tokens: tokens.address(),
+            tokens: drawn.at(first),
             x: logits.address(),
             best: best.address(),
             rows,
@@ -115,18 +109,75 @@ impl CudaBackend {
             scale,
         };
         let grid = Grid::new(size("draw", how.len())?, 1, THREADS);
-        self.device().launch(self.device().kernels.sample, grid, &params)?;
-        let landed = self.land(tokens.address(), how.len() * size_of::<u32>())?;
-        let token = |&bytes: &[u8; 4]| match u32::from_le_bytes(bytes) {
-            LEFT => Choice::Left,
-            NOT_A_NUMBER => Choice::NotANumber,
-            token => Choice::Token(TokenId(token)),
-        };
-        Ok(landed.as_chunks().0.iter().map(token).collect())
+        device.launch(device.kernels.sample, grid, &params)?;
+        self.land_drawn((first, how.len()))
     }
 
-    fn stage_draws(&mut self, how: &[Option<Plain>]) -> Result<Address, Error> {
-        let (rows, device) = self.draws();
-        rows.stage(device, how)
+    /// See [`ops::Backend::feed`].
+    pub(crate) fn feed_tokens(&mut self, first: usize, tokens: &[TokenId]) -> Result<(), Error> {
+        self.reserve_drawn(first + tokens.len())?;
+        let (drawn, device) = self.drawn();
+        drawn.hold(device)?;
+        let words: Vec<u32> = tokens.iter().map(|token| token.0).collect();
+        Ok(device.upload(drawn.at(first), &words)?)
+    }
+
+    /// See [`ops::Backend::tokens_drawn`].
+    pub(crate) fn copy_of_drawn(&mut self, (first, rows): (usize, usize)) -> Result<Tensor, Error> {
+        self.reserve_drawn(first + rows)?;
+        let out = Tensor::new(self.device(), 1, rows, DType::F32)?;
+        let (drawn, device) = self.drawn();
+        device.copy(out.address(), drawn.at(first), rows * TOKEN_BYTES)?;
+        Ok(out)
+    }
+
+    /// See [`ops::Backend::feed_tensor`].
+    pub(crate) fn feed_copy(&mut self, first: usize, tokens: &Tensor) -> Result<(), Error> {
+        tokens.expect("feed", tokens.elements(), DType::F32)?;
+        self.reserve_drawn(first + tokens.elements())?;
+        let (drawn, device) = self.drawn();
+        drawn.hold(device)?;
+        Ok(device.copy(drawn.at(first), tokens.address(), tokens.bytes())?)
+    }
+
+    /// See [`ops::Backend::collect`].
+    pub(crate) fn collect_drawn(&mut self, drawing: Drawing) -> Result<Vec<Choice>, Error> {
+        while !drawing.is_done(self.device())? {
+            std::hint::spin_loop();
+        }
+        self.measure_idle(drawing.step);
+        Ok(self.drawn().0.take(drawing))
+    }
+
+    /// See [`ops::Backend::join_ranks`].
+    pub(crate) fn join_parts(
+        &mut self,
+        parts: Tensor,
+        (rows, each, width): (usize, usize, usize),
+    ) -> Result<Tensor, Error> {
+        let whole = rows.checked_mul(each).filter(|&part| part > 0 && parts.elements().is_multiple_of(part));
+        let columns = whole.map_or(0, |part| parts.elements() / part * each);
+        if columns < width || parts.dtype() != self.storage() {
+            let detail = format!(
+                "{} {} for {rows} rows of {width} in parts of {each}",
+                parts.elements(),
+                parts.dtype()
+            );
+            return Err(Error::Shape { op: "join_ranks", detail });
+        }
+        if rows == 1 {
+            return Ok(parts.as_row(width));
+        }
+        let out = self.tensor(rows, width)?;
+        let params = JoinParams {
+            out: out.address(),
+            parts: parts.address(),
+            rows: size("join_ranks", rows)?,
+            each: size("join_ranks", each)?,
+            width: size("join_ranks", width)?,
+        };
+        let grid = Grid { blocks: (JOIN_BLOCKS, params.rows, 1), threads: 256, shared: 0 };
+        self.device().launch(self.device().kernels.join_ranks, grid, &params)?;
+        Ok(out)
     }
 }

@@ -4,8 +4,8 @@
 
 use cudarc::driver::result::{event, graph, stream};
 use cudarc::driver::sys::{
-    CUevent, CUevent_flags, CUevent_wait_flags, CUgraphExec, CUgraphInstantiate_flags, CUstream,
-    CUstreamCaptureMode,
+    CUevent, CUevent_flags, CUevent_wait_flags, CUgraphExec, CUgraphInstantiate_flags, CUresult, CUstream,
+    CUstreamCaptureMode, cuEventQuery,
 };
 use ops::{Batch, KvLayerSpec, Window};
 
@@ -49,10 +49,7 @@ impl Lanes {
     pub(crate) fn follow(&self, lane: usize) -> Result<(), Error> {
         let other = 1 - lane;
         self.marks[other].record(self.streams[other])?;
-        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: the stream and the event are alive.
-        unsafe { stream::wait_event(self.streams[lane], self.marks[other].0, flags) }
-            .map_err(Error::driver("cuStreamWaitEvent"))
+        self.marks[other].hold(self.streams[lane])
     }
 
     /// Begins to record the first lane; the other one joins by [`Lanes::follow`].
@@ -87,6 +84,27 @@ impl Drop for Lanes {
     }
 }
 
+/// A stream for what goes on beside all other work.
+#[derive(Debug)]
+pub(crate) struct Side(CUstream);
+
+impl Side {
+    pub(crate) fn new() -> Result<Self, Error> {
+        stream::create(stream::StreamKind::NonBlocking).map(Self).map_err(Error::driver("cuStreamCreate"))
+    }
+
+    pub(crate) const fn stream(&self) -> CUstream {
+        self.0
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        // SAFETY: created by this value and destroyed only here; what copies to is freed after it has ended.
+        let _ = unsafe { stream::synchronize(self.0).and_then(|()| stream::destroy(self.0)) };
+    }
+}
+
 /// A mark in a stream.
 #[derive(Debug)]
 pub(crate) struct Event(CUevent);
@@ -110,10 +128,26 @@ impl Event {
         unsafe { event::record(self.0, stream) }.map_err(Error::driver("cuEventRecord"))
     }
 
+    /// What is queued on `stream` from here on comes after this mark; nothing when it was not recorded.
+    pub(crate) fn hold(&self, stream: CUstream) -> Result<(), Error> {
+        // SAFETY: the stream and the event are alive.
+        unsafe { stream::wait_event(stream, self.0, CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT) }
+            .map_err(Error::driver("cuStreamWaitEvent"))
+    }
+
     /// Returns at once when nothing was recorded.
     pub(crate) fn wait(&self) -> Result<(), Error> {
         // SAFETY: the event is alive.
         unsafe { event::synchronize(self.0) }.map_err(Error::driver("cuEventSynchronize"))
+    }
+
+    /// As [`Event::is_passed`], or what went wrong before it.
+    pub(crate) fn has_passed(&self) -> Result<bool, Error> {
+        // SAFETY: the event is alive.
+        match unsafe { cuEventQuery(self.0) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true).map_err(Error::driver("cuEventQuery")),
+        }
     }
 
     /// Whether the card has come past it; so it has where nothing was recorded.

@@ -126,7 +126,8 @@ macro_rules! params {
 }
 
 params! {
-    EmbedParams { out: Address, table: Address, tokens: Address, first: u32, rows: u32, width: u32 }
+    EmbedParams { out: Address, table: Address, tokens: Address, drawn: Address, first: u32, rows: u32, width: u32 }
+    JoinParams { out: Address, parts: Address, rows: u32, each: u32, width: u32 }
     SumParams { out: Address, a: Address, b: Address, count: u64, scale: f32, out_f32: u32, a_f32: u32, b_f32: u32 }
     RoundParams { out: Address, x: Address, count: u64 }
     SwigluParams { out: Address, gate_up: Address, rows: u64, width: u32 }

@@ -27,7 +27,9 @@ mod experts;
 mod graph;
 mod idle;
 mod kernels;
+mod landing;
 mod libraries;
+mod measure;
 mod memory;
 mod nccl;
 mod nvrtc;
@@ -49,6 +51,7 @@ pub use comm::{
 pub use draw::DRAWN_ROWS_MAX;
 pub use error::Error;
 pub use kernels::Source;
+pub use landing::Drawing;
 pub use libraries::FOLDERS_VARIABLE;
 pub use nvrtc::{Compiled, compile};
 pub use probe::{Card, Found, probe};

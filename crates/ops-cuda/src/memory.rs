@@ -95,6 +95,13 @@ impl Pinned {
         Ok(())
     }
 
+    /// The first `bytes` bytes, for a copy that is queued: `self` is not read before it is done.
+    #[expect(clippy::mut_from_ref, reason = "the caller says when the memory is written")]
+    pub(crate) unsafe fn unread(&self, bytes: usize) -> &mut [u8] {
+        // SAFETY: allocated with at least this size; the caller lets nobody read it until it is written.
+        unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), bytes.min(self.bytes)) }
+    }
+
     pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated with this size, initialised, and borrowed with `self`.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.bytes) }

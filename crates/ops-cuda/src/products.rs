@@ -1,13 +1,15 @@
-//! Products with dense weights, and what follows them in one launch: the residual stream with its norm, and the most
-//! likely token.
+//! Products with dense weights, and what follows them: gates, sums, the residual stream with its norm in one launch, and
+//! the most likely token.
 
 use ops::{Error, Norm};
-use types::{DType, TokenId};
+use types::DType;
 
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
 use crate::device::{Grid, TILE_OUTS, Tiles, WIDE_SHARED, tiles_shared};
-use crate::kernels::{GemmParams, LargestParams, ResidualNormParams, SharesParams, SkinnyParams};
+use crate::kernels::{
+    GemmParams, LargestParams, ResidualNormParams, SharesParams, SkinnyParams, SumParams, SwigluParams,
+};
 use crate::tensor::{Tensor, Weight, size};
 
 /// Rows up to which the tensor cores read weights past shared memory.
@@ -171,19 +173,6 @@ impl CudaBackend {
         Ok(Some(out))
     }
 
-    pub(crate) fn largest_of_rows(
-        &mut self,
-        logits: &Tensor,
-        width: usize,
-        scale: f32,
-    ) -> Result<Vec<Option<TokenId>>, Error> {
-        let best = self.largest_keys(logits, width, scale)?;
-        let bytes = logits.rows() * size_of::<u64>();
-        let keys = self.land(best.address(), bytes)?.as_chunks().0.iter().map(|&key| u64::from_le_bytes(key));
-        // The low half is the complement of the number; all ones stand for a value that is not a number.
-        Ok(keys.map(|key| (key != u64::MAX).then_some(TokenId(!(key as u32)))).collect())
-    }
-
     /// The largest of each row times `scale` and its number, as one integer each.
     pub(crate) fn largest_keys(&self, logits: &Tensor, width: usize, scale: f32) -> Result<Piece, Error> {
         if logits.width() != width {
@@ -203,5 +192,37 @@ impl CudaBackend {
         let grid = Grid::new(LARGEST_BLOCKS, size("largest", logits.rows())?, 256);
         self.device().launch(self.device().kernels.largest, grid, &params)?;
         Ok(best)
+    }
+
+    pub(crate) fn gated(&self, gate_up: &Tensor) -> Result<Tensor, Error> {
+        if !gate_up.width().is_multiple_of(2) || gate_up.dtype() != self.storage() {
+            let detail = format!("rows of {} {} are not gate and up", gate_up.width(), gate_up.dtype());
+            return Err(Error::Shape { op: "swiglu", detail });
+        }
+        let width = gate_up.width() / 2;
+        let out = self.tensor(gate_up.rows(), width)?;
+        let params = SwigluParams {
+            out: out.address(),
+            gate_up: gate_up.address(),
+            rows: gate_up.rows() as u64,
+            width: size("swiglu", width)?,
+        };
+        self.device().launch(self.device().kernels.swiglu, Grid::over(out.elements()), &params)?;
+        Ok(out)
+    }
+
+    /// out = a + scale · b, into `out`, which may be `a`.
+    pub(crate) fn sum(&self, out: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<(), Error> {
+        let params = SumParams {
+            out: out.address(),
+            a: a.address(),
+            b: b.address(),
+            count: a.elements() as u64,
+            scale,
+            out_f32: out.is_f32(),
+            a_f32: a.is_f32(),
+            b_f32: b.is_f32(),
+        };
+        Ok(self.device().launch(self.device().kernels.sum, Grid::over(a.elements()), &params)?)
     }
 }

@@ -2,7 +2,7 @@
 //! groups' block tables.
 
 use cudarc::driver::result;
-use ops::{Batch, BatchSequence, Error, KvGroup, KvLayerSpec, Window};
+use ops::{Batch, BatchSequence, Error, Fed, KvGroup, KvLayerSpec, Window};
 
 use crate::device::Device;
 use crate::graph::Event;
@@ -14,6 +14,8 @@ const WORD: usize = size_of::<u32>();
 pub(crate) const TILE_ROWS: usize = 16;
 /// Bytes that the metadata's place on the card has at first; it doubles.
 const FIRST_BYTES: usize = 1 << 20;
+/// Marks a token as the number of the logit row of the step before whose token it is.
+const FED: u32 = 1 << 31;
 /// Position of a row that pads a recorded step: it has no keys and chooses no expert.
 const PADDING: u32 = u32::MAX;
 
@@ -60,15 +62,16 @@ impl Step {
         })
     }
 
-    /// Checks `batch`, lays it out, padded to `rows` rows if that is more, and queues its copy. Whether the metadata's
-    /// place has changed.
+    /// Checks `batch`, lays it out, padded to `rows` rows if that is more, and queues its copy behind the step before, of
+    /// which `drawn` logit rows have a place for their tokens. Whether the metadata's place has changed. The staging memory
+    /// is free again when the step before has begun, so this does not wait while that runs.
     pub(crate) fn begin(
         &mut self,
         device: &Device,
         batch: &Batch,
-        rows: Option<usize>,
+        (rows, drawn): (Option<usize>, usize),
     ) -> Result<bool, Error> {
-        check(batch)?;
+        check(batch, drawn)?;
         self.padded = rows.is_some();
         self.lay_out(batch, rows.unwrap_or(0));
         self.sequences.clone_from(&batch.sequences);
@@ -99,6 +102,9 @@ impl Step {
         words.clear();
         words.extend(batch.tokens.iter().map(|token| token.0));
         words.resize(rows, 0);
+        for &Fed { row, from } in &batch.fed {
+            words[row as usize] = FED | from;
+        }
         offsets.rows = rows;
         offsets.positions = words.len();
         words.extend(batch.positions());
@@ -216,8 +222,13 @@ impl Step {
     }
 }
 
-fn check(batch: &Batch) -> Result<(), Error> {
+fn check(batch: &Batch, drawn: usize) -> Result<(), Error> {
     let rows = batch.tokens.len();
+    let fits = |fed: &&Fed| (fed.row as usize) < rows && (fed.from as usize) < drawn;
+    if let Some(fed) = batch.fed.iter().find(|fed| !fits(fed)) {
+        let detail = format!("{fed:?} in a step of {rows} rows, behind one of at most {drawn} logit rows");
+        return Err(Error::Shape { op: "begin_step", detail });
+    }
     let mut next = 0;
     for sequence in &batch.sequences {
         if sequence.rows.start != next || sequence.rows.is_empty() {

@@ -32,6 +32,11 @@ impl Tensor {
         Some(Self { piece: Piece::at(device, offset, bytes)?, rows, width, dtype })
     }
 
+    /// The first `width` of its elements as one row.
+    pub(crate) fn as_row(self, width: usize) -> Self {
+        Self { rows: 1, width: width.min(self.elements()), ..self }
+    }
+
     /// What [`Tensor::again`] needs to know.
     pub(crate) const fn kept(&self) -> Kept {
         Kept { place: self.piece.place(), rows: self.rows, width: self.width, dtype: self.dtype }

@@ -31,7 +31,7 @@ fn a_card_makes_the_values_the_host_makes() {
                 let tokens = (first..first + count).map(|row| TokenId(row as u32)).collect();
                 let tables = [BlockTable::default(), BlockTable::default()];
                 let sequence = BatchSequence { rows: 0..count, start: Position(0), tables };
-                let batch = Batch { tokens, sequences: vec![sequence], logit_rows: vec![] };
+                let batch = Batch { tokens, sequences: vec![sequence], ..Batch::default() };
                 backend.begin_step(&batch).unwrap();
                 let out = backend.embed(&table, TokenId(0)).unwrap();
                 let read = backend.read(&out).unwrap();

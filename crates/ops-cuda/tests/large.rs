@@ -9,6 +9,7 @@
 mod support;
 
 use ops::conformance::Random;
+use ops::sample::{Choice, Plain};
 use ops::{
     Backend, Batch, BatchSequence, BlockTable, Error, HostTensor, KvGroup, KvLayerSpec, Norm, Rope, Routing,
     Scoring, Window,
@@ -35,7 +36,7 @@ fn rows_of<B: Backend>(b: &mut B, width: usize, data: Vec<f32>) -> Result<B::Ten
     let rows = data.len() / width;
     let tables = [BlockTable::default(), BlockTable::default()];
     let sequences = vec![BatchSequence { rows: 0..rows, start: Position(0), tables }];
-    embedded(b, Batch { tokens: vec![], sequences, logit_rows: vec![] }, width, data)
+    embedded(b, Batch { sequences, ..Batch::default() }, width, data)
 }
 
 fn embedded<B: Backend>(b: &mut B, batch: Batch, width: usize, data: Vec<f32>) -> Result<B::Tensor, Error> {
@@ -142,9 +143,15 @@ fn choices<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
             logits[vocab + 77] = f32::NAN;
         }
         let logits = rows_of(b, vocab, logits)?;
-        let best = b.largest(&logits, vocab, 0.25)?;
-        let best = best.iter().map(|token| token.map_or(-1.0, |token| token.0 as f32));
-        results.push((format!("most likely of {rows} rows"), best.collect()));
+        let drawing = b.draw(&logits, (vocab, 0.25), (0, &vec![Some(Plain::GREEDY); rows]))?;
+        let number = |choice| match choice {
+            Choice::Token(token) => token.0 as f32,
+            Choice::NotANumber | Choice::Left => -1.0,
+        };
+        results.push((
+            format!("most likely of {rows} rows"),
+            b.collect(drawing)?.into_iter().map(number).collect(),
+        ));
     }
     Ok(())
 }

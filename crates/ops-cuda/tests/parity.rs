@@ -60,6 +60,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Runner<B, C> {
             tokens: tokens.iter().map(|&id| TokenId(id)).collect(),
             sequences: vec![BatchSequence { rows: 0..tokens.len(), start: Position(start), tables }],
             logit_rows: (0..tokens.len() as u32).collect(),
+            ..Batch::default()
         };
         let mut logits = Vec::new();
         let sink = |_: usize, rows: &[f32]| {

@@ -26,7 +26,7 @@ fn on_card(card: &mut CudaBackend, width: usize, data: &[f32]) -> <CudaBackend a
     let tables = [BlockTable::default(), BlockTable::default()];
     let sequences = vec![BatchSequence { rows: 0..rows, start: Position(0), tables }];
     let tokens = (0..rows as u32).map(TokenId).collect();
-    card.begin_step(&Batch { tokens, sequences, logit_rows: vec![] }).unwrap();
+    card.begin_step(&Batch { tokens, sequences, ..Batch::default() }).unwrap();
     let x = card.embed(&table, TokenId(0)).unwrap();
     card.round(x).unwrap()
 }
@@ -75,8 +75,9 @@ fn check(dtype: DType) {
             let logits = on_card(&mut card, width, &data);
             let mut kept = card.read(&logits).unwrap();
             kept.iter_mut().for_each(|value| *value *= scale);
-            let choices = card.draw(&logits, (width, scale), &how).unwrap();
-            assert_eq!(choices, card.draw(&logits, (width, scale), &how).unwrap(), "the same again");
+            let drawings = [0, rows].map(|first| card.draw(&logits, (width, scale), (first, &how)).unwrap());
+            let [choices, again] = drawings.map(|drawing| card.collect(drawing).unwrap());
+            assert_eq!(choices, again, "the same again");
             for (row, choice) in choices.into_iter().enumerate() {
                 let place =
                     format!("seed {SEED}, {dtype} width {width} spread {spread} row {row} {:?}", how[row]);

@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use types::{BlockSize, DType, TokenId};
 
-use crate::sample::{Choice, Plain, drawn};
+use crate::on_host::joined;
+use crate::sample::{Choice, Plain};
 use crate::{Batch, Dummy, Error, HostTensor, KvGroup};
 
 /// Rows whose logits are made at once unless a backend says otherwise: bounds the memory of a prompt's log-probabilities
@@ -169,6 +170,8 @@ pub trait Backend {
     type KvLayer;
     /// The experts chosen for each row and their weights.
     type Routed;
+    /// Tokens that are being drawn, or nothing but a place in the order of what the device does; see [`Backend::draw`].
+    type Drawing;
 
     /// Compute dtype.
     fn dtype(&self) -> DType;
@@ -226,7 +229,8 @@ pub trait Backend {
         Err(Error::Device { op: "dummy_kv", reason: "this backend makes no keys and values".into() })
     }
 
-    /// Starts a step: whatever the ops need of the batch is staged on the device.
+    /// Starts a step: whatever the ops need of the batch is staged on the device, behind all that was queued before. The
+    /// tokens of [`Batch::fed`] rows are those that the step before left with [`Backend::draw`] and [`Backend::feed`].
     ///
     /// # Errors
     /// When the batch contradicts itself.
@@ -478,50 +482,91 @@ pub trait Backend {
     /// When memory runs out.
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Self::Tensor, Error>;
 
+    /// Room for [rows, width] of `like`'s dtype that a collective is about to fill.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    fn buffer_like(&mut self, like: &Self::Tensor, rows: usize, width: usize) -> Result<Self::Tensor, Error> {
+        let _ = like;
+        self.buffer(rows, width)
+    }
+
+    /// Parts of rows that came from ranks one after the other, [ranks · rows, V], to whole rows: [rows, `width`], the last
+    /// ranks' padding left out.
+    ///
+    /// # Errors
+    /// When `parts` do not make so many rows, or on a device failure.
+    fn join_ranks(
+        &mut self,
+        parts: Self::Tensor,
+        (rows, each, width): (usize, usize, usize),
+    ) -> Result<Self::Tensor, Error> {
+        let parts = self.read(&parts)?;
+        self.upload(width, &joined(&parts, (rows, each, width)))
+    }
+
     /// Puts rows of `width` values on the device as they are, fp32.
     ///
     /// # Errors
     /// When `values` are not whole rows, or memory runs out.
     fn upload(&mut self, width: usize, values: &[f32]) -> Result<Self::Tensor, Error>;
 
-    /// The number of the largest of each row of `logits` [rows, `width`] times `scale`, the lowest one on a tie; `None` for
-    /// a row with a value that is not a number.
-    ///
-    /// # Errors
-    /// On a device failure.
-    fn largest(
-        &mut self,
-        logits: &Self::Tensor,
-        width: usize,
-        scale: f32,
-    ) -> Result<Vec<Option<TokenId>>, Error> {
-        let values = self.read(logits)?;
-        Ok(values.chunks_exact(width).map(|row| largest(row, scale)).collect())
-    }
-
-    /// Rows that [`Backend::draw`] and [`Backend::largest`] take at once at most.
+    /// Rows that [`Backend::draw`] takes at once at most.
     fn drawn_rows_max(&self) -> usize {
         DRAWN_ROWS_MAX
     }
 
-    /// Draws a token of each row of `logits` [rows, `width`] times `scale` that `how`, as long as there are rows, says how
-    /// to draw; from the same logits the reference sampler's token ([`crate::sample`]).
+    /// Begins to draw a token of each row of `logits` [rows, width] times scale that `how`, as long as there are rows,
+    /// says how to draw; from the same logits the reference sampler's token ([`crate::sample`]). They are logit rows
+    /// first… of the step, and their tokens stay on the device for the next step ([`Batch::fed`]). This need not wait for
+    /// the device: [`Backend::collect`] does.
     ///
     /// # Errors
     /// On a device failure.
     fn draw(
         &mut self,
         logits: &Self::Tensor,
-        (width, scale): (usize, f32),
-        how: &[Option<Plain>],
-    ) -> Result<Vec<Choice>, Error> {
-        let mut values = self.read(logits)?;
-        values.iter_mut().for_each(|value| *value *= scale);
-        let rows = values.chunks_exact(width).zip(how).enumerate();
-        Ok(rows
-            .map(|(row, (logits, how))| how.map_or(Choice::Left, |how| drawn(row, logits, &how)))
-            .collect())
-    }
+        width_and_scale: (usize, f32),
+        first_and_how: (usize, &[Option<Plain>]),
+    ) -> Result<Self::Drawing, Error>;
+
+    /// A drawing of no rows, which is done when all that was queued so far is.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn mark(&mut self) -> Result<Self::Drawing, Error>;
+
+    /// Leaves tokens that were not drawn here as if they had been drawn for logit rows `first`….
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn feed(&mut self, first: usize, tokens: &[TokenId]) -> Result<(), Error>;
+
+    /// The tokens of logit rows `rows` as they lie on the device, [1, rows] in the bits of fp32 numbers: for a collective that
+    /// copies them.
+    ///
+    /// # Errors
+    /// On a device failure.
+    fn tokens_drawn(&mut self, rows: Range<usize>) -> Result<Self::Tensor, Error>;
+
+    /// As [`Backend::feed`], with what another rank's [`Backend::tokens_drawn`] gave.
+    ///
+    /// # Errors
+    /// When `tokens` are not one row, or on a device failure.
+    fn feed_tensor(&mut self, first: usize, tokens: &Self::Tensor) -> Result<(), Error>;
+
+    /// Whether [`Backend::collect`] would not wait.
+    ///
+    /// # Errors
+    /// On a device failure, also of what was queued before the drawing.
+    fn is_drawn(&mut self, drawing: &Self::Drawing) -> Result<bool, Error>;
+
+    /// What became of each row of a drawing. Drawings are collected in the order in which they were begun; what was queued
+    /// behind them goes on.
+    ///
+    /// # Errors
+    /// As [`Backend::is_drawn`].
+    fn collect(&mut self, drawing: Self::Drawing) -> Result<Vec<Choice>, Error>;
 
     /// As [`Backend::read`] of some rows of `x`.
     ///
@@ -537,19 +582,4 @@ pub trait Backend {
     /// # Errors
     /// On a device failure.
     fn read(&mut self, x: &Self::Tensor) -> Result<Vec<f32>, Error>;
-}
-
-/// [`Backend::largest`] of one row on the host.
-#[must_use]
-pub fn largest(row: &[f32], scale: f32) -> Option<TokenId> {
-    let mut best = (TokenId(0), f32::NEG_INFINITY);
-    for (id, &logit) in (0_u32..).zip(row) {
-        if logit.is_nan() {
-            return None;
-        }
-        if logit * scale > best.1 {
-            best = (TokenId(id), logit * scale);
-        }
-    }
-    Some(best.0)
 }

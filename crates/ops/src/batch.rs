@@ -24,6 +24,18 @@ pub struct Batch {
     pub sequences: Vec<BatchSequence>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// Rows whose token the device knows and the host need not: what [`Batch::tokens`] says of them means nothing.
+    pub fed: Vec<Fed>,
+}
+
+/// A row whose token is the one that was drawn for a logit row of the step before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fed {
+    /// The row of this step.
+    pub row: u32,
+    /// Index among the logit rows of the step before, of which a token was drawn ([`crate::Backend::draw`]) or fed
+    /// ([`crate::Backend::feed`]).
+    pub from: u32,
 }
 
 impl Batch {

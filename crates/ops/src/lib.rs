@@ -10,13 +10,13 @@ pub mod conformance;
 mod dummy;
 mod error;
 mod host;
+mod on_host;
 pub mod sample;
 
-pub use backend::{
-    Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Rope, Routing, Scoring, Window, largest,
-};
-pub use batch::{Batch, BatchSequence};
+pub use backend::{Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Rope, Routing, Scoring, Window};
+pub use batch::{Batch, BatchSequence, Fed};
 pub use dummy::{Dummy, DummyBand, DummyPiece, chosen, dummy_unit};
 pub use error::Error;
 pub use host::HostTensor;
+pub use on_host::{draw_rows, joined};
 pub use types::{BlockTable, KvGroup};

@@ -2,14 +2,15 @@
 
 use std::num::NonZero;
 use std::thread::available_parallelism;
+use std::time::Duration;
 
 use collectives::{Collective, Tcp};
-use model::{Activity, Model, ModelConfig, ShardPlan};
+use model::{Activity, Forward, Model, ModelConfig, Pending, ShardPlan};
 use ops::sample::{Choice, Plain};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CardLine, CudaBackend, DRAWN_ROWS_MAX, KernelCache, KernelShape, Options};
-use types::{Bytes, DType, Dispatch, TpSize};
+use types::{Bytes, DType, Dispatch, TokenId, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
@@ -153,30 +154,71 @@ impl RankModel {
         self.numerics.clone()
     }
 
-    /// As [`Model::step_among`].
-    pub(crate) fn step(
-        &mut self,
-        batch: &Batch,
-        rows: &[usize],
-        sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
-    ) -> Result<(), model::Error> {
-        let numerics = self.numerics.as_ref();
-        match &mut self.on {
-            OnDevice::Cpu(model) => step(model, (batch, rows), sink, numerics),
-            OnDevice::Cuda(model) => step(model, (batch, rows), sink, numerics),
+    /// As [`Model::feeds`].
+    pub(crate) fn feeds(&self) -> bool {
+        match &self.on {
+            OnDevice::Cpu(model) => model.feeds(),
+            OnDevice::Cuda(model) => model.feeds(),
         }
     }
 
-    /// As [`Model::choose`]; when every layer is looked at, logits come from [`RankModel::step`].
-    pub(crate) fn choose(
+    /// As [`Model::begin`].
+    pub(crate) fn begin(&mut self, batch: &Batch, rows: &[usize]) -> Result<QueuedForward, model::Error> {
+        let numerics = self.numerics.as_ref();
+        Ok(match &mut self.on {
+            OnDevice::Cpu(model) => OnEither::Cpu(begin(model, (batch, rows), numerics)?),
+            OnDevice::Cuda(model) => OnEither::Cuda(begin(model, (batch, rows), numerics)?),
+        })
+    }
+
+    /// As [`Model::draw`].
+    pub(crate) fn draw(
         &mut self,
-        (batch, rows): (&Batch, &[usize]),
+        forward: QueuedForward,
         how: &[Option<Plain>],
-        sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
-    ) -> Result<Vec<Choice>, model::Error> {
-        match &mut self.on {
-            OnDevice::Cpu(model) => model.choose((batch, rows), how, sink),
-            OnDevice::Cuda(model) => model.choose((batch, rows), how, sink),
+        sink: impl FnMut(usize, &[f32]) -> Result<Option<TokenId>, model::Error>,
+    ) -> Result<QueuedTokens, model::Error> {
+        Ok(match (&mut self.on, forward) {
+            (OnDevice::Cpu(model), OnEither::Cpu(forward)) => OnEither::Cpu(model.draw(forward, how, sink)?),
+            (OnDevice::Cuda(model), OnEither::Cuda(forward)) => {
+                OnEither::Cuda(model.draw(forward, how, sink)?)
+            }
+            _ => unreachable!("a rank stays on its device"),
+        })
+    }
+
+    /// As [`Model::follow`].
+    pub(crate) fn follow(&mut self, forward: QueuedForward) -> Result<QueuedTokens, model::Error> {
+        Ok(match (&mut self.on, forward) {
+            (OnDevice::Cpu(model), OnEither::Cpu(forward)) => OnEither::Cpu(model.follow(forward)?),
+            (OnDevice::Cuda(model), OnEither::Cuda(forward)) => OnEither::Cuda(model.follow(forward)?),
+            _ => unreachable!("a rank stays on its device"),
+        })
+    }
+
+    /// As [`Model::is_drawn`].
+    pub(crate) fn is_drawn(&mut self, pending: &QueuedTokens) -> Result<bool, model::Error> {
+        match (&mut self.on, pending) {
+            (OnDevice::Cpu(model), OnEither::Cpu(pending)) => model.is_drawn(pending),
+            (OnDevice::Cuda(model), OnEither::Cuda(pending)) => model.is_drawn(pending),
+            _ => unreachable!("a rank stays on its device"),
+        }
+    }
+
+    /// As [`Model::collect`].
+    pub(crate) fn collect(&mut self, pending: QueuedTokens) -> Result<Vec<Choice>, model::Error> {
+        match (&mut self.on, pending) {
+            (OnDevice::Cpu(model), OnEither::Cpu(pending)) => model.collect(pending),
+            (OnDevice::Cuda(model), OnEither::Cuda(pending)) => model.collect(pending),
+            _ => unreachable!("a rank stays on its device"),
+        }
+    }
+
+    /// How long the device had nothing to do before the step that was collected last, where it says so.
+    pub(crate) fn idle(&self) -> Option<Duration> {
+        match &self.on {
+            OnDevice::Cpu(_) => None,
+            OnDevice::Cuda(model) => model.backend().idle(),
         }
     }
 
@@ -200,24 +242,28 @@ impl RankModel {
             OnDevice::Cuda(model) => model.gather_activity(),
         }
     }
-
-    pub(crate) const fn config(&self) -> &ModelConfig {
-        match &self.on {
-            OnDevice::Cpu(model) => model.config(),
-            OnDevice::Cuda(model) => model.config(),
-        }
-    }
 }
 
-fn step<B: Backend, C: Collective<B::Tensor>>(
+/// What is queued on a rank's device.
+pub(crate) enum OnEither<P, G> {
+    Cpu(P),
+    Cuda(G),
+}
+
+/// As [`Forward`].
+pub(crate) type QueuedForward = OnEither<Forward<CpuBackend>, Forward<CudaBackend>>;
+
+/// As [`Pending`].
+pub(crate) type QueuedTokens = OnEither<Pending<CpuBackend>, Pending<CudaBackend>>;
+
+fn begin<B: Backend, C: Collective<B::Tensor>>(
     model: &mut Model<B, C>,
     (batch, rows): (&Batch, &[usize]),
-    sink: impl FnMut(usize, &[f32]) -> Result<(), model::Error>,
     numerics: Option<&Numerics>,
-) -> Result<(), model::Error> {
-    let Some(numerics) = numerics else { return model.step_among(batch, rows, sink) };
+) -> Result<Forward<B>, model::Error> {
+    let Some(numerics) = numerics else { return model.begin(batch, rows) };
     let mut found = false;
-    model.step_observed(batch, rows, sink, |backend, at, x| {
+    model.begin_observed(batch, rows, |backend, at, x| {
         // What follows the first is a consequence.
         found = found || numerics.look(backend, at, x)?;
         Ok(())

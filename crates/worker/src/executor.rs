@@ -1,15 +1,19 @@
-//! Runs one step plan on one rank: plan → batch → model → (on the first rank of its sub-group) tokens.
+//! Runs step plans on one rank: plan → batch → model → (on the first rank of its sub-group) tokens. Where tokens reach the
+//! next step on the device, that one begins before they are collected.
+
+use std::time::Duration;
 
 use engine::{Brief, Drawn, RowKind, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
 use model::Activity;
-use ops::sample::{self, Draw, Logits, Plain};
-use ops::{Batch, BatchSequence, BlockTable};
+use ops::sample::{self, Choice, Draw, Logits, Plain};
+use ops::{Batch, BatchSequence, BlockTable, Fed};
 use types::{History, TokenId, TpRank, TpSize};
 
 use crate::Error;
-use crate::device::RankModel;
+use crate::device::{QueuedForward, QueuedTokens, RankModel};
 use crate::guide::{Choices, Limit};
 use crate::numerics::Numerics;
+use crate::pipeline::Progress;
 
 /// Most tokens of a vocabulary in a group of several sub-groups: ranks tell each other what they drew as fp32 numbers, which
 /// hold whole numbers exactly up to 2^24.
@@ -22,10 +26,19 @@ pub(crate) struct Executor {
     numerics: Option<Numerics>,
     tables: SlotTables,
     inputs: Vec<TokenId>,
+    /// Rows of the step whose token the device has, and which it is.
+    on_device: Vec<(u32, u32)>,
     batch: Batch,
     portion: Portion,
     /// What the last step drew; in a group of one sub-group a follower is told by its leader.
     pub(crate) drawn: Drawn,
+}
+
+/// A step whose tokens are being drawn.
+pub(crate) struct Drawing {
+    pending: QueuedTokens,
+    /// The results of rows that were left to the host.
+    left: Vec<RowOutput>,
 }
 
 /// Which rows of a step are this rank's: those of its sub-group.
@@ -70,17 +83,34 @@ impl Executor {
         let (engine, own) = (config.clone(), rank.as_usize() / tensor.as_usize());
         let rows = vec![0; config.data_parallel as usize];
         let portion = Portion { engine, own, tensor, rows, places: Vec::new() };
-        let (inputs, batch, drawn, numerics) =
-            (Vec::new(), Batch::default(), Drawn::default(), model.numerics());
-        Ok(Self { rank, model, numerics, tables, inputs, batch, portion, drawn })
+        let (inputs, on_device, batch, drawn) = (Vec::new(), Vec::new(), Batch::default(), Drawn::default());
+        let numerics = model.numerics();
+        Ok(Self { rank, model, numerics, tables, inputs, on_device, batch, portion, drawn })
+    }
+
+    /// Whether what a step draws reaches the next one on the device, on every rank.
+    pub(crate) fn feeds(&self) -> bool {
+        self.model.feeds()
+    }
+
+    /// Whether a step can begin before the one before it has ended. Not when every layer is looked at: what is found then is
+    /// the newest step's.
+    fn runs_ahead(&self) -> bool {
+        self.model.feeds() && !self.model.looks()
+    }
+
+    /// Queues a step up to its last layer. Behind it come [`Executor::draw`] at the leader, [`Executor::follow`] or
+    /// [`Executor::follow_among`] elsewhere.
+    pub(crate) fn begin(&mut self, plan: &StepPlan) -> Result<QueuedForward, Error> {
+        self.prepare(plan)?;
+        let forward = self.model.begin(&self.batch, &self.portion.rows);
+        self.exchange_tables(plan);
+        Ok(forward?)
     }
 
     /// A follower's part of a step in a group of one sub-group: logits are the leader's business.
-    pub(crate) fn follow(&mut self, plan: &StepPlan) -> Result<(), Error> {
-        self.prepare(plan)?;
-        self.model.step(&self.batch, &self.portion.rows, |_, _| Ok(()))?;
-        self.exchange_tables(plan);
-        Ok(())
+    pub(crate) fn follow(&mut self, forward: QueuedForward) -> Result<QueuedTokens, Error> {
+        Ok(self.model.follow(forward)?)
     }
 
     /// A follower's part of a step in a group of several sub-groups, the first rank of which samples its rows.
@@ -90,33 +120,38 @@ impl Executor {
         brief: &Brief,
         choices: &mut impl Choices,
     ) -> Result<(), Error> {
-        self.prepare(plan)?;
+        let forward = self.begin(plan)?;
         let work: Vec<&RowWork> = brief.work.iter().collect();
         let outputs = if self.samples() {
-            self.compute(&work, choices)?
+            let drawing = self.draw_own(forward, &work, choices)?;
+            self.collect_own(drawing, &work, choices)?
         } else {
-            self.model.step(&self.batch, &self.portion.rows, |_, _| Ok(()))?;
+            let pending = self.model.follow(forward)?;
+            self.model.collect(pending)?;
             Vec::new()
         };
-        self.exchange_tables(plan);
         let outputs = self.exchange_outputs(&brief.kinds, &outputs)?;
         self.drawn.take(plan.step(), &outputs);
         Ok(())
     }
 
-    /// The leader's part of a step: one result for each piece of its work, of which `choices` say what may be drawn.
-    /// `before_exchange` is called when only the results of other sub-groups are missing, with their logit rows.
-    pub(crate) fn lead(
+    /// The leader's part of a step that has begun: one result for each piece of its work, of which `choices` say what may be
+    /// drawn. They are known at once, or collected later when the next step can begin before. `before_exchange` is
+    /// called when only the results of other sub-groups are missing, with their logit rows.
+    pub(crate) fn draw(
         &mut self,
+        forward: QueuedForward,
         step: &Step,
         choices: &mut impl Choices,
         before_exchange: impl FnOnce(&mut dyn Iterator<Item = usize>) -> Result<(), Error>,
-    ) -> Result<Vec<RowOutput>, Error> {
+    ) -> Result<Progress<Drawing>, Error> {
         let Step { plan, work } = step;
-        self.prepare(plan)?;
         let own: Vec<&RowWork> = self.portion.own_rows().map(|row| &work[row]).collect();
-        let mut outputs = self.compute(&own, choices)?;
-        self.exchange_tables(plan);
+        let drawing = self.draw_own(forward, &own, choices)?;
+        if self.runs_ahead() {
+            return Ok(Progress::Queued(drawing));
+        }
+        let mut outputs = self.collect_own(drawing, &own, choices)?;
         if self.portion.rows.len() > 1 {
             before_exchange(&mut self.portion.other_rows())?;
             let kinds: Vec<RowKind> = work.iter().map(|row| RowKind::of(&row.purpose)).collect();
@@ -124,7 +159,39 @@ impl Executor {
             self.portion.other_rows().for_each(|row| note(&work[row], &outputs[row], choices));
         }
         self.drawn.take(plan.step(), &outputs);
-        Ok(outputs)
+        Ok(Progress::Done(outputs))
+    }
+
+    /// Whether [`Executor::collect`] would not wait.
+    pub(crate) fn is_drawn(&mut self, drawing: &Drawing) -> Result<bool, Error> {
+        Ok(self.model.is_drawn(&drawing.pending)?)
+    }
+
+    /// The results of a step that [`Executor::draw`] left.
+    pub(crate) fn collect(
+        &mut self,
+        drawing: Drawing,
+        step: &Step,
+        choices: &mut impl Choices,
+    ) -> Result<Vec<RowOutput>, Error> {
+        let work: Vec<&RowWork> = step.work.iter().collect();
+        self.collect_own(drawing, &work, choices)
+    }
+
+    /// Whether a follower's part of a step is over.
+    pub(crate) fn has_followed(&mut self, pending: &QueuedTokens) -> Result<bool, Error> {
+        Ok(self.model.is_drawn(pending)?)
+    }
+
+    /// Waits for the end of a follower's part of a step.
+    pub(crate) fn followed(&mut self, pending: QueuedTokens) -> Result<(), Error> {
+        self.model.collect(pending)?;
+        Ok(())
+    }
+
+    /// How long the device had nothing to do before the step that was collected last, where it says so.
+    pub(crate) fn idle(&self) -> Option<Duration> {
+        self.model.idle()
     }
 
     /// Whether this is the first rank of its sub-group, which samples.
@@ -132,48 +199,51 @@ impl Executor {
         self.rank.as_usize().is_multiple_of(self.portion.tensor.as_usize())
     }
 
-    /// Runs the model and samples this sub-group's logit rows.
-    fn compute(&mut self, work: &[&RowWork], choices: &mut impl Choices) -> Result<Vec<RowOutput>, Error> {
+    /// Has this sub-group's logit rows drawn: by the device where it can, else here.
+    fn draw_own(
+        &mut self,
+        forward: QueuedForward,
+        work: &[&RowWork],
+        choices: &mut impl Choices,
+    ) -> Result<Drawing, Error> {
         let Self { rank, model, batch, portion, .. } = self;
         assert_eq!(work.len(), batch.logit_rows.len(), "{rank}: each logit row has work");
         let at: Vec<usize> = portion.own_rows().collect();
         let how = work.iter().zip(&at).map(|(row, at)| plain(row).filter(|_| !choices.limits(*at, row)));
         let how: Vec<Option<Plain>> = how.collect();
-        if !model.looks() && how.iter().any(Option::is_some) {
-            return self.choose(&how, (work, &at), choices);
-        }
-        let vocab = model.config().vocab_size;
-        let mut outputs = Vec::with_capacity(work.len());
-        model.step(batch, &portion.rows, |first, logits| {
-            for (i, row) in (first..).zip(logits.chunks_exact(vocab)) {
-                outputs.push(row_output(at[i], row, work[i], choices));
-            }
-            Ok(())
+        let mut left = Vec::new();
+        let pending = model.draw(forward, &how, |row, logits| {
+            let output = row_output(at[row], logits, work[row], choices);
+            let token = match &output {
+                RowOutput::Sampled { token, .. } => Some(*token),
+                RowOutput::PromptLogprob(_) | RowOutput::NoToken | RowOutput::NotANumber => None,
+            };
+            left.push(output);
+            Ok(token)
         })?;
-        Ok(outputs)
+        Ok(Drawing { pending, left })
     }
 
-    /// As [`Executor::compute`], with tokens drawn by the device where `how` says so; the other rows' logits come to the
-    /// host. `work` comes with its places among the step's logit rows.
-    fn choose(
+    /// The results of this sub-group's logit rows.
+    fn collect_own(
         &mut self,
-        how: &[Option<Plain>],
-        (work, at): (&[&RowWork], &[usize]),
+        drawing: Drawing,
+        work: &[&RowWork],
         choices: &mut impl Choices,
     ) -> Result<Vec<RowOutput>, Error> {
-        let Self { model, batch, portion, .. } = self;
-        let mut left = Vec::new();
-        let chosen = model.choose((batch, &portion.rows), how, |row, logits| {
-            left.push(row_output(at[row], logits, work[row], choices));
-            Ok(())
-        })?;
+        let Drawing { pending, left } = drawing;
+        let chosen = self.model.collect(pending)?;
         let mut left = left.into_iter();
-        let output = |choice| match choice {
-            sample::Choice::Token(token) => RowOutput::Sampled { token, logprob: None },
-            sample::Choice::NotANumber => RowOutput::NotANumber,
-            sample::Choice::Left => left.next().unwrap_or(RowOutput::NotANumber),
+        let output = |(choice, work): (Choice, &&RowWork)| match choice {
+            Choice::Token(token) => {
+                let output = RowOutput::Sampled { token, logprob: None };
+                note(work, &output, choices);
+                output
+            }
+            Choice::NotANumber => RowOutput::NotANumber,
+            Choice::Left => left.next().unwrap_or(RowOutput::NotANumber),
         };
-        Ok(chosen.into_iter().map(output).collect())
+        Ok(chosen.into_iter().zip(work).map(output).collect())
     }
 
     /// Every sub-group's results, in the order of the step's logit rows: the first rank of each brings its own, and all ranks
@@ -220,12 +290,19 @@ impl Executor {
     }
 
     fn prepare(&mut self, plan: &StepPlan) -> Result<(), Error> {
-        let rank = self.rank;
+        let (rank, feeds) = (self.rank, self.model.feeds());
         let refuse = |source| Error::Engine { rank, source };
-        let Self { tables, inputs, batch, portion, drawn, .. } = self;
+        let Self { tables, inputs, on_device, batch, portion, drawn, .. } = self;
         tables.apply(plan).map_err(refuse)?;
-        tables.resolve(plan, drawn, inputs).map_err(refuse)?;
-        let Batch { tokens, sequences, logit_rows } = batch;
+        let Batch { tokens, sequences, logit_rows, fed } = batch;
+        fed.clear();
+        if feeds {
+            // The rows of the step are all this rank's.
+            tables.known(plan, inputs, on_device);
+            fed.extend(on_device.iter().map(|&(row, from)| Fed { row, from }));
+        } else {
+            tables.resolve(plan, drawn, inputs).map_err(refuse)?;
+        }
         tokens.clear();
         logit_rows.clear();
         portion.places.clear();

@@ -1,7 +1,7 @@
 //! A follower's loop: take the next plan, run it, until the leader says the end.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel, sync_channel};
 use std::thread;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use engine::{Briefed, Briefing, Drawn, Frame, Masks, RowWork, StepPlan};
 use tokio_util::sync::CancellationToken;
 use types::{TokenId, TpRank};
 
+use crate::device::QueuedTokens;
 use crate::executor::Executor;
 use crate::guide::{Choices, Limit};
 use crate::{Config, Error};
@@ -20,6 +21,9 @@ pub(crate) const END: &[u8] = &[];
 /// The frame that asks all ranks for what they have done, in its place between two steps; the engine's are longer.
 pub(crate) const ACTIVITY: &[u8] = &[0];
 
+/// Frames that may lie unread here; a leader that sends more waits.
+const FRAMES_MAX: usize = 16;
+
 /// What a leader wants done, in the order of its frames.
 enum Order {
     /// A step, which in a group of several sub-groups comes with how to sample it.
@@ -28,12 +32,19 @@ enum Order {
     End,
 }
 
+impl Drop for Mail {
+    fn drop(&mut self) {
+        self.hang_up.hang_up();
+    }
+}
+
 /// The leader's frames. Those that belong to a step that runs may come behind orders for later ones: a plan is made while
 /// the step before it runs.
 struct Mail {
     rank: TpRank,
-    plans: PlanReceiver,
-    frame: Vec<u8>,
+    frames: Receiver<Result<Vec<u8>, collectives::Error>>,
+    /// Ends the thread that reads them.
+    hang_up: HangUp,
     /// Whether a briefing follows each plan.
     briefed: bool,
     /// A plan whose briefing has not come.
@@ -45,13 +56,36 @@ struct Mail {
 }
 
 impl Mail {
-    /// The next order.
-    fn next(&mut self) -> Result<Order, Error> {
+    /// Starts to read what comes.
+    fn open(rank: TpRank, mut plans: PlanReceiver, briefed: bool) -> Result<Self, Error> {
+        let hang_up = plans.hang_up().map_err(|source| Error::Group { rank, source })?;
+        let (pass_on, frames) = sync_channel(FRAMES_MAX);
+        let read = move || loop {
+            let mut frame = Vec::new();
+            let read = plans.recv(&mut frame).map(|()| frame);
+            let over = read.is_err();
+            if pass_on.send(read).is_err() || over {
+                return;
+            }
+        };
+        let spawned = thread::Builder::new().name("plans".into()).spawn(read);
+        spawned.map_err(|source| Error::Start { what: "the thread that reads plans", source })?;
+        let (plan, orders) = (None, VecDeque::new());
+        let (drawn, masks) = (Drawn::default(), Masks::default());
+        Ok(Self { rank, frames, hang_up, briefed, plan, orders, drawn, masks })
+    }
+
+    /// The next order. While it is not there, `busy` looks after what is under way, until it says that nothing is.
+    fn next(&mut self, mut busy: impl FnMut() -> Result<bool, Error>) -> Result<Order, Error> {
         loop {
             if let Some(order) = self.orders.pop_front() {
                 return Ok(order);
             }
-            self.receive()?;
+            match self.frames.try_recv() {
+                Ok(frame) => self.take(frame)?,
+                Err(TryRecvError::Empty) if busy()? => std::hint::spin_loop(),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => self.receive()?,
+            }
         }
     }
 
@@ -72,14 +106,19 @@ impl Mail {
     }
 
     fn receive(&mut self) -> Result<(), Error> {
-        let Self { rank, plans, frame, .. } = self;
-        let rank = *rank;
-        plans.recv(frame).map_err(|source| Error::Group { rank, source })?;
+        let lost = collectives::Error::PeerLost { rank: 0, collective: "the plan channel" };
+        let frame = self.frames.recv().unwrap_or(Err(lost));
+        self.take(frame)
+    }
+
+    fn take(&mut self, frame: Result<Vec<u8>, collectives::Error>) -> Result<(), Error> {
+        let rank = self.rank;
+        let frame = frame.map_err(|source| Error::Group { rank, source })?;
         if frame == END || frame == ACTIVITY {
             self.orders.push_back(if frame == END { Order::End } else { Order::Activity });
             return Ok(());
         }
-        match Frame::decode(frame).map_err(|source| Error::Engine { rank, source })? {
+        match Frame::decode(&frame).map_err(|source| Error::Engine { rank, source })? {
             Frame::Plan(plan) if self.briefed => self.plan = Some(plan),
             Frame::Plan(plan) => self.orders.push_back(Order::Step(plan, None)),
             Frame::Briefing(briefing) => {
@@ -128,26 +167,29 @@ pub(crate) fn run(config: &Config, facts: Followed, plans: PlanReceiver) -> Resu
     let Followed { mut executor, engine } = facts;
     let rank = config.rank;
     let briefed = engine.data_parallel > 1;
-    let mut mail = Mail {
-        rank,
-        plans,
-        frame: Vec::new(),
-        briefed,
-        plan: None,
-        orders: VecDeque::new(),
-        drawn: Drawn::default(),
-        masks: Masks::default(),
-    };
+    let mut mail = Mail::open(rank, plans, briefed)?;
+    let mut under_way: Option<QueuedTokens> = None;
     let mut briefings = Briefed::new(&engine, rank.index() / config.tensor.get());
     loop {
-        match mail.next()? {
-            Order::End => return Ok(()),
+        let order = mail.next(|| match &under_way {
+            None => Ok(false),
+            Some(step) if !executor.has_followed(step)? => Ok(true),
+            Some(_) => {
+                under_way.take().map_or(Ok(()), |step| executor.followed(step))?;
+                Ok(false)
+            }
+        })?;
+        match order {
+            Order::End => return under_way.map_or(Ok(()), |step| executor.followed(step)),
             Order::Activity => drop(executor.activity()?),
             Order::Step(plan, None) => {
-                if plan.follows_on() {
+                if plan.follows_on() && !executor.feeds() {
                     executor.drawn.clone_from(mail.drawn(plan.step() - 1)?);
                 }
-                executor.follow(&plan)?;
+                let forward = executor.begin(&plan)?;
+                // The step before has ended, or ends while this one waits for it.
+                under_way.take().map_or(Ok(()), |before| executor.followed(before))?;
+                under_way = Some(executor.follow(forward)?);
             }
             Order::Step(plan, Some(briefing)) => {
                 let refuse = |source| Error::Engine { rank, source };

@@ -35,7 +35,7 @@ pub use error::Error;
 pub use fit::{Memory as RankMemory, Part};
 pub use flight::{FlightRecorder, STEPS_KEPT, step_json};
 pub use gap::{GapSummary, Gaps};
-pub use pipeline::{Job, Pipeline, Steps};
+pub use pipeline::{Execute, Job, Pipeline, Progress, Steps};
 pub use proto::Phase;
 pub use pulse::ALIVE_INTERVAL;
 pub use report::{Report, Reporter};

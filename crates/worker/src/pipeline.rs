@@ -1,8 +1,10 @@
 //! What lies between the engine and whoever runs its steps: two threads, and two steps that go round between them. The
-//! engine's thread plans the next step while the executor runs one, so the executor finds it ready when it is done.
+//! engine's thread plans the next step while the executor runs one, so the executor finds it ready when it is done. An
+//! executor that queues work on a device begins the next step before the one before it has ended.
 
+use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 use engine::{Effect, Engine, Event, RowOutput, STEPS_IN_FLIGHT_MAX, Step, StepOutput};
@@ -22,6 +24,8 @@ pub struct Job {
     gap: Option<Duration>,
     /// How long it ran.
     took: Duration,
+    /// How long the device had nothing to do before it, where it says so.
+    idle: Option<Duration>,
 }
 
 /// What the executor is given.
@@ -45,6 +49,7 @@ pub struct Pipeline {
     /// Whether the engine has had nothing to do since the last step was planned.
     rested: bool,
     gaps: Gaps,
+    idle: Gaps,
     flight: Arc<FlightRecorder>,
 }
 
@@ -66,7 +71,10 @@ impl Pipeline {
         // One step runs, the others and a pause wait here: sending never blocks.
         let (jobs, steps) = sync_channel(STEPS_IN_FLIGHT_MAX + 1);
         let spare = (0..STEPS_IN_FLIGHT_MAX).map(|_| Box::default()).collect();
-        (Self { engine, jobs, spare, rested: true, gaps: Gaps::default(), flight }, Steps(steps))
+        (
+            Self { engine, jobs, spare, rested: true, gaps: Gaps::default(), idle: Gaps::default(), flight },
+            Steps(steps),
+        )
     }
 
     /// The engine.
@@ -79,6 +87,12 @@ impl Pipeline {
     #[must_use]
     pub const fn gaps(&self) -> &Gaps {
         &self.gaps
+    }
+
+    /// How long the device had nothing to do between steps while there was work, where it says so.
+    #[must_use]
+    pub const fn idle(&self) -> &Gaps {
+        &self.idle
     }
 
     /// As [`Engine::apply`], for everything but results of steps.
@@ -124,12 +138,103 @@ impl Pipeline {
         if let Some(gap) = gap {
             self.gaps.record(gap);
         }
+        if let Some(idle) = job.idle.take().filter(|_| gap.is_some()) {
+            self.idle.record(idle);
+        }
         self.flight.ran(job.step.plan.step(), gap, job.took);
         let rows = std::mem::take(&mut job.rows);
         let output = StepOutput { step: job.step.plan.step(), rows };
         self.engine.apply(Event::StepDone(output), now, effects);
         self.spare.push(job);
     }
+}
+
+/// What runs steps. A step goes through three calls, and between the last two of them the next one may begin.
+pub trait Execute {
+    /// A step that has begun.
+    type Begun;
+    /// A step whose results are on their way.
+    type Queued;
+    /// Why it cannot go on.
+    type Error;
+
+    /// Begins a step. The one before it may be on its way still; what that draws is then known to the device alone.
+    ///
+    /// # Errors
+    /// When nothing can be run any more.
+    fn begin(&mut self, step: &Step) -> Result<Self::Begun, Self::Error>;
+
+    /// Has the tokens of a step drawn. The results of all steps before it have been collected.
+    ///
+    /// # Errors
+    /// As [`Execute::begin`].
+    fn draw(&mut self, begun: Self::Begun, step: &Step) -> Result<Progress<Self::Queued>, Self::Error>;
+
+    /// Whether [`Execute::collect`] would not wait.
+    ///
+    /// # Errors
+    /// As [`Execute::begin`].
+    fn is_done(&mut self, queued: &Self::Queued) -> Result<bool, Self::Error>;
+
+    /// The results of a step, when they are there.
+    ///
+    /// # Errors
+    /// As [`Execute::begin`].
+    fn collect(&mut self, queued: Self::Queued, step: &Step) -> Result<Vec<RowOutput>, Self::Error>;
+
+    /// How long the device had nothing to do before the step that was collected last, where it says so.
+    fn idle(&self) -> Option<Duration> {
+        None
+    }
+
+    /// What is to be done at a [`Pipeline::pause`], when no step is on its way.
+    ///
+    /// # Errors
+    /// As [`Execute::begin`].
+    fn pause(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+}
+
+/// How far a step has come whose tokens are to be drawn.
+#[derive(Debug)]
+pub enum Progress<Q> {
+    /// It has ended, with these results: the next one begins behind it.
+    Done(Vec<RowOutput>),
+    /// It is on its way: the next one may begin.
+    Queued(Q),
+}
+
+/// Runs a step in one piece.
+struct AtOnce<F>(F);
+
+impl<E, F: FnMut(&Step) -> Result<Vec<RowOutput>, E>> Execute for AtOnce<F> {
+    type Begun = ();
+    type Queued = Infallible;
+    type Error = E;
+
+    fn begin(&mut self, _step: &Step) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn draw(&mut self, (): (), step: &Step) -> Result<Progress<Infallible>, E> {
+        (self.0)(step).map(Progress::Done)
+    }
+
+    fn is_done(&mut self, queued: &Infallible) -> Result<bool, E> {
+        match *queued {}
+    }
+
+    fn collect(&mut self, queued: Infallible, _step: &Step) -> Result<Vec<RowOutput>, E> {
+        match queued {}
+    }
+}
+
+/// A step on its way, and when the executor had nothing else to wait for.
+struct OnItsWay<Q> {
+    job: Box<Job>,
+    queued: Q,
+    since: Instant,
 }
 
 impl Steps {
@@ -139,37 +244,94 @@ impl Steps {
     /// What `execute` says; nothing is run after that.
     pub fn run<E>(
         self,
-        mut execute: impl FnMut(&Step) -> Result<Vec<RowOutput>, E>,
+        execute: impl FnMut(&Step) -> Result<Vec<RowOutput>, E>,
         done: impl FnMut(Box<Job>),
     ) -> Result<(), E> {
-        self.run_with(&mut (), |(), step| execute(step), |()| Ok(()), done)
+        self.run_with(&mut AtOnce(execute), done)
     }
 
-    /// As [`Steps::run`], with what `executor` does at a [`Pipeline::pause`].
+    /// As [`Steps::run`], by an executor that may begin a step before the one before it has ended. Steps are collected and
+    /// handed back in order. Where an error ends it all, the steps before the one that failed have been handed back.
     ///
     /// # Errors
-    /// What `execute` and `pause` say; nothing is run after that.
-    pub fn run_with<X, E>(
+    /// What `executor` says; nothing is run after that.
+    pub fn run_with<X: Execute>(
         self,
         executor: &mut X,
-        mut execute: impl FnMut(&mut X, &Step) -> Result<Vec<RowOutput>, E>,
-        mut pause: impl FnMut(&mut X) -> Result<(), E>,
         mut done: impl FnMut(Box<Job>),
-    ) -> Result<(), E> {
+    ) -> Result<(), X::Error> {
         let mut ended: Option<Instant> = None;
-        while let Ok(work) = self.0.recv() {
+        let mut under_way: Option<OnItsWay<X::Queued>> = None;
+        while let Some(work) = self.next(executor, &mut under_way, (&mut ended, &mut done))? {
             let Work::Run(mut job) = work else {
-                pause(executor)?;
+                collect(executor, &mut under_way, (&mut ended, &mut done))?;
+                executor.pause()?;
                 continue;
             };
-            let begun = Instant::now();
-            job.gap = ended.filter(|_| job.follows).map(|ended| begun.saturating_duration_since(ended));
-            job.rows = execute(executor, &job.step)?;
-            let end = Instant::now();
-            job.took = end.saturating_duration_since(begun);
-            ended = Some(end);
-            done(job);
+            let since = Instant::now();
+            // A device that is at work is not kept waiting.
+            let waited = match under_way {
+                Some(_) => Some(Duration::ZERO),
+                None => ended.map(|ended| since.saturating_duration_since(ended)),
+            };
+            job.gap = waited.filter(|_| job.follows);
+            let begun = executor.begin(&job.step);
+            collect(executor, &mut under_way, (&mut ended, &mut done))?;
+            let since = ended.map_or(since, |ended| ended.max(since));
+            match executor.draw(begun?, &job.step)? {
+                Progress::Queued(queued) => under_way = Some(OnItsWay { job, queued, since }),
+                Progress::Done(rows) => {
+                    job.rows = rows;
+                    hand_back(executor, job, since, (&mut ended, &mut done));
+                }
+            }
         }
-        Ok(())
+        collect(executor, &mut under_way, (&mut ended, &mut done))
     }
+
+    /// The next thing to do; meanwhile what ends is handed back. `None` when the pipeline is gone.
+    fn next<X: Execute>(
+        &self,
+        executor: &mut X,
+        under_way: &mut Option<OnItsWay<X::Queued>>,
+        (ended, done): (&mut Option<Instant>, &mut impl FnMut(Box<Job>)),
+    ) -> Result<Option<Work>, X::Error> {
+        while let Some(one) = under_way {
+            match self.0.try_recv() {
+                Ok(work) => return Ok(Some(work)),
+                Err(TryRecvError::Disconnected) => return Ok(None),
+                Err(TryRecvError::Empty) if executor.is_done(&one.queued)? => {
+                    collect(executor, under_way, (ended, done))?;
+                }
+                Err(TryRecvError::Empty) => std::hint::spin_loop(),
+            }
+        }
+        Ok(self.0.recv().ok())
+    }
+}
+
+/// Waits for the step on its way, if there is one, and hands it back.
+fn collect<X: Execute>(
+    executor: &mut X,
+    under_way: &mut Option<OnItsWay<X::Queued>>,
+    (ended, done): (&mut Option<Instant>, &mut impl FnMut(Box<Job>)),
+) -> Result<(), X::Error> {
+    if let Some(OnItsWay { mut job, queued, since }) = under_way.take() {
+        job.rows = executor.collect(queued, &job.step)?;
+        hand_back(executor, job, since, (ended, done));
+    }
+    Ok(())
+}
+
+fn hand_back<X: Execute>(
+    executor: &X,
+    mut job: Box<Job>,
+    since: Instant,
+    (ended, done): (&mut Option<Instant>, &mut impl FnMut(Box<Job>)),
+) {
+    let end = Instant::now();
+    job.took = end.saturating_duration_since(since);
+    job.idle = executor.idle();
+    *ended = Some(end);
+    done(job);
 }

@@ -2,23 +2,24 @@
 
 use std::fmt::Write;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use collectives::PlanChannel;
-use engine::Step;
+use engine::{RowOutput, Step};
 use proto::worker::ModelFacts;
 use tokio_util::sync::CancellationToken;
 use types::Bytes;
 
 use crate::boot::{self, Booted, Facts};
-use crate::executor::Executor;
+use crate::device::QueuedForward;
+use crate::executor::{Drawing, Executor};
 use crate::flight::{DumpOnPanic, FlightRecorder};
 use crate::follower::Followed;
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
 use crate::metrics::{EngineCounters, Metrics};
-use crate::pipeline::Steps;
+use crate::pipeline::{Execute, Progress, Steps};
 use crate::pulse::Pulse;
 use crate::server::GrpcServer;
 use crate::state::{State, StatePublisher};
@@ -175,7 +176,7 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
 
 /// Runs the engine's steps until it has no more, and tells it when that cannot go on.
 fn execute(
-    mut executor: Executor,
+    executor: Executor,
     steps: Steps,
     plans: &Plans,
     (inbox, guides): (&Inbox, &Arc<Guides>),
@@ -188,20 +189,57 @@ fn execute(
         }
     }
     let mut stopped = Stopped(inbox, "the executor panicked".into());
-    let mut frame = Vec::new();
-    let run = |executor: &mut Executor, step: &Step| {
-        let tell = |others: &mut dyn Iterator<Item = usize>| plans.masks(&mut frame, step, guides, others);
-        let rows = executor.lead(step, &mut guides.as_ref(), tell)?;
-        plans.drawn(&mut frame, &executor.drawn)?;
-        Ok(rows)
-    };
-    let pause = |executor: &mut Executor| {
-        inbox.tell(Message::Told(executor.activity()?));
-        Ok(())
-    };
-    let executed = steps.run_with(&mut executor, run, pause, |job| inbox.tell(Message::Ran(job)));
+    let mut lead = Lead { executor, plans, guides, inbox, frame: Vec::new() };
+    let executed = steps.run_with(&mut lead, |job| inbox.tell(Message::Ran(job)));
     stopped.1 = executed.as_ref().err().map_or_else(|| "there are no more".into(), Error::to_string);
     executed
+}
+
+/// The leader's executor, and whom it tells what.
+struct Lead<'a> {
+    executor: Executor,
+    plans: &'a Plans,
+    guides: &'a Arc<Guides>,
+    inbox: &'a Inbox,
+    frame: Vec<u8>,
+}
+
+impl Execute for Lead<'_> {
+    type Begun = QueuedForward;
+    type Queued = Drawing;
+    type Error = Error;
+
+    fn begin(&mut self, step: &Step) -> Result<QueuedForward, Error> {
+        self.executor.begin(&step.plan)
+    }
+
+    fn draw(&mut self, begun: QueuedForward, step: &Step) -> Result<Progress<Drawing>, Error> {
+        let Self { executor, plans, guides, frame, .. } = self;
+        let tell = |others: &mut dyn Iterator<Item = usize>| plans.masks(frame, step, guides, others);
+        let progress = executor.draw(begun, step, &mut guides.as_ref(), tell)?;
+        // Ranks whose device knows what was drawn need not hear it.
+        if !executor.feeds() {
+            plans.drawn(frame, &executor.drawn)?;
+        }
+        Ok(progress)
+    }
+
+    fn is_done(&mut self, queued: &Drawing) -> Result<bool, Error> {
+        self.executor.is_drawn(queued)
+    }
+
+    fn collect(&mut self, queued: Drawing, step: &Step) -> Result<Vec<RowOutput>, Error> {
+        self.executor.collect(queued, step, &mut self.guides.as_ref())
+    }
+
+    fn idle(&self) -> Option<Duration> {
+        self.executor.idle()
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        self.inbox.tell(Message::Told(self.executor.activity()?));
+        Ok(())
+    }
 }
 
 /// Wakes the engine thread when the order to stop comes while it sleeps.

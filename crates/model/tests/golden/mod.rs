@@ -309,6 +309,7 @@ impl<B: Backend<Tensor = Tensor>> Rank<B> {
                 tables: [table(0), sliding],
             }],
             logit_rows: (0..tokens.len() as u32).collect(),
+            ..Batch::default()
         };
         output.steps += 1;
         let Output { logits, hidden, .. } = output;

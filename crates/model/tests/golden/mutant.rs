@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use ops::sample::{Choice, Plain};
 use ops::{
     Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window,
 };
@@ -74,6 +75,7 @@ impl Backend for Mutant {
     type Experts = Weight;
     type KvLayer = KvLayer;
     type Routed = (Routed, Tensor);
+    type Drawing = Vec<Choice>;
 
     fn dtype(&self) -> DType {
         self.inner.dtype()
@@ -247,6 +249,39 @@ impl Backend for Mutant {
 
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Tensor, Error> {
         self.inner.buffer(rows, width)
+    }
+
+    fn draw(
+        &mut self,
+        logits: &Tensor,
+        shape: (usize, f32),
+        how: (usize, &[Option<Plain>]),
+    ) -> Result<Vec<Choice>, Error> {
+        self.inner.draw(logits, shape, how)
+    }
+
+    fn mark(&mut self) -> Result<Vec<Choice>, Error> {
+        self.inner.mark()
+    }
+
+    fn feed(&mut self, first: usize, tokens: &[TokenId]) -> Result<(), Error> {
+        self.inner.feed(first, tokens)
+    }
+
+    fn tokens_drawn(&mut self, rows: Range<usize>) -> Result<Tensor, Error> {
+        self.inner.tokens_drawn(rows)
+    }
+
+    fn feed_tensor(&mut self, first: usize, tokens: &Tensor) -> Result<(), Error> {
+        self.inner.feed_tensor(first, tokens)
+    }
+
+    fn is_drawn(&mut self, drawing: &Vec<Choice>) -> Result<bool, Error> {
+        self.inner.is_drawn(drawing)
+    }
+
+    fn collect(&mut self, drawing: Vec<Choice>) -> Result<Vec<Choice>, Error> {
+        self.inner.collect(drawing)
     }
 
     fn read(&mut self, x: &Tensor) -> Result<Vec<f32>, Error> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::{MlpWeights, Weights};
+use ops::sample::{Choice, Plain};
 use ops::{
     Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window,
 };
@@ -89,6 +90,7 @@ impl Backend for Recorder {
     type Experts = HostTensor;
     type KvLayer = ();
     type Routed = ();
+    type Drawing = ();
 
     fn dtype(&self) -> DType {
         self.dtype
@@ -184,6 +186,34 @@ impl Backend for Recorder {
     }
 
     fn upload(&mut self, _: usize, _: &[f32]) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn draw(&mut self, (): &(), _: (usize, f32), _: (usize, &[Option<Plain>])) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn mark(&mut self) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn feed(&mut self, _: usize, _: &[TokenId]) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn tokens_drawn(&mut self, _: Range<usize>) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn feed_tensor(&mut self, _: usize, (): &()) -> Result<(), Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn is_drawn(&mut self, (): &()) -> Result<bool, Error> {
+        unreachable!("loading takes no step")
+    }
+
+    fn collect(&mut self, (): ()) -> Result<Vec<Choice>, Error> {
         unreachable!("loading takes no step")
     }
 

@@ -102,9 +102,13 @@ impl Watch {
         marks.events[number].record(stream)
     }
 
-    /// Everything that was queued is done.
+    /// The card has come past something that was waited for; what was queued behind it may go on.
     pub(crate) fn passed(&self) {
-        self.marks.borrow_mut().queued.clear();
+        let Marks { events, queued } = &mut *self.marks.borrow_mut();
+        let open = queued.iter().zip(&*events).position(|(_, event)| !event.is_passed());
+        let done = open.unwrap_or(queued.len());
+        queued.drain(..done);
+        events.rotate_left(done);
         if let Some(peer) = &self.peer {
             self.passed.set(peer.done());
         }

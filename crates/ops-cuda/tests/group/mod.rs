@@ -119,6 +119,7 @@ pub(crate) fn batch(tokens: &[u32], start: u32) -> Batch {
             tables: [table.clone(), table],
         }],
         logit_rows: (0..tokens.len() as u32).collect(),
+        ..Batch::default()
     }
 }
 

@@ -136,6 +136,7 @@ impl<B: Backend> Bench<B> {
                 tables: [BlockTable::default(), BlockTable::default()],
             }],
             logit_rows: vec![rows as u32 - 1],
+            ..Batch::default()
         };
         self.rows_of(&batch, width, data)
     }

@@ -18,7 +18,7 @@ pub(super) fn embed<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
         let part = bench.weight(&[count, width], &table[first * width..(first + count) * width])?;
         bench.rows(width, &table[..rows * width])?;
         let tokens = ids.iter().map(|&id| TokenId(id as u32)).collect();
-        let batch = crate::Batch { tokens, sequences: one_sequence(rows), logit_rows: vec![] };
+        let batch = crate::Batch { tokens, sequences: one_sequence(rows), logit_rows: vec![], fed: vec![] };
         bench.backend.begin_step(&batch)?;
         let out = bench.backend.embed(&part, TokenId(first as u32))?;
         let row = |&id: &usize| match (first..first + count).contains(&id) {
@@ -91,6 +91,7 @@ pub(super) fn logit_rows<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> 
         tokens: vec![TokenId(0); rows],
         sequences: one_sequence(rows),
         logit_rows: vec![1, 2, 5, 6],
+        fed: vec![],
     };
     let device = bench.rows_of(&batch, width, &x)?;
     let out = bench.backend.logit_rows(&device, 1..3)?;

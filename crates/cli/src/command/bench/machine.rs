@@ -288,7 +288,7 @@ fn plain_batch(rows: usize) -> Batch {
     let tokens = (0..rows).map(|row| TokenId(u32::try_from(row).unwrap_or(u32::MAX))).collect();
     let tables = [BlockTable::default(), BlockTable::default()];
     let sequences = vec![BatchSequence { rows: 0..rows, start: Position(0), tables }];
-    Batch { tokens, sequences, logit_rows: Vec::new() }
+    Batch { tokens, sequences, ..Batch::default() }
 }
 
 /// Operations a second of [count, width] × [width, width], the best of a few rounds.

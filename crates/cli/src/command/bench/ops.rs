@@ -299,5 +299,5 @@ fn last_rows(rows: u32, (context, each): (u32, u32)) -> Batch {
         BatchSequence { rows: row as usize..row as usize + 1, start: Position(context - 1), tables }
     };
     let sequences = (0..rows).map(sequence).collect();
-    Batch { tokens: vec![TokenId(0); rows as usize], sequences, logit_rows: Vec::new() }
+    Batch { tokens: vec![TokenId(0); rows as usize], sequences, ..Batch::default() }
 }
