@@ -31,6 +31,7 @@ struct Record {
     kv_free: [u32; 2],
     plan_us: u32,
     gap_us: Option<u32>,
+    idle_us: Option<u32>,
     step_us: Option<u32>,
 }
 
@@ -89,11 +90,13 @@ impl FlightRecorder {
         *steps = plan.step();
     }
 
-    /// Takes note of a step that has run: how long the executor waited for it, when there was work all the time, and took.
-    pub fn ran(&self, step: u64, gap: Option<Duration>, took: Duration) {
+    /// Takes note of a step that has run: how long the executor waited for it, when there was work all the time, how long the
+    /// device had nothing to do, where that is known, and how long it took.
+    pub fn ran(&self, step: u64, (gap, idle): (Option<Duration>, Option<Duration>), took: Duration) {
         let mut ring = self.ring();
         let Some(record) = ring.records.get_mut(place(step)).filter(|one| one.step == step) else { return };
         record.gap_us = gap.map(micros);
+        record.idle_us = idle.filter(|_| gap.is_some()).map(micros);
         record.step_us = Some(micros(took));
     }
 
@@ -171,6 +174,7 @@ pub fn step_json(step: &StepRecord) -> Value {
         "kv_free_sliding": step.kv_free_sliding,
         "plan_us": step.plan_us,
         "gap_us": step.gap_us,
+        "idle_us": step.idle_us,
         "step_us": step.step_us,
     })
 }
@@ -198,6 +202,7 @@ fn wire(record: &Record, rows: &[u32]) -> StepRecord {
         kv_free_sliding: record.kv_free[1],
         plan_us: record.plan_us,
         gap_us: record.gap_us,
+        idle_us: record.idle_us,
         step_us: record.step_us,
     }
 }

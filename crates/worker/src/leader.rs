@@ -235,6 +235,10 @@ impl Leader {
         let outcome = self.serve(config, shutdown).and_then(|()| self.settle());
         let GapSummary { steps, p50_us, p99_us } = self.pipeline.gaps().summary();
         tracing::info!(steps, p50_us, p99_us, "host gap between steps");
+        let GapSummary { steps, p50_us, p99_us } = self.pipeline.idle().summary();
+        if steps > 0 {
+            tracing::info!(steps, p50_us, p99_us, "the card had nothing to do between steps");
+        }
         let [ready, late] = self.guides.counts();
         if ready + late > 0 {
             tracing::info!(ready, late, "masks that were ready when the sampler came, and that were not");
@@ -270,7 +274,8 @@ impl Leader {
             if drain_until.is_some_and(|until| self.open.is_empty() || Instant::now() >= until) {
                 return Ok(());
             }
-            let load = || (self.pipeline.engine().load(), self.pipeline.gaps().summary());
+            let Self { pipeline, .. } = &*self;
+            let load = || (pipeline.engine().load(), pipeline.gaps().summary(), pipeline.idle().summary());
             if self.is_busy() {
                 self.state.load_now_and_then(load);
             } else {

@@ -138,10 +138,11 @@ impl Pipeline {
         if let Some(gap) = gap {
             self.gaps.record(gap);
         }
-        if let Some(idle) = job.idle.take().filter(|_| gap.is_some()) {
+        let idle = job.idle.take();
+        if let Some(idle) = idle.filter(|_| gap.is_some()) {
             self.idle.record(idle);
         }
-        self.flight.ran(job.step.plan.step(), gap, job.took);
+        self.flight.ran(job.step.plan.step(), (gap, idle), job.took);
         let rows = std::mem::take(&mut job.rows);
         let output = StepOutput { step: job.step.plan.step(), rows };
         self.engine.apply(Event::StepDone(output), now, effects);

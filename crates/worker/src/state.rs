@@ -74,7 +74,7 @@ impl StatePublisher {
         self.sender.send_modify(|wire| wire.model = Some(facts));
     }
 
-    pub(crate) fn load(&self, (load, gaps): (Load, GapSummary)) {
+    pub(crate) fn load(&self, (load, gaps, idle): (Load, GapSummary, GapSummary)) {
         let sum = |counts: [u32; 2]| counts[0].saturating_add(counts[1]);
         let load = worker::Load {
             running: load.running,
@@ -83,6 +83,8 @@ impl StatePublisher {
             kv_blocks: sum(load.blocks),
             host_gap_p50_us: gaps.p50_us,
             host_gap_p99_us: gaps.p99_us,
+            card_idle_p50_us: (idle.steps > 0).then_some(idle.p50_us),
+            card_idle_p99_us: (idle.steps > 0).then_some(idle.p99_us),
         };
         self.sender.send_if_modified(|wire| {
             let changed = wire.load != Some(load);
@@ -92,7 +94,7 @@ impl StatePublisher {
     }
 
     /// Publishes the load unless that was done a moment ago.
-    pub(crate) fn load_now_and_then(&self, load: impl FnOnce() -> (Load, GapSummary)) {
+    pub(crate) fn load_now_and_then(&self, load: impl FnOnce() -> (Load, GapSummary, GapSummary)) {
         let now = Instant::now();
         {
             let Ok(mut last) = self.last_load.lock() else { return };

@@ -79,7 +79,8 @@ fn the_last_2048_steps_are_kept_in_order_and_without_an_allocation() {
         let before = ALLOCATIONS.get();
         flight.planned(&step.plan, &load, Duration::from_micros(number), Micros(number * 10));
         if number != 2500 {
-            flight.ran(number, (number > 1).then_some(Duration::from_micros(3)), Duration::from_micros(40));
+            let gap = (number > 1).then_some(Duration::from_micros(3));
+            flight.ran(number, (gap, None), Duration::from_micros(40));
         }
         assert_eq!(ALLOCATIONS.get(), before, "step {number}");
         let rows = step.work.iter().map(|_| RowOutput::Sampled { token: TokenId(50), logprob: None });

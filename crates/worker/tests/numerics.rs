@@ -1,5 +1,9 @@
 //! A value that is no number fails the request that met it, names its layer when that is looked at, and nobody else.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test says when there is no card, and a test that cannot go on says where"
+)]
 
 mod support;
 
@@ -9,7 +13,7 @@ use std::net::SocketAddr;
 use support::{Client, Rank, config, demo, request};
 use tempfile::TempDir;
 use tonic::Code;
-use worker::{Error, Report};
+use worker::{Device, Error, Report};
 
 /// The demo model with a bf16 NaN as the first element of a tensor.
 fn damaged(tensor: &str) -> TempDir {
@@ -27,9 +31,9 @@ fn damaged(tensor: &str) -> TempDir {
 }
 
 /// A rank of `model` that serves, and where; or why it does not.
-fn serving(model: &TempDir, check_numerics: bool) -> Result<(Rank, SocketAddr), Error> {
+fn serving(model: &TempDir, check_numerics: bool, device: Device) -> Result<(Rank, SocketAddr), Error> {
     let files = model::Files::Directory(model.path().into());
-    let rank = Rank::start(worker::Config { model: files, check_numerics, ..config(0, 1) });
+    let rank = Rank::start(worker::Config { model: files, check_numerics, device, ..config(0, 1) });
     let mut address = None;
     for report in &rank.reports {
         match report {
@@ -60,12 +64,17 @@ fn failures((rank, address): (Rank, SocketAddr)) -> (Vec<String>, usize) {
     (failed, answered)
 }
 
-#[test]
-fn the_layer_of_a_damaged_expert_is_named_to_the_requests_that_chose_it() {
+/// Whether there is a card to test on; said when not.
+fn no_card() -> bool {
+    let missing = ops_cuda::probe().err();
+    missing.inspect(|error| println!("no CUDA driver: skipped ({error})")).is_some()
+}
+
+fn a_damaged_expert_is_named(device: Device) {
     // The first expert that the warm-up does not choose and some request does.
     for expert in 0..16 {
         let model = damaged(&format!("model.layers.2.mlp.experts.{expert}.down_proj.weight"));
-        let outcome = serving(&model, true);
+        let outcome = serving(&model, true, device);
         let (failed, answered) = match outcome {
             Ok(serving) => failures(serving),
             Err(error) => {
@@ -78,7 +87,7 @@ fn the_layer_of_a_damaged_expert_is_named_to_the_requests_that_chose_it() {
         }
         assert!(answered > 0, "expert {expert}: others go on being served");
         assert!(failed.iter().all(|said| said.contains("layer 2")), "{failed:?}");
-        let (unchecked, others) = failures(serving(&model, false).unwrap());
+        let (unchecked, others) = failures(serving(&model, false, device).unwrap());
         assert_eq!((unchecked.len(), others), (failed.len(), answered));
         assert!(unchecked.iter().all(|said| said.contains("not a number") && !said.contains("layer")));
         return;
@@ -87,7 +96,26 @@ fn the_layer_of_a_damaged_expert_is_named_to_the_requests_that_chose_it() {
 }
 
 #[test]
+fn the_layer_of_a_damaged_expert_is_named_to_the_requests_that_chose_it() {
+    a_damaged_expert_is_named(Device::Cpu);
+}
+
+#[test]
+fn on_a_card_the_layer_of_a_damaged_expert_is_named_to_the_requests_that_chose_it() {
+    if no_card() {
+        return;
+    }
+    a_damaged_expert_is_named(Device::Cuda);
+}
+
+#[test]
 fn a_damaged_embedding_is_named_by_the_warm_up() {
-    let error = serving(&damaged("model.embed_tokens.weight"), true).err().unwrap();
-    assert!(matches!(error, Error::WarmUp { .. }) && error.to_string().contains("the embedding"), "{error}");
+    for device in [Device::Cpu, Device::Cuda] {
+        if device == Device::Cuda && no_card() {
+            return;
+        }
+        let error = serving(&damaged("model.embed_tokens.weight"), true, device).err().unwrap();
+        let named = error.to_string().contains("the embedding");
+        assert!(matches!(error, Error::WarmUp { .. }) && named, "{device:?}: {error}");
+    }
 }

@@ -102,6 +102,7 @@ struct StateGauges {
     phase: Family<InPhase, Gauge>,
     phase_percent: Gauge,
     host_gap: Family<Quantile, Ratio>,
+    card_idle: Family<Quantile, Ratio>,
     kv_blocks_used: Gauge,
     kv_blocks: Gauge,
 }
@@ -190,6 +191,11 @@ impl StateGauges {
                 "cohort_host_gap_seconds",
                 "Time the executor waited between two steps while there was work, of the last thousand",
             ),
+            card_idle: add(
+                to,
+                "cohort_card_idle_seconds",
+                "Time the leader's card had no kernel to run between two steps while there was work, of the last thousand",
+            ),
             kv_blocks_used: add(to, "cohort_kv_blocks_used", "KV blocks in use, of full and sliding layers"),
             kv_blocks: add(to, "cohort_kv_blocks", "KV blocks there are, of full and sliding layers"),
         }
@@ -203,6 +209,11 @@ impl StateGauges {
         self.kv_blocks.set(load.kv_blocks.into());
         for (quantile, micros) in [("0.5", load.host_gap_p50_us), ("0.99", load.host_gap_p99_us)] {
             self.host_gap.get_or_create(&Quantile { quantile }).set(f64::from(micros) / 1e6);
+        }
+        for (quantile, micros) in [("0.5", load.card_idle_p50_us), ("0.99", load.card_idle_p99_us)] {
+            if let Some(micros) = micros {
+                self.card_idle.get_or_create(&Quantile { quantile }).set(f64::from(micros) / 1e6);
+            }
         }
         self.kv_usage.set(f64::from(load.kv_blocks_used) / f64::from(load.kv_blocks.max(1)));
         if load.kv_blocks > 0 {

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use anyhow::bail;
 use collectives::Collective;
-use model::{KvBudget, Model};
+use model::{KvBudget, Model, Pending};
+use ops::sample::Plain;
 use ops::{Batch, BatchSequence, BlockTable};
 use serde::Serialize;
 use serde_json::json;
@@ -285,14 +286,25 @@ impl Decode<'_> {
             touched.extend(model.experts_touched(&step(0, &mut tokens))?);
         }
         let (mut times, mut idle) = (Vec::new(), Vec::new());
-        for at in 0..WARM_UP + self.args.steps {
-            let step = step(at, &mut tokens);
-            let started = Instant::now();
-            choose(model, &step)?;
-            if at >= WARM_UP {
-                times.push(started.elapsed().as_secs_f64());
-                idle.extend(model.backend().idle().map(|idle| idle.as_secs_f64()));
+        let how = vec![Some(Plain::GREEDY); batch as usize];
+        // Each step is queued before the one before it has ended, as a group's are. Its tokens are random, not those that were
+        // drawn: what a model of random weights says soon repeats itself, and reads fewer experts.
+        let mut ended = Instant::now();
+        let mut under_way: Option<Pending<B>> = None;
+        for at in 0..=WARM_UP + self.args.steps {
+            let last = at == WARM_UP + self.args.steps;
+            let forward =
+                if last { None } else { Some(model.begin(&step(at, &mut tokens), &[batch as usize])?) };
+            if let Some(pending) = under_way.take() {
+                model.collect(pending)?;
+                let now = Instant::now();
+                if at > WARM_UP {
+                    times.push(now.duration_since(ended).as_secs_f64());
+                    idle.extend(model.backend().idle().map(|idle| idle.as_secs_f64()));
+                }
+                ended = now;
             }
+            under_way = forward.map(|forward| model.draw(forward, &how, |_, _| Ok(None))).transpose()?;
         }
         let time = median(times);
         let all: usize = touched.iter().sum();
