@@ -148,7 +148,8 @@ impl Executor {
         let Step { plan, work } = step;
         let own: Vec<&RowWork> = self.portion.own_rows().map(|row| &work[row]).collect();
         let drawing = self.draw_own(forward, &own, choices)?;
-        if self.runs_ahead() {
+        // What is there already is not held back for the next step, which takes its whole time on the CPU.
+        if self.runs_ahead() && !self.is_drawn(&drawing)? {
             return Ok(Progress::Queued(drawing));
         }
         let mut outputs = self.collect_own(drawing, &own, choices)?;
