@@ -166,7 +166,7 @@ impl CudaBackend {
             return Err(Error::Shape { op: "join_ranks", detail });
         }
         if rows == 1 {
-            return Ok(parts.as_row(width));
+            return Ok(parts.into_row(width));
         }
         let out = self.tensor(rows, width)?;
         let params = JoinParams {

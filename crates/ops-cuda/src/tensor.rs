@@ -33,7 +33,7 @@ impl Tensor {
     }
 
     /// The first `width` of its elements as one row.
-    pub(crate) fn as_row(self, width: usize) -> Self {
+    pub(crate) fn into_row(self, width: usize) -> Self {
         Self { rows: 1, width: width.min(self.elements()), ..self }
     }
 

@@ -100,7 +100,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
                 false => Part::Known(self.draw_on_host(&forward.x, rows, &mut sink)?),
             });
         }
-        self.end(&forward, parts)
+        self.end(forward, parts)
     }
 
     /// The part in [`Model::draw`] of a rank that does not draw: its share of the logits. The choices are those of rows that
@@ -117,7 +117,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
                 self.share(rows)?;
             }
         }
-        self.end(&forward, vec![Part::Known(vec![Choice::Left; forward.logit_rows])])
+        let left = vec![Choice::Left; forward.logit_rows];
+        self.end(forward, vec![Part::Known(left)])
     }
 
     /// Whether [`Model::collect`] would not wait.
@@ -180,8 +181,9 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     }
 
     /// Counts the step, and marks its end; tokens that are told to other ranks have arrived there by then.
-    fn end(&mut self, forward: &Forward<B>, mut parts: Vec<Part<B>>) -> Result<Pending<B>, Error> {
-        self.count(forward.rows, &forward.before);
+    fn end(&mut self, forward: Forward<B>, mut parts: Vec<Part<B>>) -> Result<Pending<B>, Error> {
+        let Forward { rows, before, .. } = forward;
+        self.count(rows, &before);
         if !matches!(parts.last(), Some(Part::Drawing(_))) || self.plan.rank.size().as_usize() > 1 {
             parts.push(Part::Drawing(self.backend.mark()?));
         }
