@@ -182,8 +182,9 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
 
     /// Counts the step, and marks its end; tokens that are told to other ranks have arrived there by then.
     fn end(&mut self, forward: Forward<B>, mut parts: Vec<Part<B>>) -> Result<Pending<B>, Error> {
-        let Forward { rows, before, .. } = forward;
+        let Forward { x, rows, before, .. } = forward;
         self.count(rows, &before);
+        drop(x);
         if !matches!(parts.last(), Some(Part::Drawing(_))) || self.plan.rank.size().as_usize() > 1 {
             parts.push(Part::Drawing(self.backend.mark()?));
         }
