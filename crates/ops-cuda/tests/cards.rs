@@ -17,11 +17,13 @@ use std::time::{Duration, Instant};
 use collectives::{Collective, Op};
 use golden::{CASES, distance, load, log_probabilities};
 use group::{On, PATIENCE, Rank, WAYS, Way, check, ranks};
+use model::Pending;
 use ops::conformance::Random;
-use ops::{Backend, Batch, HostTensor, Norm};
+use ops::sample::{Choice, Plain};
+use ops::{Backend, Batch, Fed, HostTensor, Norm};
 use ops_cuda::{CardLine, CudaBackend, ONE_SHOT_DEFAULT, Patience};
 use support::{backend_on, skipped_without_two};
-use types::{Bytes, DType, Dispatch, ExpertSharding, TpSize};
+use types::{Bytes, DType, Dispatch, ExpertSharding, TokenId, TpSize};
 
 const SEED: u64 = 41;
 /// More calls than come before the flags of the cards' own line begin anew, and more than its two slots.
@@ -177,6 +179,53 @@ fn recorded_steps_say_what_steps_that_are_not_recorded_say() {
             }
         }
         assert_eq!(said[0], said[1]);
+    }
+}
+
+/// A prompt's greedy continuation with every token drawn on the first card and fed on both, each step queued before the
+/// one before it is collected; what a rank knows of it.
+fn continued(rank: &mut Rank, ids: &[u32], steps: usize) -> Vec<Choice> {
+    let mut said = Vec::new();
+    let mut under_way: Option<Pending<CudaBackend>> = None;
+    for at in 0..steps {
+        let (tokens, start) = if at == 0 { (ids, 0) } else { (&ids[..1], ids.len() + at - 1) };
+        let logit_rows = vec![tokens.len() as u32 - 1];
+        let fed = if at == 0 { Vec::new() } else { vec![Fed { row: 0, from: 0 }] };
+        let batch = Batch { logit_rows, fed, ..group::batch(tokens, start as u32) };
+        let forward = rank.model.begin(&batch, &[tokens.len()]).unwrap();
+        said.extend(under_way.take().map(|step| rank.model.collect(step).unwrap()));
+        under_way = Some(rank.model.draw(forward, &[Some(Plain::GREEDY)], |_, _| Ok(None)).unwrap());
+    }
+    said.extend(under_way.map(|step| rank.model.collect(step).unwrap()));
+    said.concat()
+}
+
+#[test]
+fn tokens_drawn_on_the_first_card_reach_the_second_from_step_to_step() {
+    if skipped_without_two() {
+        return;
+    }
+    for (name, dtype) in CASES.into_iter().flat_map(|name| [(name, DType::F32), (name, DType::BF16)]) {
+        let golden = load(name);
+        let on = On { cards: true, dtype, one_shot: ONE_SHOT_DEFAULT, patience: PATIENCE };
+        let said = ranks(two(), PATIENCE.step, |rank, line| {
+            let mut rank = Rank::new(&golden, TENSOR, on, rank, line);
+            assert!(rank.model.feeds());
+            let runs = golden.prompts.iter().map(|prompt| {
+                let steps = prompt.greedy.len();
+                [(); 2].map(|()| continued(&mut rank, &prompt.ids, steps))
+            });
+            (runs.collect::<Vec<_>>(), rank.model.backend().idle())
+        });
+        println!("{name} {dtype}: the cards idle {:?} and {:?} between steps", said[0].1, said[1].1);
+        for (prompt, (first, second)) in golden.prompts.iter().zip(said[0].0.iter().zip(&said[1].0)) {
+            assert_eq!(first[0], first[1], "{name} {dtype}: the same again");
+            if dtype == DType::F32 {
+                let greedy: Vec<_> = prompt.greedy.iter().map(|&id| Choice::Token(TokenId(id))).collect();
+                assert_eq!(first[0], greedy, "{name}");
+            }
+            assert!(second.iter().flatten().all(|choice| *choice == Choice::Left), "the second draws none");
+        }
     }
 }
 
