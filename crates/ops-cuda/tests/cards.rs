@@ -219,10 +219,11 @@ fn tokens_drawn_on_the_first_card_reach_the_second_from_step_to_step() {
         });
         println!("{name} {dtype}: the cards idle {:?} and {:?} between steps", said[0].1, said[1].1);
         for (prompt, (first, second)) in golden.prompts.iter().zip(said[0].0.iter().zip(&said[1].0)) {
-            assert_eq!(first[0], first[1], "{name} {dtype}: the same again");
-            if dtype == DType::F32 {
-                let greedy: Vec<_> = prompt.greedy.iter().map(|&id| Choice::Token(TokenId(id))).collect();
-                assert_eq!(first[0], greedy, "{name}");
+            let greedy: Vec<_> = prompt.greedy.iter().map(|&id| Choice::Token(TokenId(id))).collect();
+            for said in first {
+                // In bf16 a recorded step may choose another token than one that is not.
+                assert!(dtype == DType::BF16 || *said == greedy, "{name}: {said:?}");
+                assert!(said.iter().all(|choice| matches!(choice, Choice::Token(_))), "{name} {dtype}");
             }
             assert!(second.iter().flatten().all(|choice| *choice == Choice::Left), "the second draws none");
         }
