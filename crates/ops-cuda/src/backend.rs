@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use half::bf16;
 use ops::sample::{Choice, Plain};
 use ops::{
     Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing,
-    Window,
+    WeightParts, Window,
 };
 use types::{Bytes, DType, TokenId};
 
@@ -22,9 +22,8 @@ use crate::draw::{DRAWN_ROWS_MAX, Rows};
 use crate::dummy::DummyKernel;
 use crate::graph::{Course, Recordings};
 use crate::idle::Idle;
-use crate::kernels::{
-    Address, EmbedParams, FillParams, GatherParams, NormParams, RoundParams, SumParams, SwigluParams,
-};
+use crate::kernels::{Address, EmbedParams, GatherParams, NormParams, RoundParams, SumParams, SwigluParams};
+use crate::loading::Loading;
 use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::step::Step;
 use crate::tensor::{Routed, Tensor, Weight, same_shape, size};
@@ -57,6 +56,7 @@ pub struct CudaBackend {
     idle: Idle,
     draws: Rows,
     pub(crate) dummy: Option<DummyKernel>,
+    pub(crate) loading: Loading,
     device: Rc<Device>,
 }
 
@@ -78,6 +78,7 @@ impl CudaBackend {
             idle: Idle::new()?,
             draws: Rows::new()?,
             dummy: None,
+            loading: Loading::default(),
             device,
         })
     }
@@ -97,42 +98,6 @@ impl CudaBackend {
     pub fn memory_free(&self) -> Result<Bytes, crate::Error> {
         self.device.bind()?;
         memory::free()
-    }
-
-    /// A weight of seeded numbers, uniform in ±`scale`, made on the card: for timing shapes without a checkpoint.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn random_weight(&mut self, dims: &[usize], seed: u64, scale: f32) -> Result<Weight, Error> {
-        self.device.bind()?;
-        let weight = Weight::reserve(dims, self.dtype)?;
-        let count = dims.iter().product::<usize>() as u64;
-        let params = FillParams { out: weight.address(), count, seed, scale };
-        let blocks = self.device.multiprocessors * 8;
-        self.device.launch(self.device.kernels.fill, Grid::new(blocks, 1, 256), &params)?;
-        // Weights are read before a kernel waits for the one before it.
-        self.device.unchain();
-        Ok(weight)
-    }
-
-    /// Bytes a second of large copies on the card, read and written: what a step's bytes are measured against.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn copy_bandwidth(&mut self) -> Result<f64, Error> {
-        const BYTES: usize = 1 << 30;
-        const ROUNDS: u32 = 8;
-        let from = self.random_weight(&[BYTES / self.dtype.bytes()], 1, 1.0)?;
-        let to = self.random_weight(&[BYTES / self.dtype.bytes()], 2, 1.0)?;
-        let mut best = f64::INFINITY;
-        for _ in 0..ROUNDS {
-            self.synchronize()?;
-            let started = Instant::now();
-            self.device.copy(to.address(), from.address(), BYTES)?;
-            self.synchronize()?;
-            best = best.min(started.elapsed().as_secs_f64());
-        }
-        Ok(2.0 * BYTES as f64 / best)
     }
 
     /// Waits until the card has done everything that was queued.
@@ -281,6 +246,15 @@ impl Backend for CudaBackend {
         let weight = self.weight(host)?;
         weight.dims3("experts")?;
         Ok(weight)
+    }
+
+    fn reside(&mut self, bytes: Bytes, pieces: usize) -> Result<(), Error> {
+        self.device.bind()?;
+        Ok(self.device.reside(bytes + Bytes(pieces as u64 * memory::ALIGNMENT))?)
+    }
+
+    fn weight_parts(&mut self) -> Option<&mut dyn WeightParts<Weight = Weight, Experts = Weight>> {
+        Some(self)
     }
 
     fn dummy_weight(&mut self, dummy: &Dummy) -> Result<Weight, Error> {

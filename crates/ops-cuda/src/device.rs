@@ -13,7 +13,7 @@ use cudarc::driver::sys::{
     CUlaunchConfig, CUmodule, CUresult, CUstream, cuLaunchKernelEx, cuStreamQuery,
 };
 use cudarc::driver::{CudaContext, result};
-use types::DType;
+use types::{Bytes, DType};
 
 use crate::arena::FreeList;
 use crate::backend::Options;
@@ -22,7 +22,7 @@ use crate::check::{attention_source, in_parallel};
 use crate::comm::Watch;
 use crate::graph::Lanes;
 use crate::kernels::{Address, GemmParams, Params, Source};
-use crate::memory::DeviceBuffer;
+use crate::memory::{DeviceBuffer, Residence, Resident};
 use crate::nvrtc::Compiled;
 use crate::{Error, arch, probe};
 
@@ -38,6 +38,8 @@ const COUNTERS: usize = 8192;
 pub(crate) struct Device {
     // Freed first to last: memory before the context it belongs to.
     watches: RefCell<Vec<Rc<Watch>>>,
+    /// Where what stays is, once it was reserved.
+    residence: RefCell<Option<Residence>>,
     pub(crate) arena: DeviceBuffer,
     pub(crate) free: RefCell<FreeList>,
     pub(crate) kernels: Kernels,
@@ -78,6 +80,7 @@ impl Device {
         let counters = DeviceBuffer::new("counters", COUNTERS * size_of::<u32>())?;
         let device = Self {
             watches: RefCell::default(),
+            residence: RefCell::default(),
             arena: DeviceBuffer::new("activations", arena_bytes)?,
             free: RefCell::new(FreeList::new(activations.0)),
             kernels,
@@ -95,6 +98,20 @@ impl Device {
         device.zero(device.counters.address(), COUNTERS * size_of::<u32>())?;
         device.synchronize()?;
         Ok(device)
+    }
+
+    /// Takes the memory of what stays, as one piece.
+    pub(crate) fn reside(&self, bytes: Bytes) -> Result<(), Error> {
+        *self.residence.borrow_mut() = Some(Residence::new(bytes)?);
+        Ok(())
+    }
+
+    /// Memory of something that stays.
+    pub(crate) fn resident(&self, what: &'static str, bytes: usize) -> Result<Resident, Error> {
+        match &mut *self.residence.borrow_mut() {
+            Some(residence) => residence.take(what, bytes),
+            None => Resident::alone(what, bytes),
+        }
     }
 
     pub(crate) fn name(&self) -> Result<String, Error> {

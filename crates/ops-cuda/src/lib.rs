@@ -28,6 +28,8 @@ mod graph;
 mod idle;
 mod kernels;
 mod libraries;
+mod loading;
+mod measure;
 mod memory;
 mod nccl;
 mod nvrtc;

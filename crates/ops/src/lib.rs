@@ -18,5 +18,5 @@ pub use backend::{
 pub use batch::{Batch, BatchSequence};
 pub use dummy::{Dummy, DummyBand, DummyPiece, chosen, dummy_unit};
 pub use error::Error;
-pub use host::HostTensor;
+pub use host::{HostBytes, HostMemory, HostPart, HostTensor, WeightParts};
 pub use types::{BlockTable, KvGroup};
