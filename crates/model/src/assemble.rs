@@ -3,7 +3,8 @@
 use std::mem::take;
 use std::ops::Range;
 
-use ops::HostTensor;
+use half::bf16;
+use ops::{HostMemory, HostPart, HostTensor};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use types::{Bytes, DType};
@@ -12,7 +13,7 @@ use crate::catalogue::{Catalogue, HEAD};
 use crate::checkpoint::{Block, Checkpoint, Element, stored_bytes};
 use crate::config::ModelConfig;
 use crate::error::Error;
-use crate::layout::{Part, Slot};
+use crate::layout::{self, Slot};
 use crate::load::Meter;
 use crate::shard::ShardPlan;
 
@@ -37,10 +38,18 @@ pub(crate) struct Piece {
 }
 
 /// One task: a few rows of a piece and their place in the weight.
-struct Band<'a, T> {
+struct Band<'a> {
     piece: &'a Piece,
     block: Block,
-    out: &'a mut [T],
+    /// Number of its first element within the weight.
+    first: usize,
+}
+
+/// Consecutive elements of a weight that are handed over at once: some bands, or padding.
+pub(crate) struct Part<'a> {
+    first: usize,
+    elements: usize,
+    bands: Vec<Band<'a>>,
 }
 
 impl Assembly {
@@ -49,45 +58,113 @@ impl Assembly {
         self.pieces.iter().map(|piece| (piece.block.elements() * piece.stored) as u64).sum()
     }
 
-    /// Reads it, in parallel.
+    /// Bytes of it on the device.
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes((self.elements() * self.dtype.bytes()) as u64)
+    }
+
+    fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Reads it whole, in parallel.
     pub(crate) fn read(&self, checkpoint: &Checkpoint, meter: &Meter<'_>) -> Result<HostTensor, Error> {
         let mut host = HostTensor::zeros(self.dtype, &self.shape);
         match &mut host {
-            HostTensor::F32 { data, .. } => self.fill(checkpoint, data, meter)?,
-            HostTensor::BF16 { data, .. } => self.fill(checkpoint, data, meter)?,
+            HostTensor::F32 { data, .. } => fill(checkpoint, &self.bands(BAND_ELEMENTS), data, meter)?,
+            HostTensor::BF16 { data, .. } => fill(checkpoint, &self.bands(BAND_ELEMENTS), data, meter)?,
         }
         Ok(host)
     }
 
-    fn fill<T: Element>(
-        &self,
-        checkpoint: &Checkpoint,
-        out: &mut [T],
-        meter: &Meter<'_>,
-    ) -> Result<(), Error> {
-        self.bands(out).into_par_iter().try_for_each(|band| {
-            checkpoint.read(&band.piece.tensor, &band.block, band.out)?;
-            meter.advance(Bytes((band.block.elements() * band.piece.stored) as u64));
-            Ok(())
-        })
+    /// The parts it is read in when none may be larger than `bytes_max`; together they are all of it.
+    pub(crate) fn parts(&self, bytes_max: usize) -> Vec<Part<'_>> {
+        let most = (bytes_max / self.dtype.bytes()).max(1);
+        let mut parts: Vec<Part<'_>> = Vec::new();
+        let mut end = 0;
+        for band in self.bands(BAND_ELEMENTS.min(most)) {
+            let elements = band.block.elements();
+            assert!(elements <= most, "a row is smaller than what a device takes at once");
+            end = band.first + elements;
+            match parts.last_mut() {
+                Some(part) if part.elements + elements <= most => {
+                    part.elements += elements;
+                    part.bands.push(band);
+                }
+                _ => parts.push(Part { first: band.first, elements, bands: vec![band] }),
+            }
+        }
+        let whole = self.elements();
+        let padding = (end..whole).step_by(most);
+        parts.extend(padding.map(|first| Part {
+            first,
+            elements: most.min(whole - first),
+            bands: Vec::new(),
+        }));
+        parts
     }
 
-    fn bands<'a, T>(&'a self, out: &'a mut [T]) -> Vec<Band<'a, T>> {
-        let mut rest = out;
+    /// Reads one part, in parallel, into memory of the device's.
+    pub(crate) fn read_part(
+        &self,
+        part: &Part<'_>,
+        memory: &dyn HostMemory,
+        (checkpoint, meter): (&Checkpoint, &Meter<'_>),
+    ) -> Result<HostPart, Error> {
+        let bytes = part.elements * self.dtype.bytes();
+        let mut lent = memory.take();
+        let out = &mut lent.as_mut_slice()[..bytes];
+        match (part.bands.is_empty(), self.dtype) {
+            // The vocabulary's; what was in the memory is another part.
+            (true, _) => out.fill(0),
+            (false, DType::F32) => {
+                fill::<f32>(checkpoint, &part.bands, bytemuck::cast_slice_mut(out), meter)?;
+            }
+            (false, DType::BF16) => {
+                fill::<bf16>(checkpoint, &part.bands, bytemuck::cast_slice_mut(out), meter)?;
+            }
+        }
+        Ok(HostPart { first: part.first, bytes, memory: lent })
+    }
+
+    /// Bands of so many elements or one row each.
+    fn bands(&self, elements: usize) -> Vec<Band<'_>> {
+        let mut first = 0;
         let mut bands = Vec::new();
         for piece in &self.pieces {
             let Block { matrix, rows, cols } = &piece.block;
-            let step = (BAND_ELEMENTS / cols.len().max(1)).max(1);
+            let step = (elements / cols.len().max(1)).max(1);
             for start in rows.clone().step_by(step) {
                 let block =
                     Block { matrix: *matrix, rows: start..(start + step).min(rows.end), cols: cols.clone() };
-                let (now, later) = take(&mut rest).split_at_mut(block.elements());
-                bands.push(Band { piece, block, out: now });
-                rest = later;
+                let elements = block.elements();
+                bands.push(Band { piece, block, first });
+                first += elements;
             }
         }
         bands
     }
+}
+
+/// Reads bands that follow each other into `out`, which begins where the first does.
+fn fill<T: Element>(
+    checkpoint: &Checkpoint,
+    bands: &[Band<'_>],
+    out: &mut [T],
+    meter: &Meter<'_>,
+) -> Result<(), Error> {
+    let mut rest = out;
+    let mut tasks = Vec::with_capacity(bands.len());
+    for band in bands {
+        let (now, later) = take(&mut rest).split_at_mut(band.block.elements());
+        tasks.push((band, now));
+        rest = later;
+    }
+    tasks.into_par_iter().try_for_each(|(band, out)| {
+        checkpoint.read(&band.piece.tensor, &band.block, out)?;
+        meter.advance(Bytes((band.block.elements() * band.piece.stored) as u64));
+        Ok(())
+    })
 }
 
 /// Builds the assemblies of one rank.
@@ -117,7 +194,7 @@ impl Assembler<'_> {
         Assembly { slot, dtype: (self.kept)(stored), shape: slot.shape(self.config, self.plan), pieces }
     }
 
-    fn part(&self, layer: usize, part: Part) -> Vec<Piece> {
+    fn part(&self, layer: usize, part: layout::Part) -> Vec<Piece> {
         let plan = self.plan;
         let rows = |module: &str, rows: &Range<usize>| {
             self.rows(self.catalogue.names().layer(layer, module), rows.clone())
@@ -133,20 +210,22 @@ impl Assembler<'_> {
         };
         let present = "a plan has the parts its layers need";
         match part {
-            Part::Norm => vec![rows("input_layernorm", &(0..1))],
-            Part::Qkv => vec![
+            layout::Part::Norm => vec![rows("input_layernorm", &(0..1))],
+            layout::Part::Qkv => vec![
                 rows("self_attn.q_proj", &heads(&plan.query_heads)),
                 rows("self_attn.k_proj", &heads(&plan.kv_heads)),
                 rows("self_attn.v_proj", &heads(&plan.kv_heads)),
             ],
-            Part::O => down("self_attn.o_proj", heads(&plan.query_heads)),
-            Part::DenseGateUp => gate_up("mlp", plan.dense.as_ref().expect(present)),
-            Part::DenseDown => down("mlp.down_proj", plan.dense.clone().expect(present)),
-            Part::Router => vec![rows("mlp.gate", &(0..self.config.moe.expect(present).experts))],
-            Part::ExpertsGateUp => self.experts_gate_up(layer),
-            Part::ExpertsDown => self.experts_down(layer),
-            Part::SharedGateUp => gate_up("mlp.shared_experts", plan.shared.as_ref().expect(present)),
-            Part::SharedDown => down("mlp.shared_experts.down_proj", plan.shared.clone().expect(present)),
+            layout::Part::O => down("self_attn.o_proj", heads(&plan.query_heads)),
+            layout::Part::DenseGateUp => gate_up("mlp", plan.dense.as_ref().expect(present)),
+            layout::Part::DenseDown => down("mlp.down_proj", plan.dense.clone().expect(present)),
+            layout::Part::Router => vec![rows("mlp.gate", &(0..self.config.moe.expect(present).experts))],
+            layout::Part::ExpertsGateUp => self.experts_gate_up(layer),
+            layout::Part::ExpertsDown => self.experts_down(layer),
+            layout::Part::SharedGateUp => gate_up("mlp.shared_experts", plan.shared.as_ref().expect(present)),
+            layout::Part::SharedDown => {
+                down("mlp.shared_experts.down_proj", plan.shared.clone().expect(present))
+            }
         }
     }
 

@@ -35,7 +35,7 @@ pub use dispatch::slice as dispatch_slice;
 pub use error::{Complaint, Error, HeaderFault, TensorProblem};
 pub use identity::{config_hash, dummy_hash};
 pub use load::{LoadSummary, Progress, load, load_dummy};
-pub use memory::{WeightBytes, kv_bytes_per_block, kv_bytes_per_token};
+pub use memory::{WeightBytes, kv_bytes_per_block, kv_bytes_per_token, resident_pieces};
 pub use partial::{Partial, Reduced};
 pub use placement::Placement;
 pub use preset::Preset;

@@ -1,11 +1,13 @@
-//! Loading one rank's weights: one thread reads ahead, this one hands what was read to the backend, so that at most
-//! two weights are in host memory beside the resident ones. Reads of one weight run in parallel.
+//! Loading one rank's weights: one thread reads ahead, this one hands what was read to the backend. A backend that keeps
+//! weights in host memory gets whole ones; one that has a device of its own gets them in parts, in memory that it lends
+//! ([`ops::WeightParts`]), of which the next is read while one is copied. Reads of one weight or part run in parallel.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::{thread, vec};
 
-use ops::{Backend, Dummy, HostTensor};
+use ops::{Backend, Dummy, HostMemory, HostPart, HostTensor, WeightParts};
 use rayon::prelude::*;
 use types::{Bytes, DType};
 
@@ -72,13 +74,23 @@ pub fn load<B: Backend>(
     let meter = Meter { progress, bytes: AtomicU64::new(0) };
     biases.par_iter().try_for_each(|bias| check_zero(checkpoint, bias, &meter))?;
     let tensors = assemblies.len();
+    let place = |source| Error::Place { weight: "the first weight".to_owned(), source };
+    let lent = match backend.weight_parts() {
+        Some(parts) => Some((parts.part_bytes_max(), parts.memory().map_err(place)?)),
+        None => None,
+    };
     let (weights, resident) = thread::scope(|scope| {
-        // No buffer: the reader holds its weight until this thread is done with the one before.
+        // No buffer: the reader holds what it has read until this thread is done with what came before.
         let (sender, receiver) = sync_channel(0);
-        let (assemblies, meter) = (&assemblies, &meter);
-        scope.spawn(move || read_ahead(assemblies, checkpoint, meter, &sender));
-        Placer { supply: Supply::Read(receiver), backend, resident: Bytes(0) }.weights(config)
+        let reader = Reader { assemblies: &assemblies, checkpoint, meter: &meter, lent };
+        scope.spawn(move || reader.run(&sender));
+        let mut placer = Placer { supply: Supply::Read(receiver), backend, resident: Bytes(0) };
+        let weights = placer.weights(config)?;
+        Ok::<_, Error>((weights, placer.resident))
     })?;
+    if let Some(parts) = backend.weight_parts() {
+        parts.finish().map_err(|source| Error::Place { weight: "the last weight".to_owned(), source })?;
+    }
     let summary = LoadSummary {
         bytes_read: Bytes(meter.bytes.into_inner()),
         resident,
@@ -105,7 +117,8 @@ pub fn load_dummy<B: Backend>(
     let elements: usize = made.iter().map(|(_, dummy)| dummy.elements()).sum();
     progress.start(Bytes((elements * each) as u64));
     let supply = Supply::Made { rest: made.into_iter(), each, progress };
-    let (weights, resident) = Placer { supply, backend, resident: Bytes(0) }.weights(config)?;
+    let mut placer = Placer { supply, backend, resident: Bytes(0) };
+    let (weights, resident) = (placer.weights(config)?, placer.resident);
     let nothing = Bytes(0);
     let summary =
         LoadSummary { bytes_read: nothing, resident, tensors, skipped_tensors: 0, skipped_bytes: nothing };
@@ -144,21 +157,73 @@ fn check_zero(checkpoint: &Checkpoint, bias: &str, meter: &Meter<'_>) -> Result<
     }
 }
 
-type Read = Result<(Slot, HostTensor), Error>;
+/// What the reader's thread hands over, or why it ended.
+type Read = Result<Message, Error>;
 
-/// Reads every weight in order, until one fails or nobody takes them any more.
-fn read_ahead(
-    assemblies: &[Assembly],
-    checkpoint: &Checkpoint,
-    meter: &Meter<'_>,
-    sender: &SyncSender<Read>,
-) {
-    for assembly in assemblies {
-        let read = assembly.read(checkpoint, meter).map(|host| (assembly.slot, host));
-        let last = read.is_err();
-        if sender.send(read).is_err() || last {
-            return;
+/// A weight, or a piece of one.
+enum Message {
+    /// All of it.
+    Whole(Slot, HostTensor),
+    /// It comes in so many parts.
+    Begin(Slot, Coming),
+    /// The next of them.
+    Part(HostPart),
+}
+
+/// A weight that comes in parts.
+struct Coming {
+    shape: Vec<usize>,
+    bytes: Bytes,
+    parts: usize,
+}
+
+/// The thread that reads every weight in order.
+struct Reader<'a> {
+    assemblies: &'a [Assembly],
+    checkpoint: &'a Checkpoint,
+    meter: &'a Meter<'a>,
+    /// Bytes of a part at most, and the memory that parts are read into.
+    lent: Option<(usize, Arc<dyn HostMemory>)>,
+}
+
+impl Reader<'_> {
+    /// Until a read fails or nobody takes what is read any more.
+    fn run(&self, sender: &SyncSender<Read>) {
+        for assembly in self.assemblies {
+            let outcome = match &self.lent {
+                Some((most, memory)) => self.parts(assembly, *most, &**memory, sender),
+                None => {
+                    let read = assembly.read(self.checkpoint, self.meter);
+                    self.hand(sender, read.map(|host| Message::Whole(assembly.slot, host)))
+                }
+            };
+            if outcome.is_none() {
+                return;
+            }
         }
+    }
+
+    fn parts(
+        &self,
+        assembly: &Assembly,
+        most: usize,
+        memory: &dyn HostMemory,
+        sender: &SyncSender<Read>,
+    ) -> Option<()> {
+        let parts = assembly.parts(most);
+        let coming = Coming { shape: assembly.shape.clone(), bytes: assembly.bytes(), parts: parts.len() };
+        self.hand(sender, Ok(Message::Begin(assembly.slot, coming)))?;
+        parts.iter().try_for_each(|part| {
+            let read = assembly.read_part(part, memory, (self.checkpoint, self.meter));
+            self.hand(sender, read.map(Message::Part))
+        })
+    }
+
+    /// `None` when this was the last.
+    fn hand(&self, sender: &SyncSender<Read>, read: Read) -> Option<()> {
+        let last = read.is_err();
+        let taken = sender.send(read).is_ok();
+        (taken && !last).then_some(())
     }
 }
 
@@ -173,8 +238,13 @@ enum Supply<'a> {
 /// The next weight.
 enum Next {
     Host(HostTensor),
+    Parts(Coming),
     Dummy(Dummy),
 }
+
+/// How a backend takes parts.
+type PartsOf<'a, B> =
+    dyn WeightParts<Weight = <B as Backend>::Weight, Experts = <B as Backend>::Experts> + 'a;
 
 /// Takes weights to the device.
 struct Placer<'a, B: Backend> {
@@ -184,13 +254,13 @@ struct Placer<'a, B: Backend> {
 }
 
 impl<B: Backend> Placer<'_, B> {
-    fn weights(mut self, config: &ModelConfig) -> Result<(Weights<B>, Bytes), Error> {
+    fn weights(&mut self, config: &ModelConfig) -> Result<Weights<B>, Error> {
         let embed = self.weight(Slot::Embed)?;
         let head = if config.tied_head { None } else { Some(self.weight(Slot::Head)?) };
         let final_norm = self.weight(Slot::FinalNorm)?;
         let layers = (0..config.layers.len()).map(|at| self.layer(config, at));
         let layers = layers.collect::<Result<Vec<_>, Error>>()?;
-        Ok((Weights { embed, head, final_norm, layers }, self.resident))
+        Ok(Weights { embed, head, final_norm, layers })
     }
 
     fn layer(&mut self, config: &ModelConfig, at: usize) -> Result<LayerWeights<B>, Error> {
@@ -223,6 +293,7 @@ impl<B: Backend> Placer<'_, B> {
         let placed = match self.next(slot)? {
             Next::Host(host) => self.backend.weight(host),
             Next::Dummy(dummy) => self.backend.dummy_weight(&dummy),
+            Next::Parts(coming) => self.write(slot, &coming)?.end_weight(),
         };
         placed.map_err(|source| Error::Place { weight: slot.to_string(), source })
     }
@@ -231,17 +302,39 @@ impl<B: Backend> Placer<'_, B> {
         let placed = match self.next(slot)? {
             Next::Host(host) => self.backend.experts(host),
             Next::Dummy(dummy) => self.backend.dummy_experts(&dummy),
+            Next::Parts(coming) => self.write(slot, &coming)?.end_experts(),
         };
         placed.map_err(|source| Error::Place { weight: slot.to_string(), source })
     }
 
+    /// Hands the parts of a weight over as they come.
+    fn write(&mut self, slot: Slot, coming: &Coming) -> Result<&mut PartsOf<'_, B>, Error> {
+        let place = |source| Error::Place { weight: slot.to_string(), source };
+        let Supply::Read(receiver) = &self.supply else { unreachable!("only what is read comes in parts") };
+        let parts = self.backend.weight_parts().expect("it said how it takes parts");
+        parts.begin(&coming.shape).map_err(place)?;
+        for _ in 0..coming.parts {
+            match received(receiver)? {
+                Message::Part(part) => parts.write(part).map_err(place)?,
+                Message::Whole(..) | Message::Begin(..) => unreachable!("{slot} has more parts to come"),
+            }
+        }
+        Ok(parts)
+    }
+
     fn next(&mut self, wanted: Slot) -> Result<Next, Error> {
         let (slot, next, bytes) = match &mut self.supply {
-            Supply::Read(receiver) => {
-                let (slot, host) = receiver.recv().expect("the reader sends every weight or an error")?;
-                let bytes = host.bytes();
-                (slot, Next::Host(host), bytes)
-            }
+            Supply::Read(receiver) => match received(receiver)? {
+                Message::Whole(slot, host) => {
+                    let bytes = host.bytes();
+                    (slot, Next::Host(host), bytes)
+                }
+                Message::Begin(slot, coming) => {
+                    let bytes = coming.bytes;
+                    (slot, Next::Parts(coming), bytes)
+                }
+                Message::Part(_) => unreachable!("every part of the weight before was taken"),
+            },
             Supply::Made { rest, each, progress } => {
                 let (slot, dummy) = rest.next().expect("every weight of the layout is made");
                 let bytes = Bytes((dummy.elements() * *each) as u64);
@@ -253,4 +346,8 @@ impl<B: Backend> Placer<'_, B> {
         self.resident += bytes;
         Ok(next)
     }
+}
+
+fn received(receiver: &Receiver<Read>) -> Read {
+    receiver.recv().expect("the reader sends every weight or an error")
 }

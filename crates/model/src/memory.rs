@@ -7,6 +7,12 @@ use crate::config::ModelConfig;
 use crate::layout::{Part, Slot, slots};
 use crate::shard::ShardPlan;
 
+/// Weights and cache layers that a rank keeps.
+#[must_use]
+pub fn resident_pieces(config: &ModelConfig) -> usize {
+    slots(config).len() + config.layers.len()
+}
+
 /// Resident weights of one rank by kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WeightBytes {

@@ -6,7 +6,7 @@ use types::DType;
 use crate::backend::CudaBackend;
 use crate::device::{Function, Grid, Module};
 use crate::kernels::{Address, AppendParams, AttendParams, Source};
-use crate::memory::DeviceBuffer;
+use crate::memory::Resident;
 use crate::step::TILE_ROWS;
 use crate::tensor::{Tensor, size};
 
@@ -33,7 +33,7 @@ const HEAD_DIM_MAX: usize = 512;
 #[derive(Debug)]
 pub struct KvLayer {
     spec: KvLayerSpec,
-    planes: DeviceBuffer,
+    planes: Resident,
 }
 
 impl KvLayer {
@@ -48,12 +48,12 @@ impl KvLayer {
             return Err(Error::Shape { op: "kv_layer", detail });
         }
         let bytes = 2 * plane_bytes(spec, backend.storage());
-        let planes = DeviceBuffer::new("a layer's keys and values", bytes)?;
+        let planes = backend.device().resident("a layer's keys and values", bytes)?;
         backend.device().zero(planes.address(), bytes)?;
         Ok(Self { spec: *spec, planes })
     }
 
-    pub(crate) const fn planes(&self) -> &DeviceBuffer {
+    pub(crate) const fn planes(&self) -> &Resident {
         &self.planes
     }
 

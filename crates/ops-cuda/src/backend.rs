@@ -10,7 +10,7 @@ use half::bf16;
 use ops::sample::{Ask, Choice};
 use ops::{
     Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing,
-    Window,
+    WeightParts, Window,
 };
 use types::{Bytes, DType, TokenId};
 
@@ -23,6 +23,7 @@ use crate::graph::{Course, Recordings};
 use crate::idle::Idle;
 use crate::kernels::{Address, EmbedParams, GatherParams, NormParams, RoundParams};
 use crate::landing::{Drawing, DrawnTokens, Reports};
+use crate::loading::Loading;
 use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::sampling::{DRAWN_ROWS_MAX, Staging, left_to_host};
 use crate::step::Step;
@@ -57,6 +58,7 @@ pub struct CudaBackend {
     staging: Staging,
     drawn: DrawnTokens,
     pub(crate) dummy: Option<DummyKernel>,
+    pub(crate) loading: Loading,
     device: Rc<Device>,
 }
 
@@ -79,6 +81,7 @@ impl CudaBackend {
             staging: Staging::new()?,
             drawn: DrawnTokens::new()?,
             dummy: None,
+            loading: Loading::default(),
             device,
         })
     }
@@ -236,6 +239,15 @@ impl Backend for CudaBackend {
         let weight = self.weight(host)?;
         weight.dims3("experts")?;
         Ok(weight)
+    }
+
+    fn reside(&mut self, bytes: Bytes, pieces: usize) -> Result<(), Error> {
+        self.device.bind()?;
+        Ok(self.device.reside(bytes + Bytes(pieces as u64 * memory::ALIGNMENT))?)
+    }
+
+    fn weight_parts(&mut self) -> Option<&mut dyn WeightParts<Weight = Weight, Experts = Weight>> {
+        Some(self)
     }
 
     fn dummy_weight(&mut self, dummy: &Dummy) -> Result<Weight, Error> {

@@ -13,7 +13,7 @@ use cudarc::driver::sys::{
     CUlaunchConfig, CUmodule, CUresult, CUstream, cuLaunchKernelEx, cuStreamQuery,
 };
 use cudarc::driver::{CudaContext, result};
-use types::DType;
+use types::{Bytes, DType};
 
 use crate::arena::FreeList;
 use crate::backend::Options;
@@ -22,7 +22,7 @@ use crate::check::{attention_source, in_parallel};
 use crate::comm::{OpenSum, Watch};
 use crate::graph::{Event, Lanes};
 use crate::kernels::{Address, GemmParams, Params, Source};
-use crate::memory::DeviceBuffer;
+use crate::memory::{DeviceBuffer, Residence, Resident};
 use crate::nvrtc::Compiled;
 use crate::sampling::Sampling;
 use crate::{Error, arch, probe};
@@ -41,6 +41,8 @@ pub(crate) struct Device {
     watches: RefCell<Vec<Rc<Watch>>>,
     /// A sum over ranks that the next launch has to end.
     open: RefCell<Option<OpenSum>>,
+    /// Where what stays is, once it was reserved.
+    residence: RefCell<Option<Residence>>,
     pub(crate) arena: DeviceBuffer,
     pub(crate) free: RefCell<FreeList>,
     pub(crate) kernels: Kernels,
@@ -82,6 +84,7 @@ impl Device {
         let device = Self {
             watches: RefCell::default(),
             open: RefCell::default(),
+            residence: RefCell::default(),
             arena: DeviceBuffer::new("activations", arena_bytes)?,
             free: RefCell::new(FreeList::new(activations.0)),
             kernels,
@@ -99,6 +102,20 @@ impl Device {
         device.zero(device.counters.address(), COUNTERS * size_of::<u32>())?;
         device.synchronize()?;
         Ok(device)
+    }
+
+    /// Takes the memory of what stays, as one piece.
+    pub(crate) fn reside(&self, bytes: Bytes) -> Result<(), Error> {
+        *self.residence.borrow_mut() = Some(Residence::new(bytes)?);
+        Ok(())
+    }
+
+    /// Memory of something that stays.
+    pub(crate) fn resident(&self, what: &'static str, bytes: usize) -> Result<Resident, Error> {
+        match &mut *self.residence.borrow_mut() {
+            Some(residence) => residence.take(what, bytes),
+            None => Resident::alone(what, bytes),
+        }
     }
 
     pub(crate) const fn context(&self) -> &Arc<CudaContext> {

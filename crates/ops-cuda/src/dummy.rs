@@ -33,7 +33,7 @@ impl DummyKernel {
 
 impl CudaBackend {
     pub(crate) fn make_dummy(&mut self, dummy: &Dummy) -> Result<Weight, Error> {
-        let weight = Weight::reserve(&dummy.shape, self.storage())?;
+        let weight = Weight::reserve(self.device(), &dummy.shape, self.storage())?;
         let made: usize = dummy.pieces.iter().map(|piece| piece.rows * piece.cols).sum();
         if made > dummy.elements() {
             let detail = format!("pieces of {made} elements for the shape {:?}", dummy.shape);

@@ -29,6 +29,7 @@ mod idle;
 mod kernels;
 mod landing;
 mod libraries;
+mod loading;
 mod measure;
 mod memory;
 mod nccl;

@@ -16,7 +16,7 @@ impl CudaBackend {
     /// When memory runs out.
     pub fn random_weight(&mut self, dims: &[usize], seed: u64, scale: f32) -> Result<Weight, Error> {
         self.device().bind()?;
-        let weight = Weight::reserve(dims, self.storage())?;
+        let weight = Weight::reserve(self.device(), dims, self.storage())?;
         let count = dims.iter().product::<usize>() as u64;
         let params = FillParams { out: weight.address(), count, seed, scale };
         let blocks = self.device().multiprocessors * 8;

@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
+use std::rc::Rc;
 use std::slice;
 use std::sync::atomic::AtomicU32;
 
@@ -13,6 +14,8 @@ use crate::kernels::Address;
 
 /// Page-locked and mapped for all contexts: `CU_MEMHOSTALLOC_PORTABLE`.
 const PORTABLE: u32 = 1;
+/// What stays begins at multiples of this, as allocations do.
+pub(crate) const ALIGNMENT: u64 = 256;
 
 /// Memory of the current context's device that nothing has taken.
 pub(crate) fn free() -> Result<Bytes, Error> {
@@ -62,6 +65,66 @@ impl Drop for DeviceBuffer {
     }
 }
 
+/// What stays on the card until the end (weights, keys and values), taken at boot as one allocation and cut from front
+/// to back.
+#[derive(Debug)]
+pub(crate) struct Residence {
+    whole: Rc<DeviceBuffer>,
+    taken: u64,
+}
+
+impl Residence {
+    /// Takes `bytes`.
+    pub(crate) fn new(bytes: Bytes) -> Result<Self, Error> {
+        let bytes = usize::try_from(bytes.0).unwrap_or(usize::MAX);
+        let whole = Rc::new(DeviceBuffer::new("weights, keys and values", bytes)?);
+        Ok(Self { whole, taken: 0 })
+    }
+
+    /// The next `bytes` of it.
+    pub(crate) fn take(&mut self, what: &'static str, bytes: usize) -> Result<Resident, Error> {
+        let (needed, available) = (bytes as u64, self.whole.bytes() - self.taken);
+        if needed > available {
+            // The planner works out what stays from the same shapes.
+            return Err(Error::Memory { what, needed: Bytes(needed), available: Bytes(available) });
+        }
+        let address = self.whole.address() + self.taken;
+        self.taken = (self.taken + needed).next_multiple_of(ALIGNMENT).min(self.whole.bytes());
+        Ok(Resident { address, bytes: needed, _owner: Owner::Shared { _whole: Rc::clone(&self.whole) } })
+    }
+}
+
+/// Memory of something that stays: a part of the [`Residence`], or an allocation of its own where none was made.
+#[derive(Debug)]
+pub(crate) struct Resident {
+    address: Address,
+    bytes: u64,
+    _owner: Owner,
+}
+
+/// Whose memory it is: held, so that it is not given back before.
+#[derive(Debug)]
+enum Owner {
+    Shared { _whole: Rc<DeviceBuffer> },
+    Own { _buffer: DeviceBuffer },
+}
+
+impl Resident {
+    /// An allocation of its own.
+    pub(crate) fn alone(what: &'static str, bytes: usize) -> Result<Self, Error> {
+        let buffer = DeviceBuffer::new(what, bytes)?;
+        Ok(Self { address: buffer.address(), bytes: buffer.bytes(), _owner: Owner::Own { _buffer: buffer } })
+    }
+
+    pub(crate) const fn address(&self) -> Address {
+        self.address
+    }
+
+    pub(crate) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
 /// Page-locked host memory, which copies reach at full speed.
 #[derive(Debug)]
 pub(crate) struct Pinned {
@@ -71,6 +134,9 @@ pub(crate) struct Pinned {
     /// what this rank has yet to queue.
     outgrown: Option<Box<Self>>,
 }
+
+// SAFETY: the memory is the value's own, and page-locked memory may be read, written and freed by any thread.
+unsafe impl Send for Pinned {}
 
 impl Pinned {
     pub(crate) fn new(bytes: usize) -> Result<Self, Error> {

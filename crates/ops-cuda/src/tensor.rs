@@ -10,7 +10,7 @@ use types::DType;
 use crate::arena::Piece;
 use crate::device::Device;
 use crate::kernels::Address;
-use crate::memory::DeviceBuffer;
+use crate::memory::Resident;
 
 /// Activations [rows, width] in the arena, fp32 or bf16.
 #[derive(Debug)]
@@ -96,21 +96,20 @@ pub(crate) struct Kept {
 /// A resident weight: [out, in], [H], or expert matrices [E, out, in], in the compute dtype.
 #[derive(Debug)]
 pub struct Weight {
-    buffer: DeviceBuffer,
+    memory: Resident,
     dims: Vec<usize>,
 }
 
 impl Weight {
     /// Room for `dims`, not yet written.
-    pub(crate) fn reserve(dims: &[usize], dtype: DType) -> Result<Self, Error> {
+    pub(crate) fn reserve(device: &Device, dims: &[usize], dtype: DType) -> Result<Self, Error> {
         let elements: usize = dims.iter().product();
-        let buffer = DeviceBuffer::new("weights", elements * dtype.bytes())?;
-        Ok(Self { buffer, dims: dims.to_vec() })
+        Ok(Self { memory: device.resident("weights", elements * dtype.bytes())?, dims: dims.to_vec() })
     }
 
     /// Copies `host` to the card, rounded to `dtype` when it is wider.
     pub(crate) fn load(device: &Device, host: &HostTensor, dtype: DType) -> Result<Self, Error> {
-        let weight = Self::reserve(host.shape(), dtype)?;
+        let weight = Self::reserve(device, host.shape(), dtype)?;
         let to = weight.address();
         match (host, dtype) {
             (HostTensor::F32 { data, .. }, DType::F32) => device.upload(to, data)?,
@@ -128,7 +127,11 @@ impl Weight {
     }
 
     pub(crate) const fn address(&self) -> Address {
-        self.buffer.address()
+        self.memory.address()
+    }
+
+    pub(crate) const fn bytes(&self) -> u64 {
+        self.memory.bytes()
     }
 
     pub(crate) fn dims(&self) -> &[usize] {

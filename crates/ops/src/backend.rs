@@ -8,11 +8,11 @@
 
 use std::ops::Range;
 
-use types::{BlockSize, DType, TokenId};
+use types::{BlockSize, Bytes, DType, TokenId};
 
 use crate::on_host::joined;
 use crate::sample::{Ask, Choice};
-use crate::{Batch, Dummy, Error, HostTensor, KvGroup};
+use crate::{Batch, Dummy, Error, HostTensor, KvGroup, WeightParts};
 
 /// Rows whose logits are made at once unless a backend says otherwise: bounds the memory of a prompt's log-probabilities
 /// (64 rows of a 262,144-entry vocabulary are 64 MiB) whatever the prompt's length.
@@ -195,6 +195,23 @@ pub trait Backend {
     /// # Errors
     /// As [`Backend::weight`].
     fn experts(&mut self, host: HostTensor) -> Result<Self::Experts, Error>;
+
+    /// Takes the memory of everything that stays as one allocation: `bytes` of weights and KV cache, in so many pieces. What
+    /// is made after this is cut from it, and is refused once it is used up. Nothing on a backend with no memory of its own.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    fn reside(&mut self, bytes: Bytes, pieces: usize) -> Result<(), Error> {
+        let _ = (bytes, pieces);
+        Ok(())
+    }
+
+    /// How this backend takes weights part by part; `None` when it wants whole ones ([`Backend::weight`]).
+    fn weight_parts(
+        &mut self,
+    ) -> Option<&mut dyn WeightParts<Weight = Self::Weight, Experts = Self::Experts>> {
+        None
+    }
 
     /// Makes a weight [out, in] or [H] of seeded numbers where it lives, kept as one that is stored as bf16: the same
     /// values on every backend.

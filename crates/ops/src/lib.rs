@@ -17,6 +17,6 @@ pub use backend::{Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Rope, R
 pub use batch::{Batch, BatchSequence, Fed};
 pub use dummy::{Dummy, DummyBand, DummyPiece, chosen, dummy_unit};
 pub use error::Error;
-pub use host::HostTensor;
+pub use host::{HostBytes, HostMemory, HostPart, HostTensor, WeightParts};
 pub use on_host::{draw_rows, joined};
 pub use types::{BlockTable, KvGroup};

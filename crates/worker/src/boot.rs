@@ -243,6 +243,8 @@ where
             limits: &config.limits,
         };
         part.check(available, memory)?;
+        let (bytes, pieces) = part.resident();
+        backend.reside(bytes, pieces).map_err(|source| Error::Device { rank, source })?;
     }
     let (weights, summary) = match &source {
         WeightSource::Checkpoint(checkpoint) => {

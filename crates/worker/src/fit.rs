@@ -1,6 +1,6 @@
 //! Whether a rank's part fits in its device's memory, asked before any of it is allocated.
 
-use model::{ModelConfig, ShardPlan, WeightBytes, kv_bytes_per_block};
+use model::{ModelConfig, ShardPlan, WeightBytes, kv_bytes_per_block, resident_pieces};
 use types::{Bytes, DType, ExpertSharding, KvGroup, TpRank, TpSize};
 
 use crate::{Error, Limits, capacity};
@@ -50,6 +50,12 @@ impl Part<'_> {
     fn kv_tokens(&self, plan: &ShardPlan, available: Bytes) -> u32 {
         let weights = self.weights(plan).total();
         capacity::largest(self.limits, |limits| weights + self.kv(plan, limits) <= available)
+    }
+
+    /// What stays on the device: weights and KV cache, and in how many pieces.
+    #[must_use]
+    pub fn resident(&self) -> (Bytes, usize) {
+        (self.weights(self.plan).total() + self.kv(self.plan, self.limits), resident_pieces(self.model))
     }
 
     /// Refuses a part that is larger than what is `available`.
