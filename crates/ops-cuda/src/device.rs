@@ -17,6 +17,7 @@ use types::DType;
 
 use crate::arena::FreeList;
 use crate::backend::Options;
+use crate::bulk::BulkTiles;
 use crate::cache::KernelCache;
 use crate::check::{attention_source, in_parallel};
 use crate::comm::Watch;
@@ -26,6 +27,8 @@ use crate::memory::DeviceBuffer;
 use crate::nvrtc::Compiled;
 use crate::{Error, arch, probe};
 
+/// The target whose warpgroup products and copy engine some kernels use.
+pub(crate) const HOPPER: &str = "sm_90a";
 /// The first major compute capability whose kernels can start before the one before them has ended.
 const OVERLAPPING: i32 = 9;
 /// How often a rank that waits for other cards asks whether they are well.
@@ -106,6 +109,11 @@ impl Device {
             Some((_, compiled)) => Module::of(compiled),
             None => Module::of(&self.cache.get(source, &self.arch)?),
         }
+    }
+
+    /// Whether the kernels of [`HOPPER`] alone are there.
+    pub(crate) fn is_hopper(&self) -> bool {
+        self.arch == HOPPER
     }
 
     /// Makes the context current on the calling thread.
@@ -361,9 +369,6 @@ pub(crate) const fn tiles_shared(outs: u32, rows: u32) -> u32 {
     8 * outs * rows * 4
 }
 
-/// Bytes of shared memory of the warpgroup tiles: four stages of (128 + 256) × 64 bf16, and room to align them.
-pub(crate) const WIDE_SHARED: u32 = 4 * (128 + 256) * 64 * 2 + 1024;
-
 /// Rows of w in a tensor-core tile.
 pub(crate) const TILE_OUTS: u32 = 128;
 
@@ -395,6 +400,8 @@ pub(crate) struct Kernels {
     pub(crate) expert_up: Function,
     pub(crate) expert_down: Function,
     pub(crate) group_pairs: Function,
+    /// As much in two launches.
+    pub(crate) group_many: [Function; 2],
     pub(crate) combine: Function,
     pub(crate) sample: Function,
     /// bf16 alone has them.
@@ -438,8 +445,8 @@ pub(crate) struct Tiles {
     pub(crate) add_shares: Function,
     /// By expert, plain and gated, in tiles of 32 and of 64 rows.
     pub(crate) grouped: [[SharedTiles; 2]; 2],
-    /// Plain, and gated; Hopper alone has them.
-    pub(crate) wide: Option<[Function; 2]>,
+    /// Dense, and by expert; Hopper alone has them.
+    pub(crate) wide: Option<[BulkTiles; 2]>,
     /// For 8, 16, 32 and 64 rows.
     pub(crate) skinny: [Function; 4],
     pub(crate) expert_up: Function,
@@ -449,12 +456,9 @@ pub(crate) struct Tiles {
 impl Tiles {
     fn load(gemm: &Module, skinny: &Module, experts: &Module, arch: &str) -> Result<Self, Error> {
         let wide = match arch {
-            "sm_90a" => Some([gemm.function("gemm_wide_plain")?, gemm.function("gemm_wide_gated")?]),
+            HOPPER => Some([BulkTiles::pair(gemm)?, BulkTiles::single(gemm)?]),
             _ => None,
         };
-        for function in wide.into_iter().flatten() {
-            function.allow_shared(WIDE_SHARED)?;
-        }
         let load = |name, rows| SharedTiles::load(gemm, name, rows);
         let grouped = [
             [load("gemm32", 32)?, load("gemm32_gated", 32)?],
@@ -524,6 +528,7 @@ impl Kernels {
             expert_up: experts.function("expert_up")?,
             expert_down: experts.function("expert_down")?,
             group_pairs: experts.function("group_pairs")?,
+            group_many: [experts.function("count_pairs")?, experts.function("place_pairs")?],
             combine: experts.function("combine")?,
             sample: sample.function("sample")?,
             tiles: functions,

@@ -6,7 +6,8 @@ use types::{DType, TokenId};
 
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
-use crate::device::{Grid, TILE_OUTS, Tiles, WIDE_SHARED, tiles_shared};
+use crate::bulk::BulkProduct;
+use crate::device::{Grid, TILE_OUTS, Tiles, tiles_shared};
 use crate::kernels::{GemmParams, LargestParams, ResidualNormParams, SharesParams, SkinnyParams};
 use crate::tensor::{Tensor, Weight, size};
 
@@ -94,13 +95,19 @@ impl CudaBackend {
             c_f32: params.y_f32,
         };
         // The warpgroup tiles pay where they occupy most of the card.
-        let blocks = (rows.div_ceil(128), outs.div_ceil(256), 1);
-        let occupied = 4 * blocks.0 * blocks.1 >= 3 * self.device().multiprocessors;
-        let wide = tiles.wide.filter(|_| occupied && rows > 64 && outs.is_multiple_of(8));
-        match wide {
-            Some([plain, _]) => {
-                let grid = Grid { blocks, threads: 256, shared: WIDE_SHARED };
-                Ok(self.device().launch_early(plain, grid, &gemm)?)
+        let occupied = |blocks: u32| 4 * blocks >= 3 * self.device().multiprocessors;
+        let wide = tiles.wide.map(|[dense, _]| dense);
+        match wide.filter(|wide| occupied(wide.blocks(rows, outs)) && rows > 64 && outs.is_multiple_of(8)) {
+            Some(wide) => {
+                let product = BulkProduct {
+                    gemm,
+                    gated: false,
+                    row_tiles: rows.div_ceil(wide.rows),
+                    a_rows: rows as usize,
+                    w_rows: outs as usize,
+                    c_by_place: false,
+                };
+                Ok(wide.launch(self.device(), &product)?)
             }
             None => self.shared_tiles(tiles, gemm),
         }
