@@ -1,10 +1,13 @@
-// c = a · wᵀ for very many rows on Hopper, after gemm.cu and gemm_wide.cu: the same products. Blocks stay on their
+// c = a · wᵀ for very many rows on Hopper, after gemm.cu: the same products. Blocks stay on their
 // multiprocessor and take one tile after the other, so that the loads of a tile run during the epilogue of the one before.
 // A warpgroup brings what two others multiply, four stages ahead: weights by the copy engine (TMA), and rows of a too where
 // they follow each other; rows that are looked up by cp.async. Each warpgroup takes every other 64 rows of a tile and skips
-// them where they are nobody's. Tiles of 128 rows and 256 outs, or of 256 rows and 128 outs. For sm_90a alone.
+// them where they are nobody's. Tiles of 128 rows and 256 outs; the row tiles whose outs are gone through together share
+// weights in L2, and rows of a. For sm_90a alone.
 // Operations 2·M·N·K; floor at 790 TFLOP/s (H200), North, 8192 rows: qkv 217 us, o 174 us, gate_up of 65536 pairs 522 us,
-// down 261 us (and 128 us to write its 537 MB at 4.2 TB/s).
+// down 261 us (and 128 us to write its 537 MB at 4.2 TB/s). Measured (H200, events, 2026-11-30): 232, 186, 707 and 419 us, so
+// 94, 94, 74 and 62 % of the floor. For 2048 rows gate_up 264 and down 167 us, where the weights alone take 192 and 96 us.
+// Command A+, 8192 rows: qkv 1614 us, o 1437 us, 97 %; gate_up 8.84 ms, down 5.39 ms, 63 and 52 %.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 #ifndef BULK_STAGES
@@ -16,7 +19,7 @@
 #define BULK_THREADS 384
 // Row tiles whose outs are gone through together: what they share stays in L2.
 #ifndef BULK_TOGETHER
-#define BULK_TOGETHER 16
+#define BULK_TOGETHER 8
 #endif
 
 struct GemmBulkParams {
@@ -48,10 +51,8 @@ __device__ __forceinline__ float quick_sigmoid(float v) {
     return result;
 }
 
-// PAIRED: two blocks of a cluster take the two halves of 2 · BM rows, and each brings half of their weights to both.
-template <int BM, int BN, bool GATED, bool PAIRED>
+template <int BM, int BN, bool GATED>
 struct Bulk {
-    static constexpr u32 ROWS = PAIRED ? 2 * BM : BM;
     static constexpr u32 OUTS = GATED ? BN / 2 : BN;
     static constexpr u32 A_BYTES = BM * 128, STAGE_BYTES = (BM + BN) * 128;
     const GemmBulkParams& params;
@@ -59,12 +60,9 @@ struct Bulk {
     u32 stages;
     u32 barriers; // full, then empty ones
     u32 outs;
-    u32 row_tiles; // of the block, or of the pair
+    u32 row_tiles;
     u32 out_tiles;
     u32 steps;
-    u32 rank; // in the pair
-    u32 first; // tile of this block, and from one to the next
-    u32 stride;
 
     __device__ __forceinline__ u32 full(u32 stage) const { return barriers + stage * 8; }
     __device__ __forceinline__ u32 empty(u32 stage) const { return barriers + (BULK_STAGES + stage) * 8; }
@@ -79,10 +77,10 @@ struct Bulk {
     template <bool GATHERED>
     __device__ __forceinline__ void bring() const {
         u32 thread = threadIdx.x, stage = 0, parity = 1;
-        for (u32 i = first; i < row_tiles * out_tiles; i += stride) {
+        for (u32 i = blockIdx.x; i < row_tiles * out_tiles; i += gridDim.x) {
             u32 row_tile, out_tile;
             place(i, row_tile, out_tile);
-            u32 first_row = row_tile * ROWS + rank * BM;
+            u32 first_row = row_tile * BM;
             u32 w_row = (p.tile_expert ? p.tile_expert[row_tile] * p.n : 0) + out_tile * OUTS;
             u32 column = thread % 8, line = thread / 8, rows[GATHERED ? BM / 16 : 1];
             if (GATHERED) {
@@ -100,12 +98,8 @@ struct Bulk {
                     barrier_expect(full(stage), GATHERED ? BN * 128 : STAGE_BYTES);
                     constexpr u32 HALF = BN * 64;
                     u32 other = w_row + (GATED ? outs : BN / 2);
-                    if (PAIRED) {
-                        copy_box_to(w + rank * HALF, params.w, step * BK, rank ? other : w_row, full(stage), 3);
-                    } else {
-                        copy_box(w, params.w, step * BK, w_row, full(stage));
-                        copy_box(w + HALF, params.w, step * BK, other, full(stage));
-                    }
+                    copy_box(w, params.w, step * BK, w_row, full(stage));
+                    copy_box(w + HALF, params.w, step * BK, other, full(stage));
                     if (!GATHERED) {
 #pragma unroll
                         for (int n = 0; n < BM / 128; n++) copy_box(a + n * 128 * 128, params.a, step * BK, first_row + n * 128, full(stage));
@@ -125,14 +119,9 @@ struct Bulk {
         }
     }
 
-    // This warp has done with a stage; whoever writes to it hears of it.
+    // This warp has done with a stage.
     __device__ __forceinline__ void leave(u32 stage) const {
-        u32 lane = threadIdx.x % WARP;
-        if (PAIRED) {
-            if (lane < 2) barrier_arrive_at(empty(stage), lane);
-        } else if (lane == 0) {
-            barrier_arrive(empty(stage));
-        }
+        if (threadIdx.x % WARP == 0) barrier_arrive(empty(stage));
     }
 
     // A tile's products for COUNT times 64 rows of this warpgroup.
@@ -215,12 +204,12 @@ struct Bulk {
     __device__ __forceinline__ void multiply_all() const {
         u32 lane = threadIdx.x % WARP, warp = threadIdx.x % 128 / WARP, group = alike(threadIdx.x / 128 - 1);
         u32 stage = 0, parity = 0;
-        for (u32 i = first; i < row_tiles * out_tiles; i += stride) {
+        for (u32 i = blockIdx.x; i < row_tiles * out_tiles; i += gridDim.x) {
             u32 row_tile, out_tile;
             place(i, row_tile, out_tile);
             // Rows that are nobody's come last.
             auto some = [&](u32 place) { return p.sorted ? p.sorted[place] != NO_PAIR : place < p.m; };
-            u32 first_row = row_tile * ROWS + rank * BM + group * 64, count = 0;
+            u32 first_row = row_tile * BM + group * 64, count = 0;
 #pragma unroll
             for (int n = 0; n < BM / 128; n++) count += some(first_row + n * 128);
             count = alike(count);
@@ -248,26 +237,22 @@ struct Bulk {
     }
 };
 
-template <int BM, int BN, bool GATED, bool GATHERED, bool PAIRED>
+template <int BM, int BN, bool GATED, bool GATHERED>
 __device__ __forceinline__ void gemm_bulk(const GemmBulkParams& params) {
     extern __shared__ unsigned char memory[];
     __shared__ __align__(8) u64 barriers[2 * BULK_STAGES];
     const GemmParams& p = params.gemm;
-    using Tiles = Bulk<BM, BN, GATED, PAIRED>;
+    using Tiles = Bulk<BM, BN, GATED>;
     u32 outs = GATED ? p.n / 2 : p.n;
     if (threadIdx.x < BULK_STAGES) {
         barrier_init(shared_address(barriers + threadIdx.x), GATHERED ? 129 : 1);
-        barrier_init(shared_address(barriers + BULK_STAGES + threadIdx.x), PAIRED ? 16 : 8);
+        barrier_init(shared_address(barriers + BULK_STAGES + threadIdx.x), 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         shared_written();
     }
     await_inputs();
-    if (PAIRED) {
-        meet_cluster();
-    } else {
-        __syncthreads();
-    }
-    u32 row_tiles = alike(p.tiles ? *p.tiles : (p.m + Tiles::ROWS - 1) / Tiles::ROWS);
+    __syncthreads();
+    u32 row_tiles = alike(p.tiles ? *p.tiles : (p.m + BM - 1) / BM);
     const Tiles tiles = {params,
                          p,
                          (shared_address(memory) + 1023) & ~1023u,
@@ -275,10 +260,7 @@ __device__ __forceinline__ void gemm_bulk(const GemmBulkParams& params) {
                          outs,
                          row_tiles,
                          (outs + Tiles::OUTS - 1) / Tiles::OUTS,
-                         (p.k + BK - 1) / BK,
-                         PAIRED ? rank_in_cluster() : 0,
-                         PAIRED ? blockIdx.x / 2 : blockIdx.x,
-                         PAIRED ? gridDim.x / 2 : gridDim.x};
+                         (p.k + BK - 1) / BK};
     if (threadIdx.x < 128) {
         FEWER_REGISTERS(72);
         if (GATHERED || threadIdx.x == 0) tiles.template bring<GATHERED>();
@@ -286,21 +268,12 @@ __device__ __forceinline__ void gemm_bulk(const GemmBulkParams& params) {
         MORE_REGISTERS(216);
         tiles.template multiply_all<GATHERED>();
     }
-    // The other block may still write here, or hear of it.
-    if (PAIRED) {
-        __syncwarp();
-        meet_cluster();
-    }
 }
 
-#define BULK_KERNEL(name, BM, BN, GATED, GATHERED, PAIRED, ATTRIBUTES)                                                   \
-    extern "C" __global__ void __launch_bounds__(BULK_THREADS, 1) ATTRIBUTES name(const __grid_constant__ GemmBulkParams params) { \
-        gemm_bulk<BM, BN, GATED, GATHERED, PAIRED>(params);                                                              \
-    }
-BULK_KERNEL(gemm_bulk_plain, 128, 256, false, false, false, )
-BULK_KERNEL(gemm_bulk_gated, 128, 256, true, true, false, )
-BULK_KERNEL(gemm_tall_plain, 256, 128, false, false, false, )
-BULK_KERNEL(gemm_tall_gated, 256, 128, true, true, false, )
-BULK_KERNEL(gemm_pair_plain, 128, 256, false, false, true, __cluster_dims__(2, 1, 1))
-BULK_KERNEL(gemm_pair_gated, 128, 256, true, true, true, __cluster_dims__(2, 1, 1))
+extern "C" __global__ void __launch_bounds__(BULK_THREADS, 1) gemm_bulk_plain(const __grid_constant__ GemmBulkParams params) {
+    gemm_bulk<128, 256, false, false>(params);
+}
+extern "C" __global__ void __launch_bounds__(BULK_THREADS, 1) gemm_bulk_gated(const __grid_constant__ GemmBulkParams params) {
+    gemm_bulk<128, 256, true, true>(params);
+}
 #endif

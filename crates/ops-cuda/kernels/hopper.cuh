@@ -48,32 +48,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 colum
         : "memory");
 }
 
-// To all blocks of the cluster in `blocks`, at the same place of each, which each one's barrier there hears of.
-__device__ __forceinline__ void copy_box_to(u32 to, const TensorMap& map, u32 column, u32 row, u32 barrier, u16 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-        : "memory");
-}
-
-__device__ __forceinline__ u32 rank_in_cluster() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// An arrival at the barrier that another block of the cluster has at this place.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
-        ::"r"(barrier), "r"(rank)
-        : "memory");
-}
-
-__device__ __forceinline__ void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 #define FEWER_REGISTERS(n) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n))
 #define MORE_REGISTERS(n) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n))
 

@@ -14,8 +14,9 @@ use crate::kernels::{Address, GemmBulkParams, GemmParams};
 
 /// Numbers of bf16 in the 128 bytes that one copy takes of a row.
 pub(crate) const COPIED: u32 = 64;
-/// Rows of a that one copy takes.
-const COPIED_ROWS: u32 = 128;
+/// Rows of a, and rows of w, of a tile.
+pub(crate) const BULK_ROWS: u32 = 128;
+pub(crate) const BULK_OUTS: u32 = 256;
 /// Threads of a block: one warpgroup brings, two multiply.
 const THREADS: u32 = 384;
 /// Bytes of shared memory: four stages of (128 + 256) × 64 bf16, and room to align them.
@@ -74,12 +75,6 @@ impl TensorMap {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BulkTiles {
     functions: [Function; 2],
-    /// Rows of a that a block, or a pair of blocks, takes.
-    pub(crate) rows: u32,
-    /// Rows of w.
-    outs: u32,
-    /// Blocks that share a tile of w.
-    blocks: u32,
 }
 
 /// What a product is of.
@@ -99,39 +94,24 @@ pub(crate) struct BulkProduct {
 }
 
 impl BulkTiles {
-    /// Blocks of 128 rows and 256 outs.
-    pub(crate) fn single(module: &Module) -> Result<Self, Error> {
-        Self::load(module, ["gemm_bulk_plain", "gemm_bulk_gated"], (128, 256, 1))
-    }
-
-    /// Pairs of blocks of as much, which share weights.
-    pub(crate) fn pair(module: &Module) -> Result<Self, Error> {
-        Self::load(module, ["gemm_pair_plain", "gemm_pair_gated"], (256, 256, 2))
-    }
-
-    fn load(module: &Module, names: [&str; 2], (rows, outs, blocks): (u32, u32, u32)) -> Result<Self, Error> {
-        let functions = [module.function(names[0])?, module.function(names[1])?];
+    pub(crate) fn load(module: &Module) -> Result<Self, Error> {
+        let functions = [module.function("gemm_bulk_plain")?, module.function("gemm_bulk_gated")?];
         functions.into_iter().try_for_each(|function| function.allow_shared(SHARED))?;
-        Ok(Self { functions, rows, outs, blocks })
+        Ok(Self { functions })
     }
 
-    /// Tiles of `rows` rows and `outs` outs, in blocks.
-    pub(crate) const fn blocks(&self, rows: u32, outs: u32) -> u32 {
-        rows.div_ceil(self.rows) * outs.div_ceil(self.outs) * self.blocks
-    }
-
-    pub(crate) fn launch(&self, device: &Device, product: &BulkProduct) -> Result<(), Error> {
+    pub(crate) fn launch(self, device: &Device, product: &BulkProduct) -> Result<(), Error> {
         let &BulkProduct { gemm, gated, row_tiles, a_rows, w_rows, c_by_place } = product;
         let k = gemm.k as usize;
         let params = GemmBulkParams {
             gemm,
             c_by_place: u32::from(c_by_place),
-            w: TensorMap::new(gemm.w, [k, w_rows], [COPIED, self.outs / 2])?,
-            a: TensorMap::new(gemm.a, [k, a_rows], [COPIED, COPIED_ROWS])?,
+            // Half a tile's rows of w in a copy: those of the gates, then those of the ups, where there are both.
+            w: TensorMap::new(gemm.w, [k, w_rows], [COPIED, BULK_OUTS / 2])?,
+            a: TensorMap::new(gemm.a, [k, a_rows], [COPIED, BULK_ROWS])?,
         };
         // As many as the card holds at once; each takes one tile after the other.
-        let room = device.multiprocessors / self.blocks;
-        let blocks = room.min(row_tiles * gemm.n.div_ceil(self.outs)) * self.blocks;
+        let blocks = device.multiprocessors.min(row_tiles * gemm.n.div_ceil(BULK_OUTS));
         let grid = Grid { blocks: (blocks, 1, 1), threads: THREADS, shared: SHARED };
         device.launch_early(self.functions[usize::from(gated)], grid, &params)
     }

@@ -445,8 +445,8 @@ pub(crate) struct Tiles {
     pub(crate) add_shares: Function,
     /// By expert, plain and gated, in tiles of 32 and of 64 rows.
     pub(crate) grouped: [[SharedTiles; 2]; 2],
-    /// Dense, and by expert; Hopper alone has them.
-    pub(crate) wide: Option<[BulkTiles; 2]>,
+    /// Dense or by expert, for very many rows; Hopper alone has them.
+    pub(crate) bulk: Option<BulkTiles>,
     /// For 8, 16, 32 and 64 rows.
     pub(crate) skinny: [Function; 4],
     pub(crate) expert_up: Function,
@@ -455,10 +455,7 @@ pub(crate) struct Tiles {
 
 impl Tiles {
     fn load(gemm: &Module, skinny: &Module, experts: &Module, arch: &str) -> Result<Self, Error> {
-        let wide = match arch {
-            HOPPER => Some([BulkTiles::pair(gemm)?, BulkTiles::single(gemm)?]),
-            _ => None,
-        };
+        let bulk = if arch == HOPPER { Some(BulkTiles::load(gemm)?) } else { None };
         let load = |name, rows| SharedTiles::load(gemm, name, rows);
         let grouped = [
             [load("gemm32", 32)?, load("gemm32_gated", 32)?],
@@ -474,7 +471,7 @@ impl Tiles {
         skinny[3].allow_shared(tiles_shared(32, 64))?;
         let (expert_up, expert_down) =
             (experts.function("expert_up_tiles")?, experts.function("expert_down_tiles")?);
-        Ok(Self { gemm, add_shares, grouped, wide, skinny, expert_up, expert_down })
+        Ok(Self { gemm, add_shares, grouped, bulk, skinny, expert_up, expert_down })
     }
 }
 

@@ -7,7 +7,7 @@ use types::DType;
 
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
-use crate::bulk::BulkProduct;
+use crate::bulk::{BULK_ROWS, BulkProduct};
 use crate::device::{Grid, Tiles};
 use crate::kernels::{
     Address, CombineParams, ExpertDownParams, ExpertDownTilesParams, ExpertUpParams, GemmParams, GroupParams,
@@ -25,7 +25,7 @@ const FEW_PAIRS: usize = 8;
 const FEW_ROWS: usize = 256;
 /// Pairs of an expert, on average, from which tiles of 64 rows pay, and the warpgroup tiles.
 const LARGE_PAIRS: usize = 24;
-const WIDE_PAIRS: usize = 64;
+const BULK_PAIRS: usize = 64;
 /// Pairs that are grouped by one block; of more, those of each of several.
 const GROUP_ALONE: usize = 8192;
 const GROUP_EACH: usize = 2048;
@@ -275,9 +275,9 @@ impl CudaBackend {
     fn grouped(&self, x: &Tensor, routed: &Routed, stack: &Stack, kernels: Tiles) -> Result<Tensor, Error> {
         const OP: &str = "routed_experts";
         let pairs = routed.rows * routed.top_k;
-        let wide = kernels.wide.map(|[_, wide]| wide).filter(|_| pairs >= WIDE_PAIRS * stack.local as usize);
+        let bulk = kernels.bulk.filter(|_| pairs >= BULK_PAIRS * stack.local as usize);
         let [plain, gated] = kernels.grouped[usize::from(pairs >= LARGE_PAIRS * stack.local as usize)];
-        let tile = wide.map_or(plain.rows, |wide| wide.rows) as usize;
+        let tile = if bulk.is_some() { BULK_ROWS } else { plain.rows } as usize;
         // Each expert fills its last tile at most by itself.
         let tiles = pairs / tile + (stack.local as usize).min(pairs);
         let sorted = Piece::new(self.device(), tiles * tile * WORD)?;
@@ -325,10 +325,10 @@ impl CudaBackend {
         let local = stack.local as usize;
         // Rows of pairs that other ranks compute, and places of nobody, hold whatever was there; nothing reads what
         // comes of them.
-        let activated = self.tensor(if wide.is_some() { places } else { pairs }, stack.inter as usize)?;
+        let activated = self.tensor(if bulk.is_some() { places } else { pairs }, stack.inter as usize)?;
         let product = GemmParams { c: activated.address(), ..product };
-        match wide {
-            Some(wide) => {
+        match bulk {
+            Some(bulk) => {
                 let product = BulkProduct {
                     gemm: product,
                     gated: true,
@@ -337,7 +337,7 @@ impl CudaBackend {
                     w_rows: local * product.n as usize,
                     c_by_place: true,
                 };
-                wide.launch(self.device(), &product)?;
+                bulk.launch(self.device(), &product)?;
             }
             None => gated.launch(self.device(), (tiles, product.n, 1), &product)?,
         }
@@ -352,8 +352,8 @@ impl CudaBackend {
             c_f32: 1,
             ..product
         };
-        match wide {
-            Some(wide) => {
+        match bulk {
+            Some(bulk) => {
                 let product = BulkProduct {
                     gemm: product,
                     gated: false,
@@ -362,7 +362,7 @@ impl CudaBackend {
                     w_rows: local * product.n as usize,
                     c_by_place: false,
                 };
-                wide.launch(self.device(), &product)?;
+                bulk.launch(self.device(), &product)?;
             }
             None => plain.launch(self.device(), (tiles, product.n, 1), &product)?,
         }

@@ -6,7 +6,7 @@ use types::{DType, TokenId};
 
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
-use crate::bulk::BulkProduct;
+use crate::bulk::{BULK_OUTS, BULK_ROWS, BulkProduct};
 use crate::device::{Grid, TILE_OUTS, Tiles, tiles_shared};
 use crate::kernels::{GemmParams, LargestParams, ResidualNormParams, SharesParams, SkinnyParams};
 use crate::tensor::{Tensor, Weight, size};
@@ -95,19 +95,19 @@ impl CudaBackend {
             c_f32: params.y_f32,
         };
         // The warpgroup tiles pay where they occupy most of the card.
-        let occupied = |blocks: u32| 4 * blocks >= 3 * self.device().multiprocessors;
-        let wide = tiles.wide.map(|[dense, _]| dense);
-        match wide.filter(|wide| occupied(wide.blocks(rows, outs)) && rows > 64 && outs.is_multiple_of(8)) {
-            Some(wide) => {
+        let row_tiles = rows.div_ceil(BULK_ROWS);
+        let occupied = 4 * row_tiles * outs.div_ceil(BULK_OUTS) >= 3 * self.device().multiprocessors;
+        match tiles.bulk.filter(|_| occupied && rows > 64 && outs.is_multiple_of(8)) {
+            Some(bulk) => {
                 let product = BulkProduct {
                     gemm,
                     gated: false,
-                    row_tiles: rows.div_ceil(wide.rows),
+                    row_tiles,
                     a_rows: rows as usize,
                     w_rows: outs as usize,
                     c_by_place: false,
                 };
-                Ok(wide.launch(self.device(), &product)?)
+                Ok(bulk.launch(self.device(), &product)?)
             }
             None => self.shared_tiles(tiles, gemm),
         }
