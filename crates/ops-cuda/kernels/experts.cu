@@ -5,6 +5,7 @@
 // (down), so a step of one row reads each chosen expert once. Bytes of a row: 3·k·I·H of weights; North (k 8, I 768,
 // H 2048, bf16): 75 MB a layer, floor 22.5 us on an H100 at 3.35 TB/s; Command A+ (k 8, I 4096, H 4096): 805 MB, 240 us.
 // For 3 to 256 rows expert_up_tiles and expert_down_tiles read each touched expert once; more rows are grouped for gemm.cu.
+// Grouping 8192 rows (H200, events, 2026-11-30): one block 77.6 us, several 17.7 us.
 // Measured (North, one row, ncu with cold caches, 2026-11-24): H200 expert_up 18.5 us, expert_down 11.1 us, router 9.4 us;
 // H100 23.4, 13.6 and 10.2 us. For 8192 rows on an H100: group_pairs 77 us (one block), combine 217 us (the bytes' floor).
 // All launches of a layer's routed experts (H200, cohort bench kernels, 2026-11-24): 64 rows 331 us, 87 % of the floor
@@ -413,26 +414,44 @@ struct GroupParams {
     u32 first;
     u32 local;
     u32 tile; // slots of one tile; each expert starts a new one
+    u32* starts;  // [blocks, local]: where the pairs of each block go (count_pairs, place_pairs)
+    u32* arrived; // [1], zero (count_pairs)
 };
 
 #define NO_PAIR 0xffffffffu
 
-// The pairs of this rank's experts, as many on their way at once as a thread can hold.
-template <class Each>
-__device__ __forceinline__ void for_each_pair(const GroupParams& p, Each each) {
-    constexpr u32 FLIGHT_PAIRS = 16;
-    for (u32 first = threadIdx.x; first < p.pairs; first += FLIGHT_PAIRS * blockDim.x) {
+// The pairs of this rank's experts from `from` up to `to`, FLIGHT of them on their way at once.
+template <int FLIGHT_PAIRS, class Each>
+__device__ __forceinline__ void for_each_pair(const GroupParams& p, u32 from, u32 to, Each each) {
+    for (u32 first = from + threadIdx.x; first < to; first += FLIGHT_PAIRS * blockDim.x) {
         u32 experts[FLIGHT_PAIRS];
 #pragma unroll
         for (u32 i = 0; i < FLIGHT_PAIRS; i++) {
             u32 pair = first + i * blockDim.x;
-            experts[i] = pair < p.pairs ? p.experts[pair] : NONE;
+            experts[i] = pair < to ? p.experts[pair] : NONE;
         }
 #pragma unroll
         for (u32 i = 0; i < FLIGHT_PAIRS; i++) {
             if (experts[i] >= p.first && experts[i] - p.first < p.local) each(experts[i] - p.first, first + i * blockDim.x);
         }
     }
+}
+
+// Where each expert's slots start, from its count: one warp.
+__device__ __forceinline__ void start_tiles(const GroupParams& p, const u32* counts, u32* starts) {
+    if (threadIdx.x >= WARP) return;
+    u32 before = 0;
+    for (u32 first = 0; first < p.local; first += WARP) {
+        u32 e = first + threadIdx.x, own = e < p.local ? (counts[e] + p.tile - 1) / p.tile : 0, sum = own;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            u32 left = __shfl_up_sync(ALL, sum, step);
+            if (threadIdx.x >= step) sum += left;
+        }
+        if (e < p.local) starts[e] = (before + sum - own) * p.tile;
+        before += __shfl_sync(ALL, sum, WARP - 1);
+    }
+    if (threadIdx.x == 0) *p.tiles = before;
 }
 
 // Pairs by expert, one block: counts in shared memory, offsets by one warp, then a scatter. The order inside an
@@ -443,22 +462,9 @@ extern "C" __global__ void __launch_bounds__(1024) group_pairs(const GroupParams
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) counts[e] = 0;
     await_inputs();
     __syncthreads();
-    for_each_pair(p, [&](u32 expert, u32) { atomicAdd(&counts[expert], 1u); });
+    for_each_pair<16>(p, 0, p.pairs, [&](u32 expert, u32) { atomicAdd(&counts[expert], 1u); });
     __syncthreads();
-    if (threadIdx.x < WARP) {
-        u32 before = 0;
-        for (u32 first = 0; first < p.local; first += WARP) {
-            u32 e = first + threadIdx.x, own = e < p.local ? (counts[e] + p.tile - 1) / p.tile : 0, sum = own;
-#pragma unroll
-            for (int step = 1; step < WARP; step *= 2) {
-                u32 left = __shfl_up_sync(ALL, sum, step);
-                if (threadIdx.x >= step) sum += left;
-            }
-            if (e < p.local) starts[e] = (before + sum - own) * p.tile;
-            before += __shfl_sync(ALL, sum, WARP - 1);
-        }
-        if (threadIdx.x == 0) *p.tiles = before;
-    }
+    start_tiles(p, counts, starts);
     __syncthreads();
     for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) {
         for (u32 i = 0; i * p.tile < counts[e]; i++) p.tile_expert[starts[e] / p.tile + i] = e;
@@ -466,7 +472,59 @@ extern "C" __global__ void __launch_bounds__(1024) group_pairs(const GroupParams
         for (u32 slot = counts[e]; slot < end; slot++) p.sorted[starts[e] + slot] = NO_PAIR;
     }
     __syncthreads();
-    for_each_pair(p, [&](u32 expert, u32 pair) { p.sorted[atomicAdd(&starts[expert], 1u)] = pair; });
+    for_each_pair<16>(p, 0, p.pairs, [&](u32 expert, u32 pair) { p.sorted[atomicAdd(&starts[expert], 1u)] = pair; });
+}
+
+// The same in two launches of many blocks, each with pairs of its own, for very many pairs. The first counts; its last
+// block finds where each expert's slots start, and those of each block in them.
+extern "C" __global__ void __launch_bounds__(1024) count_pairs(const GroupParams p) {
+    extern __shared__ u32 shared[];
+    u32 *counts = shared, *starts = shared + p.local;
+    for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) counts[e] = 0;
+    await_inputs();
+    __syncthreads();
+    u32 each = (p.pairs + gridDim.x - 1) / gridDim.x, from = min(blockIdx.x * each, p.pairs);
+    for_each_pair<4>(p, from, min(from + each, p.pairs), [&](u32 expert, u32) { atomicAdd(&counts[expert], 1u); });
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) p.starts[blockIdx.x * p.local + e] = counts[e];
+    if (!last_to_arrive(p.arrived, gridDim.x)) return;
+    auto of_block = [&](u32 block, u32 e) {
+        u32 v;
+        asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p.starts + block * p.local + e) : "memory");
+        return v;
+    };
+    for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) {
+        u32 sum = 0;
+#pragma unroll 8
+        for (u32 block = 0; block < gridDim.x; block++) sum += of_block(block, e);
+        counts[e] = sum;
+    }
+    __syncthreads();
+    start_tiles(p, counts, starts);
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) {
+        u32 at = starts[e];
+#pragma unroll 8
+        for (u32 block = 0; block < gridDim.x; block++) {
+            u32 own = of_block(block, e);
+            p.starts[block * p.local + e] = at;
+            at += own;
+        }
+        for (u32 i = 0; i * p.tile < counts[e]; i++) p.tile_expert[starts[e] / p.tile + i] = e;
+    }
+    for (u32 i = threadIdx.x; i < p.local * p.tile; i += blockDim.x) {
+        u32 e = i / p.tile, slot = counts[e] + i % p.tile;
+        if (slot < (counts[e] + p.tile - 1) / p.tile * p.tile) p.sorted[starts[e] + slot] = NO_PAIR;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) place_pairs(const GroupParams p) {
+    extern __shared__ u32 shared[];
+    await_inputs();
+    for (u32 e = threadIdx.x; e < p.local; e += blockDim.x) shared[e] = p.starts[blockIdx.x * p.local + e];
+    __syncthreads();
+    u32 each = (p.pairs + gridDim.x - 1) / gridDim.x, from = min(blockIdx.x * each, p.pairs);
+    for_each_pair<4>(p, from, min(from + each, p.pairs), [&](u32 expert, u32 pair) { p.sorted[atomicAdd(&shared[expert], 1u)] = pair; });
 }
 
 struct CombineParams {

@@ -53,7 +53,7 @@ impl Activations {
         let attention = rows * 3 * self.qkv + split;
         let dense = rows * 3 * self.intermediate;
         let pair = 3 * self.expert_intermediate + self.hidden + 4;
-        let tiles = 129 * self.experts.min(rows * self.top_k);
+        let tiles = 257 * self.experts.min(rows * self.top_k);
         let expert_row = self.experts + self.top_k * (pair + 3);
         let experts = rows.max(self.exchanged_rows) * expert_row + tiles + self.exchange();
         let branches =

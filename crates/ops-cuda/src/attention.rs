@@ -4,8 +4,9 @@ use ops::{Error, KvLayerSpec, Rope, Window};
 use types::DType;
 
 use crate::backend::CudaBackend;
+use crate::bulk::{COPIED, TensorMap};
 use crate::device::{Function, Grid, Module};
-use crate::kernels::{Address, AppendParams, AttendParams, Source};
+use crate::kernels::{Address, AppendParams, AttendParams, AttendWideParams, Source};
 use crate::memory::Resident;
 use crate::step::TILE_ROWS;
 use crate::tensor::{Tensor, size};
@@ -26,6 +27,13 @@ const SHARED_ANGLE_ROWS: usize = 64;
 const FIRST_COUNTER: usize = 1;
 /// Blocks per multiprocessor that keep memory busy.
 const BLOCKS_EACH: u32 = 4;
+/// Keys of a step of `attend_wide`, and stages on their way; a multiple of how many heads it takes together.
+const WIDE_KEYS: u32 = 128;
+const WIDE_STAGES: usize = 2;
+const WIDE_HEADS: usize = 4;
+/// Keys of one copy: a swizzled group of rows at least.
+const WIDE_CHUNK_MIN: u32 = 8;
+const WIDE_CHUNK_MAX: u32 = 64;
 /// Numbers of a head that one lane holds at most, times the lanes of a warp.
 const HEAD_DIM_MAX: usize = 512;
 
@@ -85,6 +93,8 @@ pub(crate) struct AttentionKernels {
     attend: Function,
     /// On the tensor cores, for heads they can take: single tokens, and prompts.
     tiles: Option<[Function; 2]>,
+    /// Prompts on Hopper's warpgroup tensor cores.
+    wide: Option<Function>,
     merge: Function,
     _module: Module,
 }
@@ -115,6 +125,13 @@ impl AttentionKernels {
             None
         };
         Ok(Self {
+            wide: if tiles.is_some() && backend.device().is_hopper() && group.is_multiple_of(WIDE_HEADS) {
+                let function = module.function("attend_wide")?;
+                function.allow_shared(wide_shared(head_dim, group))?;
+                Some(function)
+            } else {
+                None
+            },
             append: module.function("append")?,
             attend: module.function("attend")?,
             tiles,
@@ -133,6 +150,17 @@ fn tiled(dtype: DType, head_dim: usize) -> bool {
 fn prompt_shared(head_dim: usize, group: usize) -> u32 {
     let step_keys = if head_dim > 64 { 32 } else { 64 };
     ((TILE_ROWS * group + 2 * 2 * step_keys) * head_dim * 2) as u32
+}
+
+/// Bytes of shared memory of `attend_wide`: a tile's queries, and its stages of keys and values, aligned.
+fn wide_shared(head_dim: usize, group: usize) -> u32 {
+    ((TILE_ROWS * group + 2 * WIDE_STAGES * WIDE_KEYS as usize) * head_dim * 2 + 1024) as u32
+}
+
+/// Tokens of a block that one copy takes; `None` where the swizzle has no room for so few.
+fn chunk(block_tokens: u32) -> Option<u32> {
+    let whole = 1 << block_tokens.trailing_zeros();
+    (whole >= WIDE_CHUNK_MIN).then(|| whole.min(WIDE_CHUNK_MAX))
 }
 
 /// Base of the frequencies (its bits) and head dimension.
@@ -185,7 +213,7 @@ impl CudaBackend {
         let shares = if rows < SHARED_ANGLE_ROWS { heads } else { heads.min(4) };
         let grid = Grid::new(size("attention", rows)?, shares, threads);
         self.device().launch_early(kernels.append, grid, &append)?;
-        self.attend_ranges(kernels, &queries, &append, (shape, window))
+        self.attend_ranges(kernels, &queries, &append, (shape, window, kv))
     }
 
     /// Single tokens and prompts by kernels of their own where the tensor cores can take the heads; else a launch over
@@ -195,7 +223,7 @@ impl CudaBackend {
         kernels: &AttentionKernels,
         queries: &Tensor,
         append: &AppendParams,
-        ((d, group), window): (HeadShape, Window),
+        ((d, group), window, kv): (HeadShape, Window, &KvLayer),
     ) -> Result<Tensor, Error> {
         let rows = size("attention", queries.rows())?;
         let groups = append.query_heads / size("attention", group)?;
@@ -225,7 +253,7 @@ impl CudaBackend {
         match kernels.tiles {
             Some([token, prompt]) => {
                 self.attend_tokens(token, params, (d, groups))?;
-                self.attend_prompts(kernels, prompt, params, ((d, group), groups))?;
+                self.attend_prompts(kernels, prompt, params, (((d, group), groups), kv))?;
             }
             None => {
                 let ranges = self.ranges(rows * groups, RANGE_KEYS, params.window);
@@ -303,19 +331,44 @@ impl CudaBackend {
         kernels: &AttentionKernels,
         function: Function,
         params: AttendParams,
-        ((d, group), groups): (HeadShape, u32),
+        (((d, group), groups), kv): ((HeadShape, u32), &KvLayer),
     ) -> Result<(), Error> {
         let (tiles, count) = self.step().tiles();
         let count = size("attention", count)?;
+        if count == 0 {
+            return Ok(());
+        }
         // One or two blocks fit on a multiprocessor; a range has a few steps of keys at least.
         let wanted = (self.device().multiprocessors * 2).div_ceil((count * groups).max(1));
-        let ranges = if count == 0 { 1 } else { wanted.min(self.ranges(1, 4 * RANGE_KEYS, params.window)) };
+        let ranges = wanted.min(self.ranges(1, 4 * RANGE_KEYS, params.window));
         let params = AttendParams { rows: count * TILE_ROWS as u32, ..params };
         let parts = self.parts(&params, ranges, d)?;
         let params = AttendParams { parts: address_of(parts.as_ref()), ranges, tiles, ..params };
-        let threads = size("attention", if group % 2 == 0 { group / 2 } else { group })? * 32;
-        let grid = Grid { blocks: (count, groups, ranges), threads, shared: prompt_shared(d, group) };
-        self.device().launch(function, grid, &params)?;
+        match kernels.wide.zip(chunk(params.block_tokens)) {
+            Some((wide, chunk)) => {
+                let heads = size("attention", group)?;
+                let rows = kv.spec.blocks * kv.spec.kv_heads * params.block_tokens as usize;
+                let plane = |address| TensorMap::new(address, [d, rows], [COPIED, chunk]);
+                let queries = [d, params.query_heads as usize, self.step().rows()];
+                let wide_params = AttendWideParams {
+                    attend: params,
+                    chunk,
+                    q: TensorMap::new(params.q, queries, [COPIED, heads, TILE_ROWS as u32])?,
+                    keys: plane(params.keys)?,
+                    values: plane(params.values)?,
+                };
+                // As many blocks as the card holds at once; each takes one tile after the other.
+                let blocks = self.device().multiprocessors.min(count * groups * ranges);
+                let threads = (TILE_ROWS as u32 * heads / 64 + 1) * 128;
+                let grid = Grid { blocks: (blocks, 1, 1), threads, shared: wide_shared(d, group) };
+                self.device().launch_early(wide, grid, &wide_params)?;
+            }
+            None => {
+                let threads = size("attention", if group % 2 == 0 { group / 2 } else { group })? * 32;
+                let grid = Grid { blocks: (count, groups, ranges), threads, shared: prompt_shared(d, group) };
+                self.device().launch(function, grid, &params)?;
+            }
+        }
         if ranges > 1 {
             let grid = Grid::new(params.rows, params.query_heads, 256);
             self.device().launch(kernels.merge, grid, &params)?;

@@ -17,6 +17,7 @@ use types::{Bytes, DType};
 
 use crate::arena::FreeList;
 use crate::backend::Options;
+use crate::bulk::BulkTiles;
 use crate::cache::KernelCache;
 use crate::check::{attention_source, in_parallel};
 use crate::comm::{OpenSum, Watch};
@@ -27,6 +28,8 @@ use crate::nvrtc::Compiled;
 use crate::sampling::Sampling;
 use crate::{Error, arch, probe};
 
+/// The target whose warpgroup products and copy engine some kernels use.
+pub(crate) const HOPPER: &str = "sm_90a";
 /// The first major compute capability whose kernels can start before the one before them has ended.
 const OVERLAPPING: i32 = 9;
 /// How often a rank that waits for other cards asks whether they are well.
@@ -131,6 +134,11 @@ impl Device {
             Some((_, compiled)) => Module::of(compiled),
             None => Module::of(&self.cache.get(source, &self.arch)?),
         }
+    }
+
+    /// Whether the kernels of [`HOPPER`] alone are there.
+    pub(crate) fn is_hopper(&self) -> bool {
+        self.arch == HOPPER
     }
 
     /// Makes the context current on the calling thread.
@@ -420,9 +428,6 @@ pub(crate) const fn tiles_shared(outs: u32, rows: u32) -> u32 {
     8 * outs * rows * 4
 }
 
-/// Bytes of shared memory of the warpgroup tiles: four stages of (128 + 256) × 64 bf16, and room to align them.
-pub(crate) const WIDE_SHARED: u32 = 4 * (128 + 256) * 64 * 2 + 1024;
-
 /// Rows of w in a tensor-core tile.
 pub(crate) const TILE_OUTS: u32 = 128;
 
@@ -454,6 +459,8 @@ pub(crate) struct Kernels {
     pub(crate) expert_up: Function,
     pub(crate) expert_down: Function,
     pub(crate) group_pairs: Function,
+    /// As much in two launches.
+    pub(crate) group_many: [Function; 2],
     pub(crate) combine: Function,
     pub(crate) sampling: Sampling,
     /// bf16 alone has them.
@@ -497,8 +504,8 @@ pub(crate) struct Tiles {
     pub(crate) add_shares: Function,
     /// By expert, plain and gated, in tiles of 32 and of 64 rows.
     pub(crate) grouped: [[SharedTiles; 2]; 2],
-    /// Plain, and gated; Hopper alone has them.
-    pub(crate) wide: Option<[Function; 2]>,
+    /// Dense or by expert, for very many rows; Hopper alone has them.
+    pub(crate) bulk: Option<BulkTiles>,
     /// For 8, 16, 32 and 64 rows.
     pub(crate) skinny: [Function; 4],
     pub(crate) expert_up: Function,
@@ -507,13 +514,7 @@ pub(crate) struct Tiles {
 
 impl Tiles {
     fn load(gemm: &Module, skinny: &Module, experts: &Module, arch: &str) -> Result<Self, Error> {
-        let wide = match arch {
-            "sm_90a" => Some([gemm.function("gemm_wide_plain")?, gemm.function("gemm_wide_gated")?]),
-            _ => None,
-        };
-        for function in wide.into_iter().flatten() {
-            function.allow_shared(WIDE_SHARED)?;
-        }
+        let bulk = if arch == HOPPER { Some(BulkTiles::load(gemm)?) } else { None };
         let load = |name, rows| SharedTiles::load(gemm, name, rows);
         let grouped = [
             [load("gemm32", 32)?, load("gemm32_gated", 32)?],
@@ -529,7 +530,7 @@ impl Tiles {
         skinny[3].allow_shared(tiles_shared(32, 64))?;
         let (expert_up, expert_down) =
             (experts.function("expert_up_tiles")?, experts.function("expert_down_tiles")?);
-        Ok(Self { gemm, add_shares, grouped, wide, skinny, expert_up, expert_down })
+        Ok(Self { gemm, add_shares, grouped, bulk, skinny, expert_up, expert_down })
     }
 }
 
@@ -583,6 +584,7 @@ impl Kernels {
             expert_up: experts.function("expert_up")?,
             expert_down: experts.function("expert_down")?,
             group_pairs: experts.function("group_pairs")?,
+            group_many: [experts.function("count_pairs")?, experts.function("place_pairs")?],
             combine: experts.function("combine")?,
             sampling: Sampling::of(&sample)?,
             tiles: functions,

@@ -7,7 +7,8 @@ use types::DType;
 
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
-use crate::device::{Grid, Tiles, WIDE_SHARED};
+use crate::bulk::{BULK_ROWS, BulkProduct};
+use crate::device::{Grid, Tiles};
 use crate::kernels::{
     Address, CombineParams, ExpertDownParams, ExpertDownTilesParams, ExpertUpParams, GemmParams, GroupParams,
     RouteParams, RouterParams,
@@ -24,7 +25,10 @@ const FEW_PAIRS: usize = 8;
 const FEW_ROWS: usize = 256;
 /// Pairs of an expert, on average, from which tiles of 64 rows pay, and the warpgroup tiles.
 const LARGE_PAIRS: usize = 24;
-const WIDE_PAIRS: usize = 64;
+const BULK_PAIRS: usize = 64;
+/// Pairs that are grouped by one block; of more, those of each of several.
+const GROUP_ALONE: usize = 8192;
+const GROUP_EACH: usize = 2048;
 /// Choices of a row that the kernels have room for.
 const CHOICES_MAX: usize = 64;
 /// Warps of a block of the few-row kernels.
@@ -271,14 +275,18 @@ impl CudaBackend {
     fn grouped(&self, x: &Tensor, routed: &Routed, stack: &Stack, kernels: Tiles) -> Result<Tensor, Error> {
         const OP: &str = "routed_experts";
         let pairs = routed.rows * routed.top_k;
-        let wide = kernels.wide.filter(|_| pairs >= WIDE_PAIRS * stack.local as usize);
+        let bulk = kernels.bulk.filter(|_| pairs >= BULK_PAIRS * stack.local as usize);
         let [plain, gated] = kernels.grouped[usize::from(pairs >= LARGE_PAIRS * stack.local as usize)];
-        let tile = if wide.is_some() { 128 } else { plain.rows as usize };
+        let tile = if bulk.is_some() { BULK_ROWS } else { plain.rows } as usize;
         // Each expert fills its last tile at most by itself.
         let tiles = pairs / tile + (stack.local as usize).min(pairs);
         let sorted = Piece::new(self.device(), tiles * tile * WORD)?;
         let tile_expert = Piece::new(self.device(), tiles * WORD)?;
         let used = Piece::new(self.device(), WORD)?;
+        let blocks = pairs.div_ceil(GROUP_EACH);
+        let arrived = self.device().counters(0, 1).filter(|_| pairs > GROUP_ALONE);
+        let starts =
+            arrived.map(|_| Piece::new(self.device(), blocks * stack.local as usize * WORD)).transpose()?;
         let group = GroupParams {
             sorted: sorted.address(),
             tile_expert: tile_expert.address(),
@@ -288,9 +296,18 @@ impl CudaBackend {
             first: stack.first,
             local: stack.local,
             tile: size(OP, tile)?,
+            starts: starts.as_ref().map_or(0, Piece::address),
+            arrived: arrived.unwrap_or(0),
         };
         let grid = Grid { blocks: (1, 1, 1), threads: 1024, shared: 2 * stack.local * WORD as u32 };
-        self.device().launch_early(self.device().kernels.group_pairs, grid, &group)?;
+        if starts.is_some() {
+            let grid = Grid { blocks: (size(OP, blocks)?, 1, 1), ..grid };
+            let [count, place] = self.device().kernels.group_many;
+            self.device().launch_early(count, grid, &group)?;
+            self.device().launch_early(place, grid, &group)?;
+        } else {
+            self.device().launch_early(self.device().kernels.group_pairs, grid, &group)?;
+        }
         let product = GemmParams {
             c: 0,
             a: x.address(),
@@ -304,13 +321,24 @@ impl CudaBackend {
             a_divisor: size(OP, routed.top_k)?,
             c_f32: 0,
         };
-        let tiles = size(OP, tiles)?;
-        let large = |n: u32| Grid { blocks: (tiles, n.div_ceil(256), 1), threads: 256, shared: WIDE_SHARED };
-        // Rows of pairs that other ranks compute hold whatever was there; nothing reads what comes of them.
-        let activated = self.tensor(pairs, stack.inter as usize)?;
+        let (places, tiles) = (tiles * tile, size(OP, tiles)?);
+        let local = stack.local as usize;
+        // Rows of pairs that other ranks compute, and places of nobody, hold whatever was there; nothing reads what
+        // comes of them.
+        let activated = self.tensor(if bulk.is_some() { places } else { pairs }, stack.inter as usize)?;
         let product = GemmParams { c: activated.address(), ..product };
-        match wide {
-            Some([_, gated]) => self.device().launch_early(gated, large(product.n), &product)?,
+        match bulk {
+            Some(bulk) => {
+                let product = BulkProduct {
+                    gemm: product,
+                    gated: true,
+                    row_tiles: tiles,
+                    a_rows: x.rows(),
+                    w_rows: local * product.n as usize,
+                    c_by_place: true,
+                };
+                bulk.launch(self.device(), &product)?;
+            }
             None => gated.launch(self.device(), (tiles, product.n, 1), &product)?,
         }
         let y = Tensor::new(self.device(), pairs, stack.hidden as usize, DType::F32)?;
@@ -324,8 +352,18 @@ impl CudaBackend {
             c_f32: 1,
             ..product
         };
-        match wide {
-            Some([plain, _]) => self.device().launch_early(plain, large(product.n), &product)?,
+        match bulk {
+            Some(bulk) => {
+                let product = BulkProduct {
+                    gemm: product,
+                    gated: false,
+                    row_tiles: tiles,
+                    a_rows: places,
+                    w_rows: local * product.n as usize,
+                    c_by_place: false,
+                };
+                bulk.launch(self.device(), &product)?;
+            }
             None => plain.launch(self.device(), (tiles, product.n, 1), &product)?,
         }
         self.add_up(&y, routed, stack)

@@ -3,16 +3,19 @@
 
 use types::DType;
 
+use crate::bulk::TensorMap;
+
 /// A kernel file with its constants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
     file: &'static str,
     body: &'static str,
-    after: &'static str,
+    after: &'static [&'static str],
     defines: Vec<String>,
 }
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
+const HOPPER: &str = include_str!("../kernels/hopper.cuh");
 /// The most ranks whose cards sum through each other's memory: those of a host.
 pub(crate) const PEERS_MAX: usize = 8;
 
@@ -66,7 +69,7 @@ impl Source {
     #[must_use]
     pub fn gemm() -> Self {
         let mut source = Self::new("gemm.cu", include_str!("../kernels/gemm.cu"), DType::BF16);
-        source.after = include_str!("../kernels/gemm_wide.cu");
+        source.after = &[HOPPER, include_str!("../kernels/gemm_bulk.cu")];
         source
     }
 
@@ -75,7 +78,8 @@ impl Source {
     pub fn attention(dtype: DType, head_dim: usize, group: usize) -> Self {
         let mut source = Self::new("attention.cu", include_str!("../kernels/attention.cu"), dtype);
         source.defines.extend([format!("D={head_dim}"), format!("GROUP={group}")]);
-        source.after = include_str!("../kernels/attention_tiles.cu");
+        const TILES: &str = include_str!("../kernels/attention_tiles.cu");
+        source.after = &[TILES, HOPPER, include_str!("../kernels/attention_wide.cu")];
         source
     }
 
@@ -86,7 +90,7 @@ impl Source {
     }
 
     fn new(file: &'static str, body: &'static str, dtype: DType) -> Self {
-        Self { file, body, after: "", defines: vec![format!("BF16={}", u8::from(dtype == DType::BF16))] }
+        Self { file, body, after: &[], defines: vec![format!("BF16={}", u8::from(dtype == DType::BF16))] }
     }
 
     /// File name, for messages.
@@ -104,7 +108,7 @@ impl Source {
     /// What the compiler reads.
     #[must_use]
     pub fn text(&self) -> String {
-        [COMMON, self.body, self.after].concat()
+        [&[COMMON, self.body], self.after].concat().concat()
     }
 }
 
@@ -122,7 +126,7 @@ macro_rules! params {
         #[repr(C)]
         #[derive(Debug, Clone, Copy)]
         pub(crate) struct $name { $(pub(crate) $field: $kind),* }
-        // SAFETY: `repr(C)` over integers and floats, in the order of the `.cu` file.
+        // SAFETY: `repr(C)` over integers and floats or such structs, in the order of the `.cu` file.
         unsafe impl Params for $name {}
     )*};
 }
@@ -151,6 +155,7 @@ params! {
         c: Address, a: Address, w: Address, sorted: Address, tile_expert: Address, tiles: Address,
         m: u32, n: u32, k: u32, a_divisor: u32, c_f32: u32,
     }
+    GemmBulkParams { gemm: GemmParams, c_by_place: u32, w: TensorMap, a: TensorMap }
     SharesParams { c: Address, parts: Address, count: u32, shares: u32, c_f32: u32 }
     RouteParams {
         experts: Address, weights: Address, logits: Address,
@@ -187,7 +192,7 @@ params! {
     }
     GroupParams {
         sorted: Address, tile_expert: Address, tiles: Address, experts: Address,
-        pairs: u32, first: u32, local: u32, tile: u32,
+        pairs: u32, first: u32, local: u32, tile: u32, starts: Address, arrived: Address,
     }
     CombineParams {
         out: Address, y: Address, experts: Address, weights: Address,
@@ -204,4 +209,5 @@ params! {
         query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32, rows: u32,
         singles: Address, tiles: Address, arrived: Address,
     }
+    AttendWideParams { attend: AttendParams, chunk: u32, q: TensorMap, keys: TensorMap, values: TensorMap }
 }

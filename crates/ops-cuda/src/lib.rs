@@ -15,6 +15,7 @@ mod arch;
 mod arena;
 mod attention;
 mod backend;
+mod bulk;
 mod cache;
 mod check;
 mod comm;

@@ -4,7 +4,8 @@ use ops::{Error, Norm};
 use types::DType;
 
 use crate::backend::CudaBackend;
-use crate::device::{Grid, TILE_OUTS, Tiles, WIDE_SHARED, tiles_shared};
+use crate::bulk::{BULK_OUTS, BULK_ROWS, BulkProduct};
+use crate::device::{Grid, TILE_OUTS, Tiles, tiles_shared};
 use crate::kernels::{GemmParams, ResidualNormParams, SharesParams, SkinnyParams, SumParams, SwigluParams};
 use crate::tensor::{Tensor, Weight, size};
 
@@ -90,13 +91,19 @@ impl CudaBackend {
             c_f32: params.y_f32,
         };
         // The warpgroup tiles pay where they occupy most of the card.
-        let blocks = (rows.div_ceil(128), outs.div_ceil(256), 1);
-        let occupied = 4 * blocks.0 * blocks.1 >= 3 * self.device().multiprocessors;
-        let wide = tiles.wide.filter(|_| occupied && rows > 64 && outs.is_multiple_of(8));
-        match wide {
-            Some([plain, _]) => {
-                let grid = Grid { blocks, threads: 256, shared: WIDE_SHARED };
-                Ok(self.device().launch_early(plain, grid, &gemm)?)
+        let row_tiles = rows.div_ceil(BULK_ROWS);
+        let occupied = 4 * row_tiles * outs.div_ceil(BULK_OUTS) >= 3 * self.device().multiprocessors;
+        match tiles.bulk.filter(|_| occupied && rows > 64 && outs.is_multiple_of(8)) {
+            Some(bulk) => {
+                let product = BulkProduct {
+                    gemm,
+                    gated: false,
+                    row_tiles,
+                    a_rows: rows as usize,
+                    w_rows: outs as usize,
+                    c_by_place: false,
+                };
+                Ok(bulk.launch(self.device(), &product)?)
             }
             None => self.shared_tiles(tiles, gemm),
         }

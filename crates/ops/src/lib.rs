@@ -9,14 +9,16 @@ mod candidates;
 pub mod conformance;
 mod dummy;
 mod error;
+mod experts;
 mod host;
 mod on_host;
 pub mod sample;
 
-pub use backend::{Backend, ExpertOwners, ExpertSlots, KvLayerSpec, Norm, Rope, Routing, Scoring, Window};
+pub use backend::{Backend, KvLayerSpec, Norm, Rope, Routing, Scoring, Window};
 pub use batch::{Batch, BatchSequence, Fed};
 pub use dummy::{Dummy, DummyBand, DummyPiece, chosen, dummy_unit};
 pub use error::Error;
+pub use experts::{ExpertOwners, ExpertSlots};
 pub use host::{HostBytes, HostMemory, HostPart, HostTensor, WeightParts};
 pub use on_host::{draw_rows, joined};
 pub use types::{BlockTable, KvGroup};
