@@ -61,7 +61,7 @@ impl Source {
     #[must_use]
     pub fn sample(dtype: DType) -> Self {
         let mut source = Self::new("sample.cu", include_str!("../kernels/sample.cu"), dtype);
-        source.after = include_str!("../kernels/sample_cut.cu");
+        source.after = &[include_str!("../kernels/sample_cut.cu")];
         source
     }
 
