@@ -11,7 +11,7 @@ use collectives::{Collective, Counters, Error, InProcess};
 use golden::{CASES, Golden, load};
 use model::{Checkpoint, Files, KvBudget, Model, Parts, ShardPlan};
 use ops::conformance::Random;
-use ops::sample::{Choice, Logits, Plain};
+use ops::sample::{Ask, Choice, Plain, Recipe};
 use ops::{Batch, BatchSequence, BlockTable, Fed};
 use ops_cpu::{CpuBackend, HostCollective, Tensor};
 use types::{BlockId, BlockSize, DType, Dispatch, ExpertSharding, Position, TokenId, TpRank, TpSize};
@@ -20,8 +20,8 @@ const SEED: u64 = 77;
 const SEQUENCES: usize = 3;
 const BLOCKS_EACH: u32 = 16;
 const STEPS: usize = 20;
-/// The row whose logits go to the host in every third step.
-const LEFT: usize = 1;
+/// The row that has a rule.
+const RULED: usize = 1;
 
 /// A collective on the host that says of itself what one between cards says: that its operations are queued.
 struct Queued(HostCollective<InProcess>);
@@ -123,7 +123,7 @@ impl Rank {
         let prompts: Vec<Vec<TokenId>> = (0..SEQUENCES)
             .map(|sequence| (0..4 + sequence).map(|_| TokenId(below(vocab) as u32)).collect())
             .collect();
-        for step in 0..STEPS {
+        for _ in 0..STEPS {
             let mut batch = Batch::default();
             for (sequence, prompt) in prompts.iter().enumerate() {
                 match said.last() {
@@ -136,36 +136,26 @@ impl Rank {
                     Some(before) => self.add(&mut batch, sequence, &[before[sequence]]),
                 }
             }
-            let how: Vec<Option<Plain>> = (0..SEQUENCES)
-                .map(|row| {
-                    let temperature = if row == 0 { 0.0 } else { 1.2 };
-                    let at = random.unit();
-                    let left = row == LEFT && step % 3 == 2;
-                    (!left).then_some(Plain { temperature, top_k: None, top_p: 0.95, min_p: 0.0, at })
-                })
-                .collect();
+            let own = |row: usize| {
+                let (temperature, banned) = (if row == 0 { 0.0 } else { 1.2 }, &[TokenId(3)][..]);
+                let how = Plain { temperature, top_k: None, top_p: 0.95, min_p: 0.0, at: random.unit() };
+                // One row has a rule as well.
+                let banned = if row == RULED { banned } else { &[] };
+                Ask::Token(Recipe { banned, ..Recipe::plain(how) })
+            };
+            let asks: Vec<Ask<'_>> = (0..SEQUENCES).map(own).collect();
             let forward = self.model.begin(&batch, &[batch.tokens.len()]).unwrap();
-            let mut left = Vec::new();
             let pending = match follows {
                 true => self.model.follow(forward).unwrap(),
-                false => self
-                    .model
-                    .draw(forward, &how, |row, logits| {
-                        assert_eq!(row, LEFT);
-                        let token = Logits::new(row, logits).unwrap().draw(&Plain::GREEDY);
-                        left.push(token);
-                        Ok(Some(token))
-                    })
-                    .unwrap(),
+                false => self.model.draw(forward, &asks).unwrap(),
             };
             assert!(self.model.is_drawn(&pending).unwrap(), "the host has nothing to wait for");
             let choices = self.model.collect(pending).unwrap();
             assert_eq!(choices.len(), SEQUENCES);
-            let mut left = left.into_iter();
             let token = |choice| match choice {
-                Choice::Token(token) => token,
-                Choice::Left => left.next().unwrap_or(TokenId(0)),
-                Choice::NotANumber => panic!("every logit is a number"),
+                Choice::Token { token, .. } => token,
+                Choice::Left => TokenId(0),
+                other => panic!("{other:?}"),
             };
             said.push(choices.into_iter().map(token).collect());
         }

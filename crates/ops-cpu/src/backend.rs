@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use ops::{
     Backend, Batch, BatchSequence, Dummy, DummyBand, Error, ExpertOwners, ExpertSlots, Fed, HostTensor,
     KvLayerSpec, Norm, Rope, Routing, Window, draw_rows,
@@ -350,14 +350,14 @@ impl Backend for CpuBackend {
         &mut self,
         logits: &Tensor,
         (width, scale): (usize, f32),
-        (first, how): (usize, &[Option<Plain>]),
+        (first, asks): (usize, &[Ask<'_>]),
     ) -> Result<Vec<Choice>, Error> {
         let mut values = self.read(logits)?;
         values.iter_mut().for_each(|value| *value *= scale);
-        let choices = draw_rows(&values, width, how);
+        let choices = draw_rows(&values, width, asks);
         let token = |choice: &Choice| match choice {
-            Choice::Token(token) => *token,
-            Choice::NotANumber | Choice::Left => TokenId(0),
+            Choice::Token { token, .. } => *token,
+            Choice::Likelihood(_) | Choice::NotANumber | Choice::Left => TokenId(0),
         };
         let tokens: Vec<TokenId> = choices.iter().map(token).collect();
         self.feed(first, &tokens)?;

@@ -3,6 +3,7 @@
 use types::Bytes;
 
 use crate::graph::{RECORDED_ROWS_MAX, form_rows};
+use crate::sampling;
 
 /// Widths that decide how much memory a step's activations take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +60,8 @@ impl Activations {
             attention.min(recorded * 3 * self.qkv + split) + recorded * (expert_row + 3 * self.intermediate);
         // Gathered, and once more in whole rows.
         let gathered = if self.ranks > 1 { 2 * self.ranks * self.vocab } else { 0 };
-        let logits = self.logit_rows * (2 * self.hidden + self.vocab + gathered);
+        let drawing = sampling::bytes(self.logit_rows, self.ranks * self.vocab) / WORD;
+        let logits = self.logit_rows * (2 * self.hidden + self.vocab + gathered) + drawing;
         let widest = attention.max(dense).max(experts).max(logits).max(branches);
         let words = rows * stream + widest + SHARED_WORDS + self.table_words;
         Bytes((words * WORD + words * WORD / 4 + (1 << 20)) as u64)

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use half::bf16;
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use ops::{
     Backend, Batch, Dummy, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing,
     Window,
@@ -18,13 +18,13 @@ use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencie
 use crate::cache::KernelCache;
 use crate::check::KernelShape;
 use crate::device::{Device, Grid};
-use crate::draw::{DRAWN_ROWS_MAX, Rows};
 use crate::dummy::DummyKernel;
 use crate::graph::{Course, Recordings};
 use crate::idle::Idle;
 use crate::kernels::{Address, EmbedParams, GatherParams, NormParams, RoundParams};
-use crate::landing::{Drawing, DrawnTokens};
+use crate::landing::{Drawing, DrawnTokens, Reports};
 use crate::memory::{self, DeviceBuffer, Pinned};
+use crate::sampling::{DRAWN_ROWS_MAX, Staging, left_to_host};
 use crate::step::Step;
 use crate::tensor::{Routed, Tensor, Weight, same_shape, size};
 
@@ -54,7 +54,7 @@ pub struct CudaBackend {
     step: Step,
     recordings: Recordings,
     idle: Idle,
-    draws: Rows,
+    staging: Staging,
     drawn: DrawnTokens,
     pub(crate) dummy: Option<DummyKernel>,
     device: Rc<Device>,
@@ -76,7 +76,7 @@ impl CudaBackend {
             step: Step::new()?,
             recordings: Recordings::default(),
             idle: Idle::new()?,
-            draws: Rows::new()?,
+            staging: Staging::new()?,
             drawn: DrawnTokens::new()?,
             dummy: None,
             device,
@@ -112,8 +112,8 @@ impl CudaBackend {
         self.dtype
     }
 
-    pub(crate) fn draws(&mut self) -> (&mut Rows, &Device) {
-        (&mut self.draws, &self.device)
+    pub(crate) fn staging(&mut self) -> (&mut Staging, &Device) {
+        (&mut self.staging, &self.device)
     }
 
     pub(crate) const fn drawn(&mut self) -> (&mut DrawnTokens, &Rc<Device>) {
@@ -129,9 +129,9 @@ impl CudaBackend {
     }
 
     /// Queues the way to the host of tokens that the step's last kernel so far has drawn: how many from which on.
-    pub(crate) fn land_drawn(&mut self, rows: (usize, usize)) -> Result<Drawing, Error> {
+    pub(crate) fn land_drawn(&mut self, rows: (usize, usize), reports: Reports) -> Result<Drawing, Error> {
         self.idle.ends(&self.device)?;
-        Ok(self.drawn.land(&self.device, rows, self.idle.step())?)
+        Ok(self.drawn.land(&self.device, rows, (reports, self.idle.step()))?)
     }
 
     pub(crate) fn measure_idle(&mut self, step: usize) {
@@ -462,11 +462,15 @@ impl Backend for CudaBackend {
         DRAWN_ROWS_MAX
     }
 
+    fn left_to_host(&self, asks: &[Ask<'_>], width: usize) -> Vec<usize> {
+        left_to_host(asks, width)
+    }
+
     fn draw(
         &mut self,
         logits: &Tensor,
         shape: (usize, f32),
-        rows: (usize, &[Option<Plain>]),
+        rows: (usize, &[Ask<'_>]),
     ) -> Result<Drawing, Error> {
         self.draw_rows(logits, shape, rows)
     }

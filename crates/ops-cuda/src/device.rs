@@ -24,6 +24,7 @@ use crate::graph::{Event, Lanes};
 use crate::kernels::{Address, GemmParams, Params, Source};
 use crate::memory::DeviceBuffer;
 use crate::nvrtc::Compiled;
+use crate::sampling::Sampling;
 use crate::{Error, arch, probe};
 
 /// The first major compute capability whose kernels can start before the one before them has ended.
@@ -430,7 +431,6 @@ pub(crate) struct Kernels {
     pub(crate) skinny: [Function; 4],
     pub(crate) skinny_unaligned: Function,
     pub(crate) residual_norm: Function,
-    pub(crate) largest: Function,
     pub(crate) join_ranks: Function,
     pub(crate) route: Function,
     pub(crate) router: Function,
@@ -438,7 +438,7 @@ pub(crate) struct Kernels {
     pub(crate) expert_down: Function,
     pub(crate) group_pairs: Function,
     pub(crate) combine: Function,
-    pub(crate) sample: Function,
+    pub(crate) sampling: Sampling,
     /// bf16 alone has them.
     pub(crate) tiles: Option<Tiles>,
     _modules: Vec<Module>,
@@ -553,7 +553,6 @@ impl Kernels {
             unpack: rows.function("unpack_rows")?,
             combine_rows: rows.function("combine_rows")?,
             residual_norm: rows.function("residual_norm")?,
-            largest: rows.function("largest")?,
             join_ranks: rows.function("join_ranks")?,
             skinny: [
                 skinny.function("skinny1")?,
@@ -568,7 +567,7 @@ impl Kernels {
             expert_down: experts.function("expert_down")?,
             group_pairs: experts.function("group_pairs")?,
             combine: experts.function("combine")?,
-            sample: sample.function("sample")?,
+            sampling: Sampling::of(&sample)?,
             tiles: functions,
             _modules: [rows, skinny, experts, sample].into_iter().chain(tiles).collect(),
         })

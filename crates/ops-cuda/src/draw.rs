@@ -1,116 +1,98 @@
-//! Tokens drawn on the card: only their numbers come back ([`crate::landing`]).
+//! Tokens drawn on the card: their numbers come back, and the log-probabilities that were asked for
+//! ([`crate::landing`]).
 
-use cudarc::driver::result;
 use ops::Error;
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use types::{DType, TokenId};
 
+use crate::arena::Piece;
 use crate::backend::CudaBackend;
-use crate::device::{Device, Grid};
-use crate::graph::Event;
-use crate::kernels::{Address, JoinParams, SampleParams};
-use crate::landing::{Drawing, TOKEN_BYTES};
-use crate::memory::{DeviceBuffer, Pinned};
+use crate::device::Grid;
+use crate::kernels::{JoinParams, SampleParams};
+use crate::landing::{Drawing, Reports, TOKEN_BYTES};
+use crate::sampling::{
+    ADJUST_BYTES, BINS_BYTES, DRAWN_ROWS_MAX, FOUND_BYTES, JOB_BYTES, LIST_BYTES, Plan, Rows, STATE_BYTES,
+    THREADS, scratch_bytes, segment, write,
+};
 use crate::tensor::{Tensor, size};
 
-/// Rows of logits that are made and drawn from at once at most: 256 of a 262,144-entry vocabulary are 128 MiB in bf16.
-pub const DRAWN_ROWS_MAX: usize = 256;
-/// Threads of a block, which has a row.
-const THREADS: u32 = 1024;
 /// Blocks that share a row's columns when parts of rows are joined.
 const JOIN_BLOCKS: u32 = 16;
-
-/// What the kernel reads of a row, byte by byte as `SampleRow` in sample.cu.
-const ROW_BYTES: usize = 32;
-
-/// How each row of a step is drawn, always at the same place on the card. The host side is page-locked and used again by
-/// the next step.
-#[derive(Debug)]
-pub(crate) struct Rows {
-    staging: Pinned,
-    copied: Event,
-    on_device: DeviceBuffer,
-}
-
-impl Rows {
-    pub(crate) fn new() -> Result<Self, crate::Error> {
-        let bytes = DRAWN_ROWS_MAX * ROW_BYTES;
-        Ok(Self {
-            staging: Pinned::new(bytes)?,
-            copied: Event::new()?,
-            on_device: DeviceBuffer::new("how tokens are drawn", bytes)?,
-        })
-    }
-
-    /// Queues the copy of `how`, at most [`DRAWN_ROWS_MAX`] rows.
-    fn stage(&mut self, device: &Device, how: &[Option<Plain>]) -> Result<Address, Error> {
-        self.copied.wait().map_err(Error::from)?;
-        let staged = &mut self.staging.as_mut_slice()[..how.len() * ROW_BYTES];
-        for (to, how) in staged.as_chunks_mut().0.iter_mut().zip(how) {
-            *to = row(how.as_ref());
-        }
-        // SAFETY: the buffer has room for every row; the staging memory is not written again before `copied` has passed.
-        unsafe { result::memcpy_htod_async(self.on_device.address(), staged, device.stream()) }
-            .map_err(crate::Error::driver("cuMemcpyHtoDAsync"))?;
-        self.copied.record(device.stream())?;
-        device.unchain();
-        Ok(self.on_device.address())
-    }
-}
-
-fn row(how: Option<&Plain>) -> [u8; ROW_BYTES] {
-    let kind: u32 = match how {
-        None => 0,
-        Some(how) if how.is_greedy() => 1,
-        Some(_) => 2,
-    };
-    let how = how.copied().unwrap_or(Plain::GREEDY);
-    let words = [
-        how.temperature.to_bits(),
-        how.top_p.to_bits(),
-        how.min_p.to_bits(),
-        how.top_k.unwrap_or(0),
-        kind,
-        0,
-    ];
-    let mut bytes = [0; ROW_BYTES];
-    bytes[..8].copy_from_slice(&how.at.to_le_bytes());
-    for (to, word) in bytes[8..].chunks_exact_mut(4).zip(words) {
-        to.copy_from_slice(&word.to_le_bytes());
-    }
-    bytes
-}
 
 impl CudaBackend {
     pub(crate) fn draw_rows(
         &mut self,
         logits: &Tensor,
         (width, scale): (usize, f32),
-        (first, how): (usize, &[Option<Plain>]),
+        (first, asks): (usize, &[Ask<'_>]),
     ) -> Result<Drawing, Error> {
-        if how.len() != logits.rows() || how.len() > DRAWN_ROWS_MAX {
-            let detail =
-                format!("{} rows of logits for {} draws, at most {DRAWN_ROWS_MAX}", logits.rows(), how.len());
+        if asks.len() != logits.rows() || asks.len() > DRAWN_ROWS_MAX || logits.width() != width {
+            let detail = format!(
+                "{} rows of {} logits for {} asks of {width}, at most {DRAWN_ROWS_MAX}",
+                logits.rows(),
+                logits.width(),
+                asks.len()
+            );
             return Err(Error::Shape { op: "draw", detail });
         }
-        self.reserve_drawn(first + how.len())?;
-        let (rows, device) = self.draws();
-        let rows = rows.stage(device, how)?;
-        let best = self.largest_keys(logits, width, scale)?;
-        let (drawn, device) = self.drawn();
-        drawn.hold(device)?;
-        let params = SampleParams {
-            tokens: drawn.at(first),
-            x: logits.address(),
-            best: best.address(),
-            rows,
-            width: size("draw", width)?,
+        self.reserve_drawn(first + asks.len())?;
+        let plan = Plan::new(asks, width);
+        let (jobs, [_, adjusts, words, staged_bytes]) = (plan.jobs(), plan.places());
+        let piece = |bytes: usize| Piece::new(self.device(), bytes);
+        let (staged, states) = (piece(staged_bytes)?, piece(jobs * STATE_BYTES)?);
+        let (bins, lists) = (piece(plan.bins * BINS_BYTES)?, piece(plan.bins * LIST_BYTES)?);
+        let scratch = piece(plan.scratch() * scratch_bytes(width))?;
+        let (found, reported) = (piece(jobs * FOUND_BYTES + plan.tops * 8)?, plan.report_bytes());
+        let rows = Rows {
+            logits: logits.address(),
+            bytes: width * logits.dtype().bytes(),
             is_f32: logits.is_f32(),
             scale,
+            scratch: scratch.address(),
         };
-        let grid = Grid::new(size("draw", how.len())?, 1, THREADS);
-        device.launch(device.kernels.sample, grid, &params)?;
-        self.land_drawn((first, how.len()))
+        let (staging, device) = self.staging();
+        if jobs > 0 {
+            staging.stage(device, (staged.address(), staged_bytes), |staged| write(&plan, &rows, staged))?;
+            device.zero(states.address(), jobs * STATE_BYTES)?;
+        }
+        if plan.bins > 0 {
+            device.zero(bins.address(), plan.bins * BINS_BYTES)?;
+        }
+        let (drawn, device) = self.drawn();
+        drawn.hold(device)?;
+        let kernels = device.kernels.sampling;
+        let each = segment(width);
+        let blocks = size("draw", width.div_ceil(each))?;
+        for round in &plan.rounds {
+            let job = round.jobs.start;
+            let params = SampleParams {
+                jobs: staged.address() + (job * JOB_BYTES) as u64,
+                adjusts: staged.address() + (adjusts + round.adjusted.start * ADJUST_BYTES) as u64,
+                words: staged.address() + words as u64,
+                states: states.address() + (job * STATE_BYTES) as u64,
+                bins: bins.address(),
+                lists: lists.address(),
+                tokens: drawn.at(first),
+                found: found.address() + (job * FOUND_BYTES) as u64,
+                tops: found.address() + (jobs * FOUND_BYTES) as u64,
+                width: size("draw", width)?,
+                segment: size("draw", each)?,
+            };
+            let grid = Grid::new(blocks, size("draw", round.jobs.len())?, THREADS);
+            let adjusted = Grid::new(blocks, size("draw", round.adjusted.len())?, THREADS);
+            device.launch(kernels.adjust, adjusted, &params)?;
+            device.launch_early(kernels.survey, grid, &params)?;
+            if round.cuts {
+                device.launch_early(kernels.spread, grid, &params)?;
+                device.launch_early(kernels.cut, grid, &params)?;
+            }
+            if round.draws {
+                device.launch_early(kernels.draw, grid, &params)?;
+            }
+        }
+        device.unchain();
+        let reports = Reports { asked: plan.asked, jobs, from: found.address(), bytes: reported };
+        self.land_drawn((first, asks.len()), reports)
     }
 
     /// See [`ops::Backend::feed`].

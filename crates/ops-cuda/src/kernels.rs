@@ -57,7 +57,9 @@ impl Source {
     /// Tokens drawn from logits.
     #[must_use]
     pub fn sample(dtype: DType) -> Self {
-        Self::new("sample.cu", include_str!("../kernels/sample.cu"), dtype)
+        let mut source = Self::new("sample.cu", include_str!("../kernels/sample.cu"), dtype);
+        source.after = include_str!("../kernels/sample_cut.cu");
+        source
     }
 
     /// Matrix products of many rows, bf16 only.
@@ -167,8 +169,10 @@ params! {
         peers: PeersParams, x: Address, out: Address, sum: Address, more: Address, weight: Address,
         width: u32, scale: f32, eps: f32, layer: u32,
     }
-    LargestParams { best: Address, x: Address, width: u32, is_f32: u32, scale: f32 }
-    SampleParams { tokens: Address, x: Address, best: Address, rows: Address, width: u32, is_f32: u32, scale: f32 }
+    SampleParams {
+        jobs: Address, adjusts: Address, words: Address, states: Address, bins: Address, lists: Address,
+        tokens: Address, found: Address, tops: Address, width: u32, segment: u32,
+    }
     ExpertUpParams {
         activated: Address, x: Address, gate_up: Address, experts: Address,
         top_k: u32, first: u32, local: u32, hidden: u32, inter: u32, pairs: u32,

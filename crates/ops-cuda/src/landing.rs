@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use cudarc::driver::result;
 use cudarc::driver::sys::CUstream;
 use ops::Error;
-use ops::sample::Choice;
+use ops::sample::{Choice, LogSum, TokenLogprob};
 use types::TokenId;
 
 use crate::device::Device;
 use crate::graph::{Event, Side};
 use crate::kernels::Address;
 use crate::memory::{DeviceBuffer, Pinned};
+use crate::sampling::{Asked, FOUND_BYTES, Report, TOP_BYTES};
 
 /// Bytes of a token on the card.
 pub(crate) const TOKEN_BYTES: usize = size_of::<u32>();
 /// Logit rows of a step that have a place at first; it doubles.
 const FIRST_ROWS: usize = 4096;
 /// What the kernel answers where there is no token.
-const LEFT: u32 = u32::MAX;
 const NOT_A_NUMBER: u32 = u32::MAX - 1;
 
 /// The tokens of the last step by logit row, on the card, and what it takes to bring them to the host.
@@ -42,6 +42,8 @@ pub(crate) struct DrawnTokens {
 #[derive(Debug)]
 struct Landing {
     host: Pinned,
+    /// Reports, in the layout of sample.cu.
+    reports: Pinned,
     done: Event,
 }
 
@@ -49,7 +51,9 @@ struct Landing {
 #[derive(Debug)]
 pub struct Drawing {
     landing: Landing,
-    rows: usize,
+    asked: Vec<Asked>,
+    /// Jobs whose results come before the tokens that reports list.
+    jobs: usize,
     /// The step it belongs to.
     pub(crate) step: usize,
     begun: Instant,
@@ -98,14 +102,21 @@ impl DrawnTokens {
     }
 
     /// Queues the copy of the tokens of `rows` rows from `first` on, behind all work so far but before none.
+    /// The copy of reports is part of that work: their place may be used again behind it.
     pub(crate) fn land(
         &mut self,
         device: &Device,
         (first, rows): (usize, usize),
-        step: usize,
+        (reports, step): (Reports, usize),
     ) -> Result<Drawing, crate::Error> {
-        let drawing = self.drawing(rows, step)?;
-        let Landing { host, done } = &drawing.landing;
+        let mut drawing = self.drawing(rows, step)?;
+        let landing = &mut drawing.landing;
+        if reports.bytes > 0 {
+            landing.reports.reserve(reports.bytes)?;
+            landing.reports.fill(reports.from, reports.bytes, device.stream())?;
+        }
+        (drawing.asked, drawing.jobs) = (reports.asked, reports.jobs);
+        let Landing { host, done, .. } = &drawing.landing;
         self.drawn.record(device.stream())?;
         let side = self.side.stream();
         self.drawn.hold(side)?;
@@ -125,24 +136,94 @@ impl DrawnTokens {
     fn drawing(&mut self, rows: usize, step: usize) -> Result<Drawing, crate::Error> {
         let mut landing = match self.spare.pop() {
             Some(landing) => landing,
-            None => Landing { host: Pinned::new(FIRST_ROWS)?, done: Event::new()? },
+            None => Landing {
+                host: Pinned::new(FIRST_ROWS)?,
+                reports: Pinned::new(FIRST_ROWS)?,
+                done: Event::new()?,
+            },
         };
         landing.host.reserve(rows * TOKEN_BYTES)?;
-        Ok(Drawing { landing, rows, step, begun: Instant::now(), next: Cell::default() })
+        Ok(Drawing {
+            landing,
+            asked: Vec::new(),
+            jobs: 0,
+            step,
+            begun: Instant::now(),
+            next: Cell::default(),
+        })
     }
 
     /// The outcome of a drawing that has landed.
     pub(crate) fn take(&mut self, drawing: Drawing) -> Vec<Choice> {
-        let Drawing { landing, rows, .. } = drawing;
-        let choice = |&bytes: &[u8; TOKEN_BYTES]| match u32::from_le_bytes(bytes) {
-            LEFT => Choice::Left,
-            NOT_A_NUMBER => Choice::NotANumber,
-            token => Choice::Token(TokenId(token)),
-        };
-        let choices = landing.host.as_slice()[..rows * TOKEN_BYTES].as_chunks().0.iter().map(choice);
+        let Drawing { landing, asked, jobs, .. } = drawing;
+        let tokens = landing.host.as_slice().as_chunks().0;
+        let landed = Landed { bytes: landing.reports.as_slice(), jobs };
+        let choices =
+            asked.iter().zip(tokens).map(|(asked, &token)| landed.choice(asked, u32::from_le_bytes(token)));
         let choices = choices.collect();
         self.spare.push(landing);
         choices
+    }
+}
+
+/// What lies on the card to be brought to the host beside tokens.
+#[derive(Debug)]
+pub(crate) struct Reports {
+    /// Of each row what was asked.
+    pub(crate) asked: Vec<Asked>,
+    pub(crate) jobs: usize,
+    /// Where the reports are, and their bytes: 0 when none was asked for.
+    pub(crate) from: Address,
+    pub(crate) bytes: usize,
+}
+
+/// Reports that have landed: `SampleFound` of each job, then `SampleTop` of each token listed, as in sample.cu.
+struct Landed<'a> {
+    bytes: &'a [u8],
+    jobs: usize,
+}
+
+impl Landed<'_> {
+    fn choice(&self, asked: &Asked, token: u32) -> Choice {
+        match *asked {
+            Asked::Nothing => Choice::Left,
+            Asked::Token(..) if token == NOT_A_NUMBER => Choice::NotANumber,
+            Asked::Token(job, report) => {
+                let token = TokenId(token);
+                let logprob = report.map(|report| self.logprob(token, self.logit(job), &report));
+                Choice::Token { token, logprob }
+            }
+            Asked::Likelihood(_, report) if self.is_wrong(report.job) => Choice::NotANumber,
+            Asked::Likelihood(token, report) => {
+                Choice::Likelihood(self.logprob(token, self.logit(report.job), &report))
+            }
+        }
+    }
+
+    fn logprob(&self, token: TokenId, logit: f32, report: &Report) -> TokenLogprob {
+        let sum = self.word(report.job * FOUND_BYTES);
+        let sum = f64::from_bits(u64::from(self.word(report.job * FOUND_BYTES + 4)) << 32 | u64::from(sum));
+        let sum = LogSum::new(f32::from_bits(self.word(report.job * FOUND_BYTES + 8)), sum);
+        let (first, count) = report.tops;
+        let listed = (first..first + count).map(|place| {
+            let at = self.jobs * FOUND_BYTES + place * TOP_BYTES;
+            (TokenId(self.word(at)), sum.of(f32::from_bits(self.word(at + 4))))
+        });
+        TokenLogprob { token, logprob: sum.of(logit), top: listed.collect() }
+    }
+
+    /// The logit of the token of a job.
+    fn logit(&self, job: usize) -> f32 {
+        f32::from_bits(self.word(job * FOUND_BYTES + 12))
+    }
+
+    fn is_wrong(&self, job: usize) -> bool {
+        self.word(job * FOUND_BYTES + 20) != 0
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        let word = self.bytes[at..].first_chunk().copied();
+        u32::from_le_bytes(word.unwrap_or_default())
     }
 }
 

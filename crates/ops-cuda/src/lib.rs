@@ -35,6 +35,7 @@ mod nccl;
 mod nvrtc;
 mod probe;
 mod products;
+mod sampling;
 mod step;
 mod tensor;
 mod timing;
@@ -48,11 +49,11 @@ pub use comm::{
     CardLine, ONE_SHOT_DEFAULT, ONE_SHOT_VARIABLE, Patience, SoloDevice, Staged, connect, connect_cards,
     one_shot, peer_bytes, place_on_machine,
 };
-pub use draw::DRAWN_ROWS_MAX;
 pub use error::Error;
 pub use kernels::Source;
 pub use landing::Drawing;
 pub use libraries::FOLDERS_VARIABLE;
 pub use nvrtc::{Compiled, compile};
 pub use probe::{Card, Found, probe};
+pub use sampling::DRAWN_ROWS_MAX;
 pub use tensor::{Routed, Tensor, Weight};

@@ -1,15 +1,11 @@
-//! Products with dense weights, and what follows them: gates, sums, the residual stream with its norm in one launch, and
-//! the most likely token.
+//! Products with dense weights, and what follows them: gates, sums, the residual stream with its norm in one launch.
 
 use ops::{Error, Norm};
 use types::DType;
 
-use crate::arena::Piece;
 use crate::backend::CudaBackend;
 use crate::device::{Grid, TILE_OUTS, Tiles, WIDE_SHARED, tiles_shared};
-use crate::kernels::{
-    GemmParams, LargestParams, ResidualNormParams, SharesParams, SkinnyParams, SumParams, SwigluParams,
-};
+use crate::kernels::{GemmParams, ResidualNormParams, SharesParams, SkinnyParams, SumParams, SwigluParams};
 use crate::tensor::{Tensor, Weight, size};
 
 /// Rows up to which the tensor cores read weights past shared memory.
@@ -25,8 +21,6 @@ const SHARE_PIECES: u32 = 8;
 const SHARES_MAX: u32 = 4;
 /// Vectors of a row that a thread keeps at most (KEPT) times threads of a block, in the kernels of norms.
 const NORM_VECTORS_MAX: usize = 4 * 256;
-/// Blocks that share a row of logits.
-const LARGEST_BLOCKS: u32 = 32;
 
 impl CudaBackend {
     pub(crate) fn product(&self, x: &Tensor, weight: &Weight, out: DType) -> Result<Tensor, Error> {
@@ -171,27 +165,6 @@ impl CudaBackend {
         let grid = Grid::new(size("residual_norm", x.rows())?, 1, 256);
         self.device().launch_early(self.device().kernels.residual_norm, grid, &params)?;
         Ok(Some(out))
-    }
-
-    /// The largest of each row times `scale` and its number, as one integer each.
-    pub(crate) fn largest_keys(&self, logits: &Tensor, width: usize, scale: f32) -> Result<Piece, Error> {
-        if logits.width() != width {
-            let detail = format!("rows of {} where {width} are needed", logits.width());
-            return Err(Error::Shape { op: "largest", detail });
-        }
-        let bytes = logits.rows() * size_of::<u64>();
-        let best = Piece::new(self.device(), bytes)?;
-        self.device().zero(best.address(), bytes)?;
-        let params = LargestParams {
-            best: best.address(),
-            x: logits.address(),
-            width: size("largest", width)?,
-            is_f32: logits.is_f32(),
-            scale,
-        };
-        let grid = Grid::new(LARGEST_BLOCKS, size("largest", logits.rows())?, 256);
-        self.device().launch(self.device().kernels.largest, grid, &params)?;
-        Ok(best)
     }
 
     pub(crate) fn gated(&self, gate_up: &Tensor) -> Result<Tensor, Error> {

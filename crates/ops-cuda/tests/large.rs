@@ -9,7 +9,7 @@
 mod support;
 
 use ops::conformance::Random;
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use ops::{
     Backend, Batch, BatchSequence, BlockTable, Error, HostTensor, KvGroup, KvLayerSpec, Norm, Rope, Routing,
     Scoring, Window,
@@ -143,10 +143,10 @@ fn choices<B: Backend>(b: &mut B, results: &mut Results) -> Result<(), Error> {
             logits[vocab + 77] = f32::NAN;
         }
         let logits = rows_of(b, vocab, logits)?;
-        let drawing = b.draw(&logits, (vocab, 0.25), (0, &vec![Some(Plain::GREEDY); rows]))?;
+        let drawing = b.draw(&logits, (vocab, 0.25), (0, &vec![Ask::GREEDY; rows]))?;
         let number = |choice| match choice {
-            Choice::Token(token) => token.0 as f32,
-            Choice::NotANumber | Choice::Left => -1.0,
+            Choice::Token { token, .. } => token.0 as f32,
+            Choice::Likelihood(_) | Choice::NotANumber | Choice::Left => -1.0,
         };
         results.push((
             format!("most likely of {rows} rows"),

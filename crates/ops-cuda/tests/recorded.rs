@@ -14,7 +14,7 @@ use std::time::Duration;
 use collectives::{Collective, Op, Solo};
 use model::{Checkpoint, Files, KvBudget, Model, ModelConfig, Parts, ShardPlan};
 use ops::conformance::Random;
-use ops::sample::{Choice, Logits, Plain};
+use ops::sample::{Ask, Choice, Penalties, Plain, Recipe};
 use ops::{Backend, Batch, BatchSequence, BlockTable, Fed};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Error, Patience, SoloDevice};
@@ -142,16 +142,16 @@ fn drawn_run<B: Backend, C: Collective<B::Tensor>>(
 ) -> Vec<Vec<Choice>> {
     const STEPS: u32 = 24;
     let mut random = Random::new(SEED + sequences as u64);
-    let mut draws = |first: u32| -> Vec<Option<Plain>> {
+    let mut draws = |first: u32| -> Vec<Ask<'static>> {
         let at = |row: usize| (row as u64 + u64::from(first)).is_multiple_of(5);
-        let own = |row: usize| Plain {
+        let mut own = |row: usize| Plain {
             temperature: if at(row) { 0.0 } else { 1.5 },
             top_k: (row % 3 == 1).then_some(40),
             top_p: if row % 3 == 2 { 0.9 } else { 1.0 },
             min_p: 0.0,
             at: random.unit(),
         };
-        (0..sequences).map(|row| Some(own(row))).collect()
+        (0..sequences).map(|row| Ask::Token(Recipe::plain(own(row)))).collect()
     };
     let mut said = Vec::new();
     let mut prompt = Batch::default();
@@ -162,14 +162,14 @@ fn drawn_run<B: Backend, C: Collective<B::Tensor>>(
     }
     let model = &mut runner.model;
     let forward = model.begin(&prompt, &[prompt.tokens.len()]).unwrap();
-    let mut under_way = Some(model.draw(forward, &draws(0), |_, _| Ok(None)).unwrap());
+    let mut under_way = Some(model.draw(forward, &draws(0)).unwrap());
     for at in 1..STEPS {
         let mut batch = Batch::default();
         let before = if ahead { None } else { under_way.take() };
         let before = before.map(|pending| runner.model.collect(pending).unwrap());
         for sequence in 0..sequences {
-            let token = match before.as_ref().map(|choices| choices[sequence]) {
-                Some(Choice::Token(token)) => token,
+            let token = match before.as_ref().map(|choices| &choices[sequence]) {
+                Some(&Choice::Token { token, .. }) => token,
                 Some(other) => panic!("{other:?} in step {at}"),
                 // What the host does not know says nothing, and must not be read.
                 None => TokenId(3999),
@@ -183,7 +183,7 @@ fn drawn_run<B: Backend, C: Collective<B::Tensor>>(
         said.extend(before);
         let forward = runner.model.begin(&batch, &[sequences]).unwrap();
         said.extend(under_way.take().map(|pending| runner.model.collect(pending).unwrap()));
-        under_way = Some(runner.model.draw(forward, &draws(at), |_, _| Ok(None)).unwrap());
+        under_way = Some(runner.model.draw(forward, &draws(at)).unwrap());
     }
     said.extend(under_way.map(|pending| runner.model.collect(pending).unwrap()));
     said
@@ -208,7 +208,7 @@ fn tokens_fed_on_the_card_are_those_fed_by_the_host() {
                 "{dtype}, {sequences} sequences: the card idle {ahead:?} between steps, {waited:?} in turn"
             );
             assert_eq!(fed, expected, "seed {SEED}, {dtype}, {sequences} sequences");
-            let tokens = fed.iter().flatten().filter(|choice| matches!(choice, Choice::Token(_))).count();
+            let tokens = fed.iter().flatten().filter(|choice| matches!(choice, Choice::Token { .. })).count();
             assert_eq!(tokens, 24 * sequences);
         }
     }
@@ -242,21 +242,15 @@ fn a_row_left_to_the_host_is_fed_as_what_the_host_drew() {
                 batch.fed.extend((at > 0).then_some(Fed { row: sequence as u32, from: sequence as u32 }));
                 runner.add(&mut batch, sequence, &[prompt]);
             }
-            let mut how = vec![Some(Plain::GREEDY); 3];
+            let mut asks = vec![Ask::GREEDY; 3];
             if host {
-                how[1] = None;
+                // A history of more tokens than the card takes, which changes nothing.
+                let seen = (0..1 << 16).map(|token| (TokenId(token), 1)).collect();
+                let penalties = Penalties { repetition: 1.0, frequency: 0.0, presence: 0.0, seen };
+                asks[1] = Ask::Token(Recipe { penalties: Some(penalties), ..Recipe::plain(Plain::GREEDY) });
             }
-            let mut left = Vec::new();
-            let sink = |_: usize, logits: &[f32]| {
-                let token = Logits::new(0, logits).unwrap().draw(&Plain::GREEDY);
-                left.push(token);
-                Ok(Some(token))
-            };
-            let mut choices = runner.model.choose((&batch, &[3]), &how, sink).unwrap();
-            if host {
-                assert_eq!(choices[1], Choice::Left, "step {at}");
-                choices[1] = Choice::Token(left[0]);
-            }
+            assert_eq!(runner.model.backend().left_to_host(&asks, 4000), if host { vec![1] } else { vec![] });
+            let choices = runner.model.choose((&batch, &[3]), &asks).unwrap();
             said.push(choices);
         }
         said

@@ -11,7 +11,7 @@ use std::ops::Range;
 use types::{BlockSize, DType, TokenId};
 
 use crate::on_host::joined;
-use crate::sample::{Choice, Plain};
+use crate::sample::{Ask, Choice};
 use crate::{Batch, Dummy, Error, HostTensor, KvGroup};
 
 /// Rows whose logits are made at once unless a backend says otherwise: bounds the memory of a prompt's log-probabilities
@@ -516,9 +516,16 @@ pub trait Backend {
         DRAWN_ROWS_MAX
     }
 
-    /// Begins to draw a token of each row of `logits` [rows, width] times scale that `how`, as long as there are rows,
-    /// says how to draw; from the same logits the reference sampler's token ([`crate::sample`]). They are logit rows
-    /// first… of the step, and their tokens stay on the device for the next step ([`Batch::fed`]). This need not wait for
+    /// Which of `asks` of rows of `width` logits hold more than the device takes in one step, ascending: [`Backend::draw`]
+    /// leaves them, and [`crate::sample::answer`] makes them of logits that are read.
+    fn left_to_host(&self, asks: &[Ask<'_>], width: usize) -> Vec<usize> {
+        let _ = (asks, width);
+        Vec::new()
+    }
+
+    /// Begins to make what `asks`, as long as there are rows, want of each row of `logits` [rows, width] times scale;
+    /// from the same logits what the reference sampler makes ([`crate::sample`]). They are logit rows
+    /// `first`… of the step, and their tokens stay on the device for the next step ([`Batch::fed`]). This need not wait for
     /// the device: [`Backend::collect`] does.
     ///
     /// # Errors
@@ -527,7 +534,7 @@ pub trait Backend {
         &mut self,
         logits: &Self::Tensor,
         width_and_scale: (usize, f32),
-        first_and_how: (usize, &[Option<Plain>]),
+        first_and_asks: (usize, &[Ask<'_>]),
     ) -> Result<Self::Drawing, Error>;
 
     /// A drawing of no rows, which is done when all that was queued so far is.

@@ -1,6 +1,6 @@
 //! What backends do on the host that have nothing better.
 
-use crate::sample::{Choice, Plain, drawn};
+use crate::sample::{Ask, Choice, answer};
 
 /// [`crate::Backend::join_ranks`] on the host, of ranks that have `each` columns.
 #[must_use]
@@ -19,7 +19,7 @@ pub fn joined(parts: &[f32], (rows, each, width): (usize, usize, usize)) -> Vec<
 
 /// [`crate::Backend::draw`] on the host: of rows of logits [V], already scaled.
 #[must_use]
-pub fn draw_rows(logits: &[f32], width: usize, how: &[Option<Plain>]) -> Vec<Choice> {
-    let rows = logits.chunks_exact(width).zip(how).enumerate();
-    rows.map(|(row, (logits, how))| how.map_or(Choice::Left, |how| drawn(row, logits, &how))).collect()
+pub fn draw_rows(logits: &[f32], width: usize, asks: &[Ask<'_>]) -> Vec<Choice> {
+    let rows = logits.chunks_exact(width).zip(asks).enumerate();
+    rows.map(|(row, (logits, ask))| answer(row, logits, ask)).collect()
 }

@@ -62,6 +62,11 @@ impl SharedHistory {
         token
     }
 
+    /// Lets `read` see the history as it is now.
+    pub fn look<T>(&self, read: impl FnOnce(&History) -> T) -> T {
+        read(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// What it holds now.
     #[must_use]
     pub fn snapshot(&self) -> History {

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use collectives::{Collective, Tcp};
 use model::{Activity, Forward, Model, ModelConfig, Pending, ShardPlan};
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use ops::{Backend, Batch, KvGroup};
 use ops_cpu::{CpuBackend, HostCollective};
 use ops_cuda::{Activations, CardLine, CudaBackend, DRAWN_ROWS_MAX, KernelCache, KernelShape, Options};
-use types::{Bytes, DType, Dispatch, TokenId, TpSize};
+use types::{Bytes, DType, Dispatch, TpSize};
 
 use crate::numerics::Numerics;
 use crate::{Device, Error};
@@ -175,14 +175,11 @@ impl RankModel {
     pub(crate) fn draw(
         &mut self,
         forward: QueuedForward,
-        how: &[Option<Plain>],
-        sink: impl FnMut(usize, &[f32]) -> Result<Option<TokenId>, model::Error>,
+        asks: &[Ask<'_>],
     ) -> Result<QueuedTokens, model::Error> {
         Ok(match (&mut self.on, forward) {
-            (OnDevice::Cpu(model), OnEither::Cpu(forward)) => OnEither::Cpu(model.draw(forward, how, sink)?),
-            (OnDevice::Cuda(model), OnEither::Cuda(forward)) => {
-                OnEither::Cuda(model.draw(forward, how, sink)?)
-            }
+            (OnDevice::Cpu(model), OnEither::Cpu(forward)) => OnEither::Cpu(model.draw(forward, asks)?),
+            (OnDevice::Cuda(model), OnEither::Cuda(forward)) => OnEither::Cuda(model.draw(forward, asks)?),
             _ => unreachable!("a rank stays on its device"),
         })
     }

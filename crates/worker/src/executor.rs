@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use engine::{Brief, Drawn, RowKind, RowOutput, RowPurpose, RowWork, SlotTables, Step, StepPlan};
 use model::Activity;
-use ops::sample::{self, Choice, Draw, Logits, Plain};
+use ops::sample::{Ask, Choice, Draw, TokenLogprob};
 use ops::{Batch, BatchSequence, BlockTable, Fed};
-use types::{History, TokenId, TpRank, TpSize};
+use types::{History, Logprobs, TokenId, TpRank, TpSize};
 
 use crate::Error;
 use crate::device::{QueuedForward, QueuedTokens, RankModel};
@@ -35,11 +35,7 @@ pub(crate) struct Executor {
 }
 
 /// A step whose tokens are being drawn.
-pub(crate) struct Drawing {
-    pending: QueuedTokens,
-    /// The results of rows that were left to the host.
-    left: Vec<RowOutput>,
-}
+pub(crate) struct Drawing(QueuedTokens);
 
 /// Which rows of a step are this rank's: those of its sub-group.
 struct Portion {
@@ -165,7 +161,7 @@ impl Executor {
 
     /// Whether [`Executor::collect`] would not wait.
     pub(crate) fn is_drawn(&mut self, drawing: &Drawing) -> Result<bool, Error> {
-        Ok(self.model.is_drawn(&drawing.pending)?)
+        Ok(self.model.is_drawn(&drawing.0)?)
     }
 
     /// The results of a step that [`Executor::draw`] left.
@@ -209,40 +205,24 @@ impl Executor {
     ) -> Result<Drawing, Error> {
         let Self { rank, model, batch, portion, .. } = self;
         assert_eq!(work.len(), batch.logit_rows.len(), "{rank}: each logit row has work");
-        let at: Vec<usize> = portion.own_rows().collect();
-        let how = work.iter().zip(&at).map(|(row, at)| plain(row).filter(|_| !choices.limits(*at, row)));
-        let how: Vec<Option<Plain>> = how.collect();
-        let mut left = Vec::new();
-        let pending = model.draw(forward, &how, |row, logits| {
-            let output = row_output(at[row], logits, work[row], choices);
-            let token = match &output {
-                RowOutput::Sampled { token, .. } => Some(*token),
-                RowOutput::PromptLogprob(_) | RowOutput::NoToken | RowOutput::NotANumber => None,
-            };
-            left.push(output);
-            Ok(token)
-        })?;
-        Ok(Drawing { pending, left })
+        let limits: Vec<Limit> =
+            portion.own_rows().zip(work).map(|(at, row)| limit(at, row, choices)).collect();
+        let asks: Vec<Ask<'_>> = work.iter().zip(&limits).map(|(row, limit)| ask(row, limit)).collect();
+        Ok(Drawing(model.draw(forward, &asks)?))
     }
 
     /// The results of this sub-group's logit rows.
     fn collect_own(
         &mut self,
-        drawing: Drawing,
+        Drawing(pending): Drawing,
         work: &[&RowWork],
         choices: &mut impl Choices,
     ) -> Result<Vec<RowOutput>, Error> {
-        let Drawing { pending, left } = drawing;
         let chosen = self.model.collect(pending)?;
-        let mut left = left.into_iter();
-        let output = |(choice, work): (Choice, &&RowWork)| match choice {
-            Choice::Token(token) => {
-                let output = RowOutput::Sampled { token, logprob: None };
-                note(work, &output, choices);
-                output
-            }
-            Choice::NotANumber => RowOutput::NotANumber,
-            Choice::Left => left.next().unwrap_or(RowOutput::NotANumber),
+        let output = |(choice, work): (Choice, &&RowWork)| {
+            let output = output(choice);
+            note(work, &output, choices);
+            output
         };
         Ok(chosen.into_iter().zip(work).map(output).collect())
     }
@@ -343,19 +323,38 @@ impl Executor {
     }
 }
 
-/// How a row's token is drawn when nothing but its logits as they are matters, and nothing but the token is asked for, if no
-/// grammar limits it.
-fn plain(row: &RowWork) -> Option<Plain> {
+/// What a row may draw. A grammar's mask that is not ready is computed now: the row's logits are still under way.
+fn limit(at: usize, row: &RowWork, choices: &mut impl Choices) -> Limit {
     match &row.purpose {
-        RowPurpose::Sample { params, rules, history, banned, logprobs, stream, position } => {
-            let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask: None };
-            draw.plain().filter(|_| history.is_none() && logprobs.is_none())
-        }
-        RowPurpose::PromptLogprob { .. } => None,
+        RowPurpose::Sample { banned, .. } if choices.limits(at, row) => match choices.limit(at, row) {
+            Limit::To(mask) if !mask.leaves(banned) => Limit::Nothing,
+            limit => limit,
+        },
+        RowPurpose::Sample { .. } | RowPurpose::PromptLogprob { .. } => Limit::None,
     }
 }
 
-/// Takes note of what another rank drew for a sequence.
+/// What is asked of a row's logits. Its history has all tokens before: the results of earlier steps have been collected.
+fn ask<'a>(row: &'a RowWork, limit: &'a Limit) -> Ask<'a> {
+    match &row.purpose {
+        RowPurpose::Sample { params, rules, history, banned, logprobs, stream, position } => {
+            let mask = match limit {
+                Limit::None => None,
+                Limit::To(mask) => Some(mask),
+                Limit::Nothing => return Ask::Nothing,
+            };
+            let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask };
+            let report = logprobs.map(Logprobs::top);
+            Ask::Token(match history {
+                Some(history) => history.look(|history| draw.recipe(history, report)),
+                None => draw.recipe(&History::default(), report),
+            })
+        }
+        RowPurpose::PromptLogprob { target, top, .. } => Ask::Likelihood { token: *target, top: top.top() },
+    }
+}
+
+/// Takes note of what was drawn for a sequence.
 fn note(work: &RowWork, output: &RowOutput, choices: &mut impl Choices) {
     if let (RowPurpose::Sample { history, .. }, RowOutput::Sampled { token, .. }) = (&work.purpose, output) {
         if let Some(history) = history {
@@ -365,33 +364,16 @@ fn note(work: &RowWork, output: &RowOutput, choices: &mut impl Choices) {
     }
 }
 
-fn row_output(at: usize, logits: &[f32], work: &RowWork, choices: &mut impl Choices) -> RowOutput {
-    let Ok(logits) = Logits::new(at, logits) else {
-        return RowOutput::NotANumber;
-    };
-    match &work.purpose {
-        RowPurpose::Sample { params, rules, history, stream, position, banned, logprobs } => {
-            let limit = choices.limit(at, work);
-            let mask = match &limit {
-                Limit::None => None,
-                Limit::To(mask) if mask.leaves(banned) => Some(mask),
-                Limit::To(_) | Limit::Nothing => return RowOutput::NoToken,
-            };
-            let draw = Draw { params, rules, stream: *stream, position: *position, banned, mask };
-            let token = match history {
-                Some(history) => history.draw(|history| logits.sample(&draw, history)),
-                None => logits.sample(&draw, &History::default()),
-            };
-            choices.drew(work, token);
-            let logprob = logprobs.map(|asked| ours(logits.logprob(token, asked.top())));
-            RowOutput::Sampled { token, logprob }
-        }
-        RowPurpose::PromptLogprob { target, top, .. } => {
-            RowOutput::PromptLogprob(ours(logits.logprob(*target, top.top())))
-        }
+fn output(choice: Choice) -> RowOutput {
+    match choice {
+        Choice::Token { token, logprob } => RowOutput::Sampled { token, logprob: logprob.map(ours) },
+        Choice::Likelihood(logprob) => RowOutput::PromptLogprob(ours(logprob)),
+        Choice::NotANumber => RowOutput::NotANumber,
+        // Nothing was asked for: there is nothing that it may draw.
+        Choice::Left => RowOutput::NoToken,
     }
 }
 
-fn ours(from: sample::TokenLogprob) -> engine::TokenLogprob {
+fn ours(from: TokenLogprob) -> engine::TokenLogprob {
     engine::TokenLogprob { token: from.token, logprob: from.logprob, top: from.top }
 }

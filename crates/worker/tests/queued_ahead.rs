@@ -376,6 +376,7 @@ fn a_step_begins_before_the_one_before_it_is_collected_and_is_drawn_behind_it() 
 
 #[test]
 fn a_failure_is_that_of_the_oldest_step_and_those_before_it_are_handed_back() {
+    #[expect(clippy::type_complexity, reason = "a table that is read once")]
     let cases: [(&[(&str, u64)], (&str, u64), usize); 4] = [
         (&[("begin", 1)], ("begin", 1), 0),
         (&[("begin", 2)], ("begin", 2), 1),

@@ -2,6 +2,7 @@
 
 mod cards;
 mod collectives;
+mod draws;
 mod floor;
 mod leader;
 mod load;

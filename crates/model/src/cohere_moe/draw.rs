@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use collectives::{Collective, Counters};
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice, answer};
 use ops::{Backend, Batch, joined};
 use types::{Dispatch, TokenId};
 
@@ -29,7 +29,8 @@ pub struct Pending<B: Backend>(Vec<Part<B>>);
 /// What became of some of the logit rows of a step, in order.
 enum Part<B: Backend> {
     Known(Vec<Choice>),
-    Drawing(B::Drawing),
+    /// With those of rows that the device left to the host.
+    Drawing(B::Drawing, Vec<(usize, Choice)>),
 }
 
 impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
@@ -69,35 +70,30 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         Ok(Forward { x, rows: batch.tokens.len(), logit_rows: batch.logit_rows.len(), before })
     }
 
-    /// Queues drawing a token of every logit row that `how`, as long as there are such rows, says how to draw. `sink` gets the
-    /// logits of the others at once, for which it waits, and returns the tokens that were drawn of them elsewhere.
+    /// Queues making what `asks`, as long as there are logit rows, want of each. Rows that hold more than the device takes
+    /// are made here at once, for which this waits.
     ///
     /// In a group whose collectives are queued on the device the first rank of a sub-group draws and tells the others,
     /// on the device: there this is [`Model::follow`].
     ///
     /// # Errors
-    /// As [`Model::step_among`], and what `sink` says.
+    /// As [`Model::step_among`].
     ///
     /// # Panics
-    /// When `how` has another length.
-    pub fn draw(
-        &mut self,
-        forward: Forward<B>,
-        how: &[Option<Plain>],
-        mut sink: impl FnMut(usize, &[f32]) -> Result<Option<TokenId>, Error>,
-    ) -> Result<Pending<B>, Error> {
-        assert_eq!(how.len(), forward.logit_rows, "each logit row is drawn or left");
+    /// When `asks` has another length.
+    pub fn draw(&mut self, forward: Forward<B>, asks: &[Ask<'_>]) -> Result<Pending<B>, Error> {
+        assert_eq!(asks.len(), forward.logit_rows, "each logit row is asked for something, or for nothing");
         let on_device = self.draws_on_device();
         if on_device && self.plan.rank.index() > 0 {
             return self.follow(forward);
         }
         let most = self.rows_at_once();
-        let mut parts = Vec::with_capacity(1 + how.len() / most);
-        for (chunk, how) in how.chunks(most).enumerate() {
-            let rows = (chunk * most, how);
+        let mut parts = Vec::with_capacity(1 + asks.len() / most);
+        for (chunk, asks) in asks.chunks(most).enumerate() {
+            let rows = (chunk * most, asks);
             parts.push(match on_device {
-                true => Part::Drawing(self.draw_on_device(&forward.x, rows, &mut sink)?),
-                false => Part::Known(self.draw_on_host(&forward.x, rows, &mut sink)?),
+                true => self.draw_on_device(&forward.x, rows)?,
+                false => Part::Known(self.draw_on_host(&forward.x, rows)?),
             });
         }
         self.end(forward, parts)
@@ -127,7 +123,7 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     /// On a device failure, or when a rank is late.
     pub fn is_drawn(&mut self, pending: &Pending<B>) -> Result<bool, Error> {
         for part in pending.0.iter().rev() {
-            if let Part::Drawing(drawing) = part {
+            if let Part::Drawing(drawing, _) = part {
                 return Ok(self.backend.is_drawn(drawing)?);
             }
         }
@@ -144,7 +140,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         for part in pending.0 {
             match part {
                 Part::Known(known) => choices.extend(known),
-                Part::Drawing(drawing) => choices.extend(self.backend.collect(drawing)?),
+                Part::Drawing(drawing, by_host) => {
+                    let first = choices.len();
+                    choices.extend(self.backend.collect(drawing)?);
+                    by_host.into_iter().for_each(|(row, choice)| choices[first + row] = choice);
+                }
             }
         }
         Ok(choices)
@@ -157,11 +157,10 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     pub fn choose(
         &mut self,
         (batch, rows): (&Batch, &[usize]),
-        how: &[Option<Plain>],
-        sink: impl FnMut(usize, &[f32]) -> Result<Option<TokenId>, Error>,
+        asks: &[Ask<'_>],
     ) -> Result<Vec<Choice>, Error> {
         let forward = self.begin(batch, rows)?;
-        let pending = self.draw(forward, how, sink)?;
+        let pending = self.draw(forward, asks)?;
         self.collect(pending)
     }
 
@@ -171,11 +170,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     /// # Errors
     /// As [`Model::step`].
     pub fn most_likely(&mut self, batch: &Batch) -> Result<Vec<Option<TokenId>>, Error> {
-        let how = vec![Some(Plain::GREEDY); batch.logit_rows.len()];
-        let chosen = self.choose((batch, &[batch.tokens.len()]), &how, |_, _| Ok(None))?;
+        let asks = vec![Ask::GREEDY; batch.logit_rows.len()];
+        let chosen = self.choose((batch, &[batch.tokens.len()]), &asks)?;
         let token = |choice| match choice {
-            Choice::Token(token) => Some(token),
-            Choice::NotANumber | Choice::Left => None,
+            Choice::Token { token, .. } => Some(token),
+            Choice::Likelihood(_) | Choice::NotANumber | Choice::Left => None,
         };
         Ok(chosen.into_iter().map(token).collect())
     }
@@ -185,8 +184,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
         let Forward { x, rows, before, .. } = forward;
         self.count(rows, &before);
         drop(x);
-        if !matches!(parts.last(), Some(Part::Drawing(_))) || self.plan.rank.size().as_usize() > 1 {
-            parts.push(Part::Drawing(self.backend.mark()?));
+        if !matches!(parts.last(), Some(Part::Drawing(..))) || self.plan.rank.size().as_usize() > 1 {
+            parts.push(Part::Drawing(self.backend.mark()?, Vec::new()));
         }
         Ok(Pending(parts))
     }
@@ -205,28 +204,30 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     fn draw_on_device(
         &mut self,
         x: &B::Tensor,
-        (first, how): (usize, &[Option<Plain>]),
-        sink: &mut impl FnMut(usize, &[f32]) -> Result<Option<TokenId>, Error>,
-    ) -> Result<B::Drawing, Error> {
+        (first, asks): (usize, &[Ask<'_>]),
+    ) -> Result<Part<B>, Error> {
         let (vocab, scale) = (self.config.vocab_size, self.config.logit_scale);
-        let rows = first..first + how.len();
+        let rows = first..first + asks.len();
         let mut logits = self.own_logits(x, rows.clone())?;
         if self.plan.rank.size().as_usize() > 1 {
-            logits = self.backend.join_ranks(logits, (how.len(), self.plan.vocab_rows, vocab))?;
+            logits = self.backend.join_ranks(logits, (asks.len(), self.plan.vocab_rows, vocab))?;
         }
-        let drawing = self.backend.draw(&logits, (vocab, scale), (first, how))?;
-        for row in (0..how.len()).filter(|&row| how[row].is_none()) {
+        let drawing = self.backend.draw(&logits, (vocab, scale), (first, asks))?;
+        let mut by_host = Vec::new();
+        for row in self.backend.left_to_host(asks, vocab) {
             let mut values = self.backend.read_rows(&logits, row..row + 1)?;
             if scale != 1.0 {
                 values.iter_mut().for_each(|value| *value *= scale);
             }
-            if let Some(token) = sink(first + row, &values)? {
-                self.backend.feed(first + row, &[token])?;
+            let choice = answer(first + row, &values, &asks[row]);
+            if let Choice::Token { token, .. } = &choice {
+                self.backend.feed(first + row, &[*token])?;
             }
+            by_host.push((row, choice));
         }
         drop(logits);
         self.share(rows)?;
-        Ok(drawing)
+        Ok(Part::Drawing(drawing, by_host))
     }
 
     /// The first rank's tokens of logit rows `rows`, for all ranks of the sub-group.
@@ -248,18 +249,11 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     fn draw_on_host(
         &mut self,
         x: &B::Tensor,
-        (first, how): (usize, &[Option<Plain>]),
-        sink: &mut impl FnMut(usize, &[f32]) -> Result<Option<TokenId>, Error>,
+        (first, asks): (usize, &[Ask<'_>]),
     ) -> Result<Vec<Choice>, Error> {
-        let logits = self.logits(x, first..first + how.len())?;
-        let mut choices = Vec::with_capacity(how.len());
-        for (row, (logits, how)) in (first..).zip(logits.chunks_exact(self.config.vocab_size).zip(how)) {
-            if how.is_none() {
-                sink(row, logits)?;
-            }
-            choices.push(how.map_or(Choice::Left, |how| ops::sample::drawn(row, logits, &how)));
-        }
-        Ok(choices)
+        let logits = self.logits(x, first..first + asks.len())?;
+        let rows = (first..).zip(logits.chunks_exact(self.config.vocab_size).zip(asks));
+        Ok(rows.map(|(row, (logits, ask))| answer(row, logits, ask)).collect())
     }
 
     /// Gives `sink` the logits of all of a step's rows, a number of rows at a time.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use ops::{
     Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window,
 };
@@ -255,9 +255,9 @@ impl Backend for Mutant {
         &mut self,
         logits: &Tensor,
         shape: (usize, f32),
-        how: (usize, &[Option<Plain>]),
+        asks: (usize, &[Ask<'_>]),
     ) -> Result<Vec<Choice>, Error> {
-        self.inner.draw(logits, shape, how)
+        self.inner.draw(logits, shape, asks)
     }
 
     fn mark(&mut self) -> Result<Vec<Choice>, Error> {

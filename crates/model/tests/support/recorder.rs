@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::{MlpWeights, Weights};
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use ops::{
     Backend, Batch, Error, ExpertOwners, ExpertSlots, HostTensor, KvLayerSpec, Norm, Rope, Routing, Window,
 };
@@ -189,7 +189,7 @@ impl Backend for Recorder {
         unreachable!("loading takes no step")
     }
 
-    fn draw(&mut self, (): &(), _: (usize, f32), _: (usize, &[Option<Plain>])) -> Result<(), Error> {
+    fn draw(&mut self, (): &(), _: (usize, f32), _: (usize, &[Ask<'_>])) -> Result<(), Error> {
         unreachable!("loading takes no step")
     }
 

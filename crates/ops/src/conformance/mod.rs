@@ -5,6 +5,7 @@
 
 mod attention;
 mod dispatch;
+mod draw;
 mod mlp;
 mod random;
 mod reference;
@@ -14,6 +15,7 @@ use types::{Position, TokenId};
 
 use crate::{Backend, Batch, BatchSequence, BlockTable, Error, HostTensor};
 
+pub use draw::{AnyAsk, agrees};
 pub use random::Random;
 
 /// One comparison that did not hold.
@@ -105,6 +107,7 @@ impl<B: Backend> Bench<B> {
         rows::linears(self)?;
         rows::sums(self)?;
         rows::logit_rows(self)?;
+        draw::draws(self)?;
         mlp::swiglu(self)?;
         mlp::routes(self)?;
         mlp::experts(self)?;

@@ -1,48 +1,49 @@
 //! What a request's rules and penalties make of the logits, before any probability is computed.
 
-use types::{History, TokenId};
+use types::{TokenId, TokenMask};
 
-use super::Draw;
+use super::{Penalties, Recipe};
 
-/// The logits of a row as [`Draw`] wants them; tokens that must not be drawn have negative infinity.
-pub(super) fn adjusted(logits: &[f32], draw: &Draw<'_>, history: &History) -> Vec<f32> {
+/// The logits of a row as `recipe` wants them; tokens that must not be drawn have negative infinity.
+pub(super) fn adjusted(logits: &[f32], recipe: &Recipe<'_>) -> Vec<f32> {
     let mut out = logits.to_vec();
-    bias(&mut out, draw);
-    penalise(&mut out, draw, history);
-    exclude_unallowed(&mut out, draw);
-    exclude_masked(&mut out, draw);
-    exclude(&mut out, draw.banned.iter().copied());
+    bias(&mut out, recipe.bias);
+    if let Some(penalties) = &recipe.penalties {
+        penalise(&mut out, penalties);
+    }
+    if let Some(allowed) = recipe.allowed {
+        exclude_unallowed(&mut out, allowed);
+    }
+    if let Some(mask) = recipe.mask {
+        exclude_masked(&mut out, mask);
+    }
+    exclude(&mut out, recipe.banned);
+    if recipe.bad_ends.is_empty() {
+        return out;
+    }
     let before_bad_words = out.clone();
-    exclude(&mut out, bad_word_ends(draw, history));
+    exclude(&mut out, &recipe.bad_ends);
     // Bad words that leave nothing to draw are let through: a sequence must go on, and only they can be overruled.
     if out.iter().all(|&logit| logit == f32::NEG_INFINITY) { before_bad_words } else { out }
 }
 
-fn bias(out: &mut [f32], draw: &Draw<'_>) {
-    for &(token, bias) in draw.rules.logit_bias() {
+fn bias(out: &mut [f32], bias: &[(TokenId, f32)]) {
+    for &(token, bias) in bias {
         if let Some(logit) = out.get_mut(token.0 as usize) {
             *logit += bias;
         }
     }
 }
 
-fn penalise(out: &mut [f32], draw: &Draw<'_>, history: &History) {
-    if !draw.params.has_penalties() {
-        return;
-    }
-    let repetition = draw.params.repetition_penalty();
-    let (presence, frequency) = (draw.params.presence_penalty(), draw.params.frequency_penalty());
-    for (token, times) in history.seen() {
-        let Some(logit) = out.get_mut(token.0 as usize) else { continue };
-        *logit = if *logit > 0.0 { *logit / repetition } else { *logit * repetition };
-        if times > 0 {
-            *logit -= frequency * times as f32 + presence;
+fn penalise(out: &mut [f32], penalties: &Penalties) {
+    for &(token, times) in &penalties.seen {
+        if let Some(logit) = out.get_mut(token.0 as usize) {
+            *logit = penalties.of(*logit, times);
         }
     }
 }
 
-fn exclude_unallowed(out: &mut [f32], draw: &Draw<'_>) {
-    let Some(allowed) = draw.rules.allowed() else { return };
+fn exclude_unallowed(out: &mut [f32], allowed: &[TokenId]) {
     let mut next = allowed.iter().peekable();
     for (id, logit) in (0_u32..).zip(out) {
         if next.next_if_eq(&&TokenId(id)).is_none() {
@@ -51,8 +52,7 @@ fn exclude_unallowed(out: &mut [f32], draw: &Draw<'_>) {
     }
 }
 
-fn exclude_masked(out: &mut [f32], draw: &Draw<'_>) {
-    let Some(mask) = draw.mask else { return };
+fn exclude_masked(out: &mut [f32], mask: &TokenMask) {
     // A vocabulary may be padded beyond the last word.
     let words = mask.words().iter().copied().chain(std::iter::repeat(0));
     for (word, logits) in words.zip(out.chunks_mut(32)) {
@@ -67,18 +67,10 @@ fn exclude_masked(out: &mut [f32], draw: &Draw<'_>) {
     }
 }
 
-fn exclude(out: &mut [f32], tokens: impl Iterator<Item = TokenId>) {
+fn exclude(out: &mut [f32], tokens: &[TokenId]) {
     for token in tokens {
         if let Some(logit) = out.get_mut(token.0 as usize) {
             *logit = f32::NEG_INFINITY;
         }
     }
-}
-
-/// Tokens that would complete a bad word.
-fn bad_word_ends<'a>(draw: &'a Draw<'_>, history: &'a History) -> impl Iterator<Item = TokenId> + 'a {
-    draw.rules.bad_words().iter().filter_map(|word| {
-        let (&last, begin) = word.split_last()?;
-        history.generated().ends_with(begin).then_some(last)
-    })
 }

@@ -16,6 +16,7 @@
 
 mod adjust;
 mod generator;
+mod recipe;
 
 use std::borrow::Cow;
 
@@ -25,6 +26,7 @@ use crate::Error;
 use crate::candidates::{Candidates, best_first};
 
 pub use generator::{philox, uniform};
+pub use recipe::{Ask, Penalties, Recipe};
 
 /// Log-probability of a token and of the most likely alternatives, from the unmodified distribution.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +37,24 @@ pub struct TokenLogprob {
     pub logprob: f32,
     /// The most likely tokens, best first.
     pub top: Vec<(TokenId, f32)>,
+}
+
+/// What turns a row's logits into log-probabilities: the logarithm of the sum of their exponentials.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogSum(f64);
+
+impl LogSum {
+    /// Of logits whose largest is `max`, `sum` being that of exp(logit - `max`).
+    #[must_use]
+    pub fn new(max: f32, sum: f64) -> Self {
+        Self(f64::from(max) + sum.ln())
+    }
+
+    /// The log-probability of a token with this logit.
+    #[must_use]
+    pub fn of(self, logit: f32) -> f32 {
+        (f64::from(logit) - self.0) as f32
+    }
 }
 
 /// How to draw one token.
@@ -54,8 +74,7 @@ pub struct Draw<'a> {
     pub mask: Option<&'a TokenMask>,
 }
 
-/// How to draw from logits as they are, when nothing biases, penalises or excludes a token: what a device needs to know
-/// to draw by itself.
+/// How to draw once bias, penalties and exclusions are done with.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Plain {
     /// Divides the logits; 0 takes the most likely token.
@@ -81,46 +100,39 @@ impl Plain {
     }
 }
 
-/// What became of a row that a device was to draw a token of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What became of a row.
+#[derive(Debug, Clone, PartialEq)]
 pub enum Choice {
     /// Its token.
-    Token(TokenId),
+    Token {
+        /// The token drawn.
+        token: TokenId,
+        /// How likely it was, when that was asked for.
+        logprob: Option<TokenLogprob>,
+    },
+    /// How likely a known token was.
+    Likelihood(TokenLogprob),
     /// One of its logits is not a number.
     NotANumber,
-    /// None was asked for: its logits are wanted on the host.
+    /// Nothing was asked for, or more than a device takes: [`answer`] makes it on the host.
     Left,
 }
 
-impl Draw<'_> {
-    /// What a device needs to know, when the logits are used as they are.
-    #[must_use]
-    pub fn plain(&self) -> Option<Plain> {
-        self.is_plain().then(|| self.filters())
-    }
-
-    /// What follows once bias, penalties and exclusions are done with.
-    fn filters(&self) -> Plain {
-        let params = self.params;
-        Plain {
-            temperature: params.temperature(),
-            top_k: params.top_k(),
-            top_p: params.top_p(),
-            min_p: params.min_p(),
-            at: uniform(params.seed(), self.stream, self.position),
-        }
-    }
-
-    /// Whether the logits are used as they are.
-    fn is_plain(&self) -> bool {
-        self.mask.is_none() && self.banned.is_empty() && self.rules.is_empty() && !self.params.has_penalties()
-    }
-}
-
-/// The token of row number `row` of logits [V], already scaled, when nothing is biased, penalised or excluded.
+/// What `ask` makes of row number `row` of logits [V], already scaled: the reference for every device.
 #[must_use]
-pub fn drawn(row: usize, logits: &[f32], how: &Plain) -> Choice {
-    Logits::new(row, logits).map_or(Choice::NotANumber, |logits| Choice::Token(logits.draw(how)))
+pub fn answer(row: usize, logits: &[f32], ask: &Ask<'_>) -> Choice {
+    if *ask == Ask::Nothing {
+        return Choice::Left;
+    }
+    let Ok(logits) = Logits::new(row, logits) else { return Choice::NotANumber };
+    match ask {
+        Ask::Nothing => Choice::Left,
+        Ask::Token(recipe) => {
+            let token = logits.make(recipe);
+            Choice::Token { token, logprob: recipe.report.map(|top| logits.logprob(token, top)) }
+        }
+        Ask::Likelihood { token, top } => Choice::Likelihood(logits.logprob(*token, *top)),
+    }
 }
 
 /// One row of logits [V] (already scaled).
@@ -142,11 +154,17 @@ impl<'a> Logits<'a> {
     /// The next token of a sequence with this `history`, which matters only for penalties and bad words.
     #[must_use]
     pub fn sample(&self, draw: &Draw<'_>, history: &History) -> TokenId {
-        let logits = match draw.is_plain() {
+        self.make(&draw.recipe(history, None))
+    }
+
+    /// The token that `recipe` makes.
+    #[must_use]
+    pub fn make(&self, recipe: &Recipe<'_>) -> TokenId {
+        let logits = match recipe.is_plain() {
             true => Cow::Borrowed(self.0),
-            false => Cow::Owned(adjust::adjusted(self.0, draw, history)),
+            false => Cow::Owned(adjust::adjusted(self.0, recipe)),
         };
-        Logits(&logits).draw(&draw.filters())
+        Logits(&logits).draw(&recipe.how)
     }
 
     /// The next token when nothing is biased, penalised or excluded.
@@ -176,10 +194,9 @@ impl<'a> Logits<'a> {
     /// Log-probability of `token` and of the `top` most likely tokens, before temperature and filters.
     #[must_use]
     pub fn logprob(&self, token: TokenId, top: u32) -> TokenLogprob {
-        let max = f64::from(self.max());
-        let sum: f64 = self.0.iter().map(|&l| (f64::from(l) - max).exp()).sum();
-        let log_sum = max + sum.ln();
-        let of = |logit: f32| (f64::from(logit) - log_sum) as f32;
+        let max = self.max();
+        let sum: f64 = self.0.iter().map(|&l| (f64::from(l) - f64::from(max)).exp()).sum();
+        let sum = LogSum::new(max, sum);
         let mut best: Vec<(TokenId, f64)> = if top == 0 {
             Vec::new()
         } else {
@@ -190,8 +207,8 @@ impl<'a> Logits<'a> {
             best.truncate(top as usize);
         }
         best.sort_unstable_by(best_first);
-        let top = best.into_iter().map(|(id, logit)| (id, of(logit as f32))).collect();
-        let logprob = self.0.get(token.0 as usize).map_or(f32::NEG_INFINITY, |&l| of(l));
+        let top = best.into_iter().map(|(id, logit)| (id, sum.of(logit as f32))).collect();
+        let logprob = self.0.get(token.0 as usize).map_or(f32::NEG_INFINITY, |&l| sum.of(l));
         TokenLogprob { token, logprob, top }
     }
 }

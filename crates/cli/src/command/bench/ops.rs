@@ -89,9 +89,9 @@ struct Ops<'a> {
 }
 
 /// What measuring one operation after the other needs.
-struct Bench<'a, B> {
-    backend: B,
-    target: &'a Target,
+pub(super) struct Bench<'a, B> {
+    pub(super) backend: B,
+    pub(super) target: &'a Target,
     machine: Machine,
     repeats: u32,
     found: Vec<Op>,
@@ -129,6 +129,7 @@ impl Measurement for Ops<'_> {
             bench.experts(rows)?;
         }
         bench.linear("head", rows, (plan.vocab_rows, hidden))?;
+        bench.draws(rows)?;
         Ok((bench.machine, bench.found))
     }
 }
@@ -149,7 +150,7 @@ impl<B: Settled> Bench<'_, B> {
     }
 
     /// Times `work` on each copy in turn, all of them in a round, and notes what one took.
-    fn note(
+    pub(super) fn note(
         &mut self,
         (op, rows): (&'static str, u32),
         (bytes, flop): (f64, f64),

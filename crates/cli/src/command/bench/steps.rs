@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::bail;
 use collectives::Collective;
 use model::{KvBudget, Model, Pending};
-use ops::sample::Plain;
+use ops::sample::Ask;
 use ops::{Batch, BatchSequence, BlockTable};
 use serde::Serialize;
 use serde_json::json;
@@ -286,7 +286,7 @@ impl Decode<'_> {
             touched.extend(model.experts_touched(&step(0, &mut tokens))?);
         }
         let (mut times, mut idle) = (Vec::new(), Vec::new());
-        let how = vec![Some(Plain::GREEDY); batch as usize];
+        let asks = vec![Ask::GREEDY; batch as usize];
         // Each step is queued before the one before it has ended, as a group's are. Its tokens are random, not those that were
         // drawn: what a model of random weights says soon repeats itself, and reads fewer experts.
         let mut ended = Instant::now();
@@ -304,7 +304,7 @@ impl Decode<'_> {
                 }
                 ended = now;
             }
-            under_way = forward.map(|forward| model.draw(forward, &how, |_, _| Ok(None))).transpose()?;
+            under_way = forward.map(|forward| model.draw(forward, &asks)).transpose()?;
         }
         let time = median(times);
         let all: usize = touched.iter().sum();
