@@ -19,7 +19,7 @@ use golden::{CASES, distance, load, log_probabilities};
 use group::{On, PATIENCE, Rank, WAYS, Way, check, ranks};
 use model::Pending;
 use ops::conformance::Random;
-use ops::sample::{Choice, Plain};
+use ops::sample::{Ask, Choice};
 use ops::{Backend, Batch, Fed, HostTensor, Norm};
 use ops_cuda::{CardLine, CudaBackend, ONE_SHOT_DEFAULT, Patience};
 use support::{backend_on, skipped_without_two};
@@ -194,7 +194,7 @@ fn continued(rank: &mut Rank, ids: &[u32], steps: usize) -> Vec<Choice> {
         let batch = Batch { logit_rows, fed, ..group::batch(tokens, start as u32) };
         let forward = rank.model.begin(&batch, &[tokens.len()]).unwrap();
         said.extend(under_way.take().map(|step| rank.model.collect(step).unwrap()));
-        under_way = Some(rank.model.draw(forward, &[Some(Plain::GREEDY)], |_, _| Ok(None)).unwrap());
+        under_way = Some(rank.model.draw(forward, &[Ask::GREEDY]).unwrap());
     }
     said.extend(under_way.map(|step| rank.model.collect(step).unwrap()));
     said.concat()
@@ -219,11 +219,12 @@ fn tokens_drawn_on_the_first_card_reach_the_second_from_step_to_step() {
         });
         println!("{name} {dtype}: the cards idle {:?} and {:?} between steps", said[0].1, said[1].1);
         for (prompt, (first, second)) in golden.prompts.iter().zip(said[0].0.iter().zip(&said[1].0)) {
-            let greedy: Vec<_> = prompt.greedy.iter().map(|&id| Choice::Token(TokenId(id))).collect();
+            let greedy: Vec<_> =
+                prompt.greedy.iter().map(|&id| Choice::Token { token: TokenId(id), logprob: None }).collect();
             for said in first {
                 // In bf16 a recorded step may choose another token than one that is not.
                 assert!(dtype == DType::BF16 || *said == greedy, "{name}: {said:?}");
-                assert!(said.iter().all(|choice| matches!(choice, Choice::Token(_))), "{name} {dtype}");
+                assert!(said.iter().all(|choice| matches!(choice, Choice::Token { .. })), "{name} {dtype}");
             }
             assert!(second.iter().flatten().all(|choice| *choice == Choice::Left), "the second draws none");
         }
