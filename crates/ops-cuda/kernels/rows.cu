@@ -321,3 +321,29 @@ extern "C" __global__ void fill(const FillParams p) {
         p.out[at] = narrow(unit * p.scale);
     }
 }
+
+struct JoinParams {
+    void* out;         // [rows, width], T
+    const void* parts; // [ranks, rows, each], T
+    u32 rows;
+    u32 each;
+    u32 width;
+};
+
+// Parts of rows from ranks one after the other to whole rows; blockIdx.y is the row, blocks share its columns.
+extern "C" __global__ void __launch_bounds__(256) join_ranks(const JoinParams p) {
+    u32 first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+    u64 row = blockIdx.y;
+    if (p.each % VECTOR == 0 && p.width % VECTOR == 0) {
+        for (u32 at = first; at < p.width / VECTOR; at += step) {
+            u32 column = at * VECTOR;
+            u64 from = (u64)(column / p.each * p.rows + row) * p.each + column % p.each;
+            *(uint4*)((T*)p.out + row * p.width + column) = load16((const T*)p.parts + from);
+        }
+        return;
+    }
+    for (u32 at = first; at < p.width; at += step) {
+        u64 from = (u64)(at / p.each * p.rows + row) * p.each + at % p.each;
+        ((T*)p.out)[row * p.width + at] = ((const T*)p.parts)[from];
+    }
+}

@@ -408,11 +408,14 @@ impl Module {
     }
 
     pub(crate) fn function(&self, name: &str) -> Result<Function, Error> {
-        let name = CString::new(name)
-            .map_err(|e| Error::Driver { call: "cuModuleGetFunction", reason: e.to_string() })?;
+        let failed = |why: String| Error::Driver {
+            call: "cuModuleGetFunction",
+            reason: format!("kernel {name}: {why}"),
+        };
+        let named = CString::new(name).map_err(|e| failed(e.to_string()))?;
         // SAFETY: the module is loaded.
-        let function = unsafe { result::module::get_function(self.0, name) };
-        function.map(Function).map_err(Error::driver("cuModuleGetFunction"))
+        let function = unsafe { result::module::get_function(self.0, named) };
+        function.map(Function).map_err(|e| failed(e.to_string()))
     }
 }
 
