@@ -1,52 +1,18 @@
 //! Flags shared by several subcommands. Each group of flags is one list (`flags`), from which both the configuration
 //! layer of this process and the command line of its children are made, so the two cannot differ.
 
+mod telemetry;
+
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use model::Preset;
 use settings::{Flag, HttpListen, Loaded, Settings, Sources};
 use worker::{Device, LoadFormat};
 
-/// Where logs go: always to stderr.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
-pub struct LogFlags {
-    /// What is logged: error, warn, info, debug, trace, or a filter such as `router=debug,info` [default: RUST_LOG]
-    #[arg(long, global = true, value_name = "FILTER", help_heading = "Logging")]
-    pub log_level: Option<String>,
-    /// How log lines are written: human or json [default: human]
-    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Logging", value_name = "FORMAT")]
-    #[arg(hide_possible_values = true, hide_default_value = true)]
-    pub log_format: LogFormat,
-}
-
-/// Form of a log line.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people; coloured on a terminal.
-    #[default]
-    Human,
-    /// One JSON object a line.
-    Json,
-}
-
-impl LogFlags {
-    /// These flags as a child's arguments.
-    #[must_use]
-    pub fn to_argv(&self) -> Vec<String> {
-        let mut argv = Vec::new();
-        if let Some(level) = &self.log_level {
-            argv.push(format!("--log-level={level}"));
-        }
-        match self.log_format {
-            LogFormat::Human => {}
-            LogFormat::Json => argv.push("--log-format=json".into()),
-        }
-        argv
-    }
-}
+pub use telemetry::{LogFlags, TraceFlags};
 
 /// The cluster file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]

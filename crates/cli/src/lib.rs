@@ -16,6 +16,4 @@ pub mod report;
 mod style;
 pub mod supervisor;
 mod table;
-mod telemetry;
-
-pub use telemetry::start as start_telemetry;
+pub mod telemetry;

@@ -9,7 +9,6 @@ use cli::command::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    cli::start_telemetry(&cli.log, cli.command.log_level_default());
     let supervised = cli.command.supervised();
     match cli.command.run(&cli.log) {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser};
 use cli::args::{
-    ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, LogFormat, ModelFlags, RouterFlags,
+    ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, RouterFlags, TraceFlags,
 };
 use cli::command::{Cli, Command, group, router, worker};
 use proptest::option::of;
@@ -130,16 +130,28 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
     )
 }
 
+fn trace_flags() -> impl Strategy<Value = TraceFlags> {
+    (of("http://[a-z]{1,8}:[1-9][0-9]{0,3}"), of(0.0..1.0_f64), any::<[Option<bool>; 2]>()).prop_map(
+        |(otlp_endpoint, trace_sample_ratio, [trace_follow_callers, trace_record_content])| TraceFlags {
+            otlp_endpoint,
+            trace_sample_ratio,
+            trace_follow_callers,
+            trace_record_content,
+        },
+    )
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn a_worker_reads_back_what_it_was_started_with(
         file in file(), rank: u32, rendezvous in address(), listen in address(), model in model(),
-        compute in compute(), group in group_flags(), supervised: bool,
+        compute in compute(), group in group_flags(), trace in trace_flags(), supervised: bool,
     ) {
         let leader = Some(format!("leader.of.group:{}", listen.port()));
-        let args = worker::Args { file, rank, rendezvous, leader, listen, model, compute, group, supervised };
+        let args =
+            worker::Args { file, rank, rendezvous, leader, listen, model, compute, group, trace, supervised };
         let Command::Worker(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -147,12 +159,12 @@ proptest! {
     #[test]
     fn a_group_reads_back_what_it_was_started_with(
         file in file(), rendezvous in address(), listen in address(), model in model(), compute in compute(),
-        group in group_flags(),
+        group in group_flags(), trace in trace_flags(),
         supervised: bool,
     ) {
         let (hosts, host_index) = (vec!["10.0.0.1:7070".to_owned(), "other".to_owned()], Some(1));
         let args = group::Args {
-            file, rendezvous, hosts, host_index, listen, model, compute, group, supervised
+            file, rendezvous, hosts, host_index, listen, model, compute, group, trace, supervised
         };
         let Command::Group(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
@@ -161,9 +173,9 @@ proptest! {
     #[test]
     fn a_router_reads_back_what_it_was_started_with(
         file in file(), workers in prop::collection::vec("http://[a-z]{1,8}:[1-9][0-9]{0,3}", 0..4),
-        model in model(), router in router_flags(), supervised: bool,
+        model in model(), router in router_flags(), trace in trace_flags(), supervised: bool,
     ) {
-        let args = router::Args { file, workers, model, router, supervised };
+        let args = router::Args { file, workers, model, router, trace, supervised };
         let Command::Router(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -181,7 +193,10 @@ fn flags_made_from_settings_give_the_same_settings() {
                 router.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
                 router.drain_grace_s = 3\nrouter.tls.certificate = 'a'\nrouter.tls.key = 'b'\nrouter.tls.client_ca = 'c'\n\
                 router.keys_file = 'd'\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
-                cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'";
+                cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'\n\
+                telemetry.log_level = 'router=debug,info'\ntelemetry.log_format = 'json'\n\
+                telemetry.otlp_endpoint = 'http://a:1'\ntelemetry.sample_ratio = 0.25\n\
+                telemetry.follow_callers = false\ntelemetry.record_content = true";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
     let settings =
@@ -190,6 +205,8 @@ fn flags_made_from_settings_give_the_same_settings() {
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
     flags.extend(RouterFlags::from(&settings).flags());
+    flags.extend(TraceFlags::from(&settings).flags());
+    flags.extend(LogFlags::from(&settings.telemetry).flags());
     assert_eq!(Settings::load(&Sources { flags, ..Sources::default() }).unwrap(), settings);
 }
 
@@ -211,10 +228,14 @@ fn every_flag_names_a_key_that_exists() {
         ClusterTls { ca: Some("a".into()), certificate: Some("c".into()), key: Some("k".into()) };
     settings.group.expert_placement = Some("p".into());
     settings.group.fault_dir = Some("p".into());
+    settings.telemetry.log_level = Some("info".into());
+    settings.telemetry.otlp_endpoint = Some("http://a:1".into());
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
     flags.extend(RouterFlags::from(&settings).flags());
+    flags.extend(TraceFlags::from(&settings).flags());
+    flags.extend(LogFlags::from(&settings.telemetry).flags());
     // All but the three that are not flags of a child: the router's workers, the group's hosts and the number of groups.
     assert_eq!(flags.len(), keys.len() - 3);
     for flag in flags {
@@ -224,7 +245,7 @@ fn every_flag_names_a_key_that_exists() {
 
 #[test]
 fn log_flags_are_passed_on() {
-    let log = LogFlags { log_level: Some("debug,h2=warn".into()), log_format: LogFormat::Json };
+    let log = LogFlags { log_level: Some("debug,h2=warn".into()), log_format: Some("json".into()) };
     let mut argv = vec!["worker".to_owned()];
     argv.extend(log.to_argv());
     assert_eq!(parse(&argv).log, log);

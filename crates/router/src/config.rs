@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use security::{ClientTls, Secret, ServerTls};
 
-use crate::Error;
+use crate::{Error, Tracing};
 
 /// A router's configuration.
 #[derive(Debug, Clone)]
@@ -33,6 +33,8 @@ pub struct Config {
     pub drain_grace: Duration,
     /// Who may call, and as whom the groups are called.
     pub access: Access,
+    /// Which requests are traced.
+    pub tracing: Tracing,
 }
 
 /// Who may call a router, and as whom it calls the groups. The default: everybody, and as nobody.

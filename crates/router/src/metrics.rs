@@ -15,6 +15,7 @@ use prometheus_client::registry::{Metric, Registry};
 use proto::{Failure, v1};
 
 use crate::service::VERSION;
+use crate::trail::Traced;
 use crate::workers::{GroupView, Groups};
 
 /// What the OpenMetrics text format is called.
@@ -25,7 +26,7 @@ const STAGE_SECONDS: [f64; 20] = [
     10.0, 30.0, 60.0, 300.0,
 ];
 /// How a request ended that did not fail.
-const OK: &str = "OK";
+pub(crate) const OK: &str = "OK";
 /// How a request ended whose caller left.
 const ABANDONED: &str = "ABANDONED";
 
@@ -197,6 +198,7 @@ fn add<M: Metric + Clone + Default>(to: &mut Registry, name: &str, help: &str) -
 #[derive(Debug)]
 pub(crate) struct Counted {
     metrics: Arc<Metrics>,
+    traced: Traced,
     arrived: Instant,
     /// When the last stage ended.
     stage: Instant,
@@ -206,15 +208,21 @@ pub(crate) struct Counted {
 
 impl Counted {
     /// A request that arrives now.
-    pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(metrics: Arc<Metrics>, traced: Traced) -> Self {
         let now = Instant::now();
-        Self { metrics, arrived: now, stage: now, answered: false, over: false }
+        Self { metrics, traced, arrived: now, stage: now, answered: false, over: false }
     }
 
     /// A stage of the way down is behind it.
     pub(crate) fn passed(&mut self, stage: &'static str) {
         self.metrics.passed(stage, self.stage);
+        self.traced.passed(stage);
         self.stage = Instant::now();
+    }
+
+    /// The group it goes to first.
+    pub(crate) fn placed(&self, group: &str, prompt_tokens: usize) {
+        self.traced.placed(group, prompt_tokens);
     }
 
     /// A message goes up.
@@ -222,6 +230,7 @@ impl Counted {
         if !std::mem::replace(&mut self.answered, true) {
             self.metrics.passed("first_message", self.stage);
         }
+        self.traced.message(message);
         if let Some(usage) = &message.usage {
             self.metrics.used(usage, message.index == 0);
         }
@@ -229,11 +238,12 @@ impl Counted {
 
     /// The last message went up, or a failure.
     pub(crate) fn ended(&mut self, failure: Option<&Failure>) {
-        self.end(failure.map_or(OK, Failure::reason));
+        self.end(failure.map_or(OK, Failure::reason), failure);
     }
 
-    fn end(&mut self, outcome: &'static str) {
+    fn end(&mut self, outcome: &'static str, failure: Option<&Failure>) {
         if !std::mem::replace(&mut self.over, true) {
+            self.traced.ended(outcome, failure);
             self.metrics.ended(outcome);
             self.metrics.passed("whole", self.arrived);
         }
@@ -242,7 +252,7 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.end(ABANDONED);
+        self.end(ABANDONED, None);
     }
 }
 

@@ -19,6 +19,7 @@ use crate::metrics::{Counted, Metrics};
 use crate::resume::Replay;
 use crate::running::Running;
 use crate::text::{Text, Vocabulary, Wanted};
+use crate::trail::{Traced, Tracing};
 use crate::workers::{Facts, Groups};
 
 /// Places among the admitted requests, one for each answer, given back when the last holder is done: the answers, or
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) withdrawn: CancellationToken,
     /// Ends what is still open when the drain grace is over.
     pub(crate) closing: CancellationToken,
+    /// Which requests are traced.
+    pub(crate) tracing: Tracing,
 }
 
 /// A request that holds its permits and whose every field is right, but for the prompt's tokens.
@@ -109,8 +112,10 @@ impl Shared {
         call: Call,
         request: v1::GenerateRequest,
     ) -> Result<Answer, Failure> {
-        let call = call.listed(&self.running);
-        let mut counted = Counted::new(Arc::clone(&self.metrics));
+        let mut call = call.listed(&self.running);
+        let served = || self.served().ok().map(|(name, _)| name);
+        let traced = Traced::begin(&mut call, &request, self.tracing, served);
+        let mut counted = Counted::new(Arc::clone(&self.metrics), traced);
         match self.place_tokenized(&call, request, &mut counted).await {
             Ok((tokenized, way)) => Ok(self.answer((call, counted), tokenized, way)),
             Err(failure) => {
@@ -132,6 +137,7 @@ impl Shared {
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
         counted.passed("tokenize");
         let way = self.place(call, &tokenized)?;
+        counted.placed(way.0.address(), tokenized.prompt.len());
         call.spend_tokens(tokenized.prompt.len());
         counted.passed("place");
         Ok((tokenized, way))
@@ -371,9 +377,9 @@ impl Shared {
             ..worker::GenerateRequest::default()
         };
         let request = Arc::new(request);
-        let placed = Placed::new(&self.groups, &request, Vec::new())?;
+        let placed = Placed::new(&self.groups, &request, Vec::new(), &call.trail)?;
         let (eos, grace) = (tokenized.eos_token_ids.clone(), self.resume_grace);
-        Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace))))
+        Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace), &call.trail)))
     }
 
     fn answer(

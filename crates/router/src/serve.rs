@@ -168,6 +168,7 @@ async fn share(
         resume_grace: config.resume_grace,
         withdrawn: CancellationToken::new(),
         closing,
+        tracing: config.tracing,
     }))
 }
 

@@ -40,6 +40,7 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
     metrics_ports(settings, &mut faults);
     tls(settings, &mut faults);
+    settings.telemetry.check(&mut faults);
     faults
 }
 

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use security::{ClientTls, ServerTls};
 use types::{TpRank, TpSize};
 
+use crate::telemetry::Telemetry;
 use crate::tree::{ClusterTls, Settings, Tls};
 
 fn server_tls(tls: &Tls) -> Option<ServerTls> {
@@ -54,7 +55,18 @@ impl Settings {
                 group_tls: self.client_tls(),
                 secret: None,
             },
+            tracing: self.tracing(),
         }
+    }
+
+    /// Which requests are traced: none where nothing is exported.
+    fn tracing(&self) -> router::Tracing {
+        let Telemetry { otlp_endpoint, sample_ratio, follow_callers, record_content, .. } = &self.telemetry;
+        if otlp_endpoint.is_none() {
+            return router::Tracing::default();
+        }
+        let sampling = trace::Sampling { ratio: *sample_ratio, follow_callers: *follow_callers };
+        router::Tracing { sampling, record_content: *record_content }
     }
 
     /// Ranks of each group, in all its sub-groups.

@@ -12,6 +12,7 @@ mod lines;
 mod load;
 mod schema;
 mod strict;
+mod telemetry;
 mod tree;
 
 pub use convert::RankPlace;
@@ -19,6 +20,7 @@ pub use describe::{Key, Section};
 pub use error::{Complaint, Error, Origin};
 pub use layers::{FILE_BYTES_MAX, Flag, Sources};
 pub use load::Loaded;
+pub use telemetry::{LogFormat, Telemetry};
 pub use tree::{
     Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterHttp, RouterLimits, Settings, Tls,
 };

@@ -8,6 +8,7 @@ use types::{Dispatch, DispatchChoice, ExpertSharding};
 
 use worker::LoadFormat;
 
+use crate::LogFormat;
 use crate::tree::Settings;
 
 impl Settings {
@@ -68,6 +69,10 @@ pub(crate) fn preset(_: &mut SchemaGenerator) -> Schema {
 
 pub(crate) fn load_format(_: &mut SchemaGenerator) -> Schema {
     one_of(&[LoadFormat::Checkpoint, LoadFormat::Dummy].map(LoadFormat::name))
+}
+
+pub(crate) fn log_format(_: &mut SchemaGenerator) -> Schema {
+    one_of(&[LogFormat::Human, LogFormat::Json].map(LogFormat::name))
 }
 
 pub(crate) fn device(_: &mut SchemaGenerator) -> Schema {

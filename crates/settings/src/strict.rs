@@ -213,6 +213,47 @@ pub(crate) mod truth {
     }
 }
 
+/// A number, whole or not.
+pub(crate) mod fraction {
+    use serde::Serializer;
+
+    use super::*;
+
+    struct Fraction;
+
+    impl Visitor<'_> for Fraction {
+        type Value = f64;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number")
+        }
+
+        fn visit_i64<E: Error>(self, value: i64) -> Result<f64, E> {
+            Ok(value as f64)
+        }
+
+        fn visit_u64<E: Error>(self, value: u64) -> Result<f64, E> {
+            Ok(value as f64)
+        }
+
+        fn visit_f64<E: Error>(self, value: f64) -> Result<f64, E> {
+            Ok(value)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<f64, E> {
+            text.trim().parse().map_err(|_| E::custom(format!("must be a number, not {text:?}")))
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        from.deserialize_any(Fraction)
+    }
+
+    pub(crate) fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_f64(*value)
+    }
+}
+
 /// A span in seconds, whole or not.
 pub(crate) mod seconds {
     use std::time::Duration;

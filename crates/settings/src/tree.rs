@@ -18,6 +18,7 @@ use crate::check::{
     CONTEXT_MAX, GROUPS_MAX, LAYERS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S,
     TIMEOUT_MIN_S, TOKENS_MAX,
 };
+use crate::telemetry::Telemetry;
 use crate::{schema, strict};
 
 /// Default of `group.block_size`.
@@ -35,6 +36,8 @@ pub struct Settings {
     pub group: Group,
     /// What `cohort up` starts on one machine.
     pub cluster: Cluster,
+    /// Logs, and the traces of requests.
+    pub telemetry: Telemetry,
 }
 
 /// `[model]`: what is served.

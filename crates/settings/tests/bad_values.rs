@@ -92,6 +92,17 @@ fn each_bad_value_is_refused_with_its_key() {
             "group.metrics_listen = '0.0.0.0:65535'\ncluster.groups = 2",
             "group.metrics_listen: leaves no ports for 2 groups after 65535",
         ),
+        ("telemetry.log_format = 'xml'", "telemetry.log_format: \"xml\": use human or json"),
+        ("telemetry.sample_ratio = 1.5", "telemetry.sample_ratio: must be between 0 and 1, not 1.5"),
+        ("telemetry.sample_ratio = 'all'", "telemetry.sample_ratio: must be a number, not \"all\""),
+        (
+            "telemetry.otlp_endpoint = 'https://a:1'",
+            "telemetry.otlp_endpoint: \"https://a:1\" is not an address such as http://127.0.0.1:4317",
+        ),
+        (
+            "telemetry.record_content = true",
+            "telemetry.record_content: is of no use without telemetry.otlp_endpoint",
+        ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
     ];
     refused(&cases);

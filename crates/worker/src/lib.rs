@@ -27,6 +27,7 @@ mod server;
 mod service;
 mod state;
 mod streams;
+mod traced;
 
 pub use capacity::{Capacity, CollectiveCosts, GroupShape, KvCosts, Memory, RankBytes};
 pub use config::{Access, Config, Device, Limits, LoadFormat};

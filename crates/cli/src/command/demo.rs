@@ -60,9 +60,9 @@ struct Answered {
 pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let started = Instant::now();
     let stop = signals::stop_token(false)?;
-    let settings = settings()?;
+    let mut settings = settings()?;
     // Its processes are stopped in the middle of nothing: that they miss each other then is no trouble.
-    let log = super::quiet(log, "error");
+    settings.telemetry = super::quiet(&log.telemetry(), "error");
     let paint = Paint::stdout();
     say!(
         "{}  one router and {RANKS} tensor-parallel CPU workers serve {}",
@@ -74,7 +74,7 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         let facts = Arc::new(Mutex::new(Facts::default()));
         let noted = Arc::clone(&facts);
         let mut up = Some(up);
-        let cluster = up::supervise(&settings, &log, &stop, move |happening| {
+        let cluster = up::supervise(&settings, &stop, move |happening| {
             note(&mut noted.lock().unwrap_or_else(PoisonError::into_inner), &happening);
             if let Happening::Up(serving) = happening
                 && let Some(up) = up.take()

@@ -6,13 +6,16 @@ use std::time::Duration;
 use settings::Settings;
 
 use super::worker;
-use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy};
+use crate::args::{
+    self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy, TraceFlags,
+};
 use crate::hosts::Host;
 use crate::identity;
 use crate::progress::Progress;
 use crate::report::{self, Event, Line};
 use crate::supervisor::group::{self, Group};
 use crate::supervisor::{Spec, lifeline, signals};
+use crate::telemetry::{self, Role};
 
 /// Any free port of this machine only.
 const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -68,6 +71,9 @@ pub struct Args {
     /// Bounds of the group.
     #[command(flatten)]
     pub group: GroupFlags,
+    /// What is traced.
+    #[command(flatten)]
+    pub trace: TraceFlags,
     /// Started by a supervisor: reports go to stdout as JSON lines, and the end of stdin ends this process
     #[arg(long, hide = true)]
     pub supervised: bool,
@@ -86,6 +92,7 @@ impl Args {
         argv.extend(self.model.to_argv());
         argv.extend(self.compute.to_argv());
         argv.extend(self.group.to_argv());
+        argv.extend(self.trace.to_argv());
         argv.extend(self.supervised.then(|| "--supervised".to_owned()));
         argv
     }
@@ -102,6 +109,7 @@ impl Args {
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
             group: GroupFlags { metrics_listen, ..GroupFlags::from(settings) },
+            trace: TraceFlags::from(settings),
             supervised: true,
         }
     }
@@ -117,6 +125,7 @@ impl Args {
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
             group: GroupFlags::from(settings),
+            trace: TraceFlags::from(settings),
             supervised: true,
         }
     }
@@ -136,10 +145,11 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let settings = args::load(
         StartedBy::supervised(args.supervised),
         &args.file,
-        &[&HostsFlag(&args.hosts), &args.model, &args.compute, &args.group],
+        &[&HostsFlag(&args.hosts), &args.model, &args.compute, &args.group, &args.trace, log],
     )?;
+    let _telemetry = telemetry::start(&settings.telemetry, &Role::tool(), super::SERVICE_LEVEL);
     let secret = identity::secret(&settings, StartedBy::supervised(args.supervised))?;
-    let log = log.to_argv();
+    let log = LogFlags::from(&settings.telemetry).to_argv();
     let host = Host::find(&settings.group.hosts, args.host_index, |name| std::env::var(name).ok())?;
     let size = settings.ranks();
     let ranks = host.as_ref().map_or(Ok(0..size.get()), |host| host.ranks(size))?;

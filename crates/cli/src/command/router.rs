@@ -6,9 +6,10 @@ use std::time::Duration;
 use anyhow::bail;
 use settings::{HttpListen, Settings};
 
-use crate::args::{self, ConfigFlags, FileFlag, ModelFlags, RouterFlags, StartedBy};
+use crate::args::{self, ConfigFlags, FileFlag, LogFlags, ModelFlags, RouterFlags, StartedBy, TraceFlags};
 use crate::report::{self, Event, Line, Serving};
 use crate::supervisor::{lifeline, signals};
+use crate::telemetry::{self, Role};
 use crate::{embedded, identity};
 
 const MORE: &str = "\
@@ -31,6 +32,9 @@ pub struct Args {
     /// Where it is served.
     #[command(flatten)]
     pub router: RouterFlags,
+    /// What is traced.
+    #[command(flatten)]
+    pub trace: TraceFlags,
     /// Started by a supervisor: reports go to stdout as JSON lines, and the end of stdin ends this process
     #[arg(long, hide = true)]
     pub supervised: bool,
@@ -57,6 +61,7 @@ impl Args {
         argv.extend(WorkersFlag(&self.workers).to_argv());
         argv.extend(self.model.to_argv());
         argv.extend(self.router.to_argv());
+        argv.extend(self.trace.to_argv());
         argv.extend(self.supervised.then(|| "--supervised".to_owned()));
         argv
     }
@@ -74,6 +79,7 @@ impl Args {
             workers: leaders.iter().map(|leader| format!("{scheme}://{leader}")).collect(),
             model: ModelFlags::from(settings),
             router,
+            trace: TraceFlags::from(settings),
             supervised: true,
         }
     }
@@ -85,7 +91,7 @@ pub(crate) fn stop_grace(settings: &Settings) -> Duration {
 }
 
 /// Serves until it is told to stop.
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     if args.supervised {
         lifeline::hold()?;
     }
@@ -93,8 +99,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let settings = args::load(
         StartedBy::supervised(args.supervised),
         &args.file,
-        &[&WorkersFlag(&args.workers), &args.model, &args.router],
+        &[&WorkersFlag(&args.workers), &args.model, &args.router, &args.trace, log],
     )?;
+    let _telemetry = telemetry::start(&settings.telemetry, &Role::router(), super::SERVICE_LEVEL);
     if settings.router.workers.is_empty() {
         bail!(
             "a router needs at least one worker group: --workers http://HOST:PORT, or router.workers in the file"

@@ -12,12 +12,14 @@ use tokio_util::sync::CancellationToken;
 use super::{demo, group, router};
 use crate::args::{
     self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, RouterFlags, StartedBy,
+    TraceFlags,
 };
 use crate::progress::Progress;
 use crate::report::Serving;
 use crate::style::Paint;
 use crate::supervisor::cluster::{self, Cluster, Happening, Member};
 use crate::supervisor::{Spec, signals};
+use crate::telemetry::{self, Role};
 use crate::{client, embedded, identity};
 
 /// What a member may need beyond its own graces to end.
@@ -53,6 +55,9 @@ pub struct Args {
     /// Where it is served.
     #[command(flatten)]
     pub router: RouterFlags,
+    /// What is traced.
+    #[command(flatten)]
+    pub trace: TraceFlags,
 }
 
 /// The number of groups as a group of flags of its own: only this subcommand takes it.
@@ -72,11 +77,12 @@ impl ConfigFlags for GroupsFlag {
 /// Runs the cluster until it is told to stop.
 pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let stop = signals::stop_token(false)?;
-    let settings = args::load(
+    let mut settings = args::load(
         StartedBy::User,
         &args.file,
-        &[&GroupsFlag(args.groups), &args.model, &args.compute, &args.group, &args.router],
+        &[&GroupsFlag(args.groups), &args.model, &args.compute, &args.group, &args.router, &args.trace, log],
     )?;
+    let _telemetry = telemetry::start(&settings.telemetry, &Role::tool(), super::TOOL_LEVEL);
     if !settings.group.hosts.is_empty() {
         let hosts = settings.group.hosts.len();
         bail!(
@@ -84,11 +90,11 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         );
     }
     let encrypted = settings.router.tls.certificate.is_some();
-    let log = super::quiet(log, "warn");
+    settings.telemetry = super::quiet(&settings.telemetry, super::TOOL_LEVEL);
     super::runtime()?.block_on(async {
         let display = Arc::new(Display::new(&settings));
         tokio::spawn(say_stopping(stop.clone(), Arc::clone(&display)));
-        supervise(&settings, &log, &stop, |happening| match happening {
+        supervise(&settings, &stop, |happening| match happening {
             Happening::Up(serving) => {
                 _ = tokio::spawn(tell_when_serving(serving, encrypted, Arc::clone(&display)))
             }
@@ -101,11 +107,10 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
 /// Runs a cluster of these settings until `stop`; `on` hears what happens.
 pub(crate) async fn supervise(
     settings: &Settings,
-    log: &LogFlags,
     stop: &CancellationToken,
     on: impl FnMut(Happening),
 ) -> anyhow::Result<()> {
-    let log = log.to_argv();
+    let log = LogFlags::from(&settings.telemetry).to_argv();
     // Whoever else runs on this machine reaches its ports too.
     let secret = match identity::secret(settings, StartedBy::User)? {
         Some(secret) => secret,

@@ -328,6 +328,7 @@ pub(crate) fn any_port() -> SocketAddr {
 
 pub(crate) fn config(workers: &[&str]) -> Config {
     Config {
+        tracing: router::Tracing::default(),
         grpc_listen: any_port(),
         http_listen: Some(any_port()),
         workers: workers.iter().map(|&address| address.to_owned()).collect(),

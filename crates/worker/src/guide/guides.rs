@@ -19,7 +19,8 @@ const THREADS_MAX: usize = 4;
 /// Guides by their sequence.
 #[derive(Debug)]
 pub(crate) struct Guides {
-    open: RwLock<HashMap<SeqId, Arc<Guide>>>,
+    /// With the request it belongs to.
+    open: RwLock<HashMap<SeqId, (Arc<Guide>, Arc<str>)>>,
     work: SyncSender<Arc<Guide>>,
     ready: AtomicU64,
     late: AtomicU64,
@@ -42,10 +43,10 @@ impl Guides {
     }
 
     /// Takes the guide of a sequence that is about to be submitted, and works ahead for its first token.
-    pub(crate) fn open(&self, seq: SeqId, guide: Guide) {
+    pub(crate) fn open(&self, seq: SeqId, guide: Guide, request: Arc<str>) {
         let guide = Arc::new(guide);
         let _ = self.work.try_send(Arc::clone(&guide));
-        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(seq, guide);
+        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(seq, (guide, request));
     }
 
     /// Forgets the guide of a sequence that has ended.
@@ -61,7 +62,16 @@ impl Guides {
     }
 
     fn get(&self, seq: SeqId) -> Option<Arc<Guide>> {
-        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&seq).cloned()
+        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&seq).map(|(guide, _)| Arc::clone(guide))
+    }
+
+    /// What the request of `seq` is called, if it is guided.
+    pub(crate) fn request(&self, seq: SeqId) -> Option<Arc<str>> {
+        self.open
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&seq)
+            .map(|(_, request)| Arc::clone(request))
     }
 
     /// What `seq` may draw behind `position` tokens of output.
