@@ -12,6 +12,7 @@ mod endings;
 mod examples;
 mod forms;
 mod lifecycle;
+mod logs;
 mod metrics;
 mod parity;
 mod resumes;

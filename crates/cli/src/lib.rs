@@ -17,3 +17,5 @@ mod style;
 pub mod supervisor;
 mod table;
 pub mod telemetry;
+
+pub use out::write_note;

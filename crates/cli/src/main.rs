@@ -1,6 +1,5 @@
 //! The one binary.
 #![forbid(unsafe_code)]
-#![allow(clippy::print_stderr, reason = "the last word of a failed command goes to its terminal")]
 
 use std::process::ExitCode;
 
@@ -17,7 +16,7 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(error) => {
-            eprintln!("error: {}", cli::report::chain(&error));
+            cli::write_note(format_args!("error: {}", cli::report::chain(&error)));
             ExitCode::FAILURE
         }
     }

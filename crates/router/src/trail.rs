@@ -139,6 +139,8 @@ impl Traced {
         if !self.root.is_on() {
             return;
         }
+        // One ends before the next begins.
+        self.stage = Span::none();
         self.stage = match stage {
             "admit" => self.root.child("tokenize", Kind::Internal),
             "tokenize" => self.root.child("placement", Kind::Internal),

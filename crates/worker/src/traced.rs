@@ -39,6 +39,8 @@ impl Stages {
     }
 
     fn enter(&mut self, stage: &'static str) {
+        // One ends before the next begins.
+        self.now = Span::none();
         self.now = self.request.child(stage, Kind::Internal);
         self.now.set("cohort.sequence", i64::from(self.sequence));
     }

@@ -7,6 +7,7 @@ use anyhow::bail;
 use settings::{HttpListen, Settings};
 
 use crate::args::{self, ConfigFlags, FileFlag, LogFlags, ModelFlags, RouterFlags, StartedBy, TraceFlags};
+use crate::out::write_note;
 use crate::report::{self, Event, Line, Serving};
 use crate::supervisor::{lifeline, signals};
 use crate::telemetry::{self, Role};
@@ -121,7 +122,9 @@ fn announce(bound: router::Bound, supervised: bool) {
     let serving = Serving { grpc: bound.grpc, http: bound.http };
     match supervised {
         true => report::say(&Line { pid: std::process::id(), rank: None, event: Event::Serving(serving) }),
-        false => eprintln!("serving gRPC at {}{}", serving.grpc, http_part(serving)),
+        false => {
+            write_note(format_args!("serving gRPC at {}{}", serving.grpc, http_part(serving)));
+        }
     }
 }
 
