@@ -268,5 +268,9 @@ fn part(role: &str, text: &str) -> serde_json::Value {
 
 /// The beginning of `text` that has at most so many bytes.
 fn fitting(text: &str, bytes_max: usize) -> &str {
-    &text[..text.floor_char_boundary(bytes_max)]
+    let mut end = bytes_max.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
