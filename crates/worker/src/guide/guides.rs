@@ -16,11 +16,13 @@ const WAITING_MAX: usize = 1024;
 /// Threads are few: a mask takes far less time than a step of a real model, and the model has better use for cores.
 const THREADS_MAX: usize = 4;
 
+/// A guide, and what the request is called that it belongs to.
+type Asked = (Arc<Guide>, Arc<str>);
+
 /// Guides by their sequence.
 #[derive(Debug)]
 pub(crate) struct Guides {
-    /// With the request it belongs to.
-    open: RwLock<HashMap<SeqId, (Arc<Guide>, Arc<str>)>>,
+    open: RwLock<HashMap<SeqId, Asked>>,
     work: SyncSender<Arc<Guide>>,
     ready: AtomicU64,
     late: AtomicU64,
