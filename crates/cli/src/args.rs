@@ -176,6 +176,12 @@ pub struct RouterFlags {
     /// The private key of that certificate (PEM)
     #[arg(long, value_name = "FILE")]
     pub cluster_tls_key: Option<String>,
+    /// Time between two questions for the addresses of dns+http:// workers, in seconds [default: 5]
+    #[arg(long = "dns-interval", value_name = "SECONDS")]
+    pub dns_interval_s: Option<f64>,
+    /// How long such a worker is kept after the last answer that had its address, in seconds [default: 60]
+    #[arg(long = "dns-hold", value_name = "SECONDS")]
+    pub dns_hold_s: Option<f64>,
     /// Requests admitted at once [default: 512]
     #[arg(long, value_name = "N")]
     pub requests_max: Option<u32>,
@@ -194,6 +200,10 @@ pub struct RouterFlags {
     /// Silence after which an HTTP stream says a comment that keeps its connection, in seconds [default: 10]
     #[arg(long = "http-keep-alive", value_name = "SECONDS")]
     pub http_keep_alive_s: Option<f64>,
+    /// How old a gRPC caller's connection may become before it is told to open another one, in seconds; 0 for any age
+    /// [default: 1800]
+    #[arg(long = "connection-age-max", value_name = "SECONDS")]
+    pub connection_age_max_s: Option<f64>,
     /// How long a request that lost its group waits for one that goes on with it, in seconds; 0 ends it at once
     /// [default: 10]
     #[arg(long = "resume-grace", value_name = "SECONDS")]
@@ -297,12 +307,15 @@ impl ConfigFlags for RouterFlags {
                 self.cluster_tls_certificate.as_ref(),
             ),
             given("--cluster-tls-key", "cluster.tls.key", self.cluster_tls_key.as_ref()),
+            given("--dns-interval", "router.dns.interval_s", self.dns_interval_s.as_ref()),
+            given("--dns-hold", "router.dns.hold_s", self.dns_hold_s.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
             given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
             given("--http-head-timeout", "router.http.head_timeout_s", self.http_head_timeout_s.as_ref()),
             given("--http-body-timeout", "router.http.body_timeout_s", self.http_body_timeout_s.as_ref()),
             given("--http-write-timeout", "router.http.write_timeout_s", self.http_write_timeout_s.as_ref()),
             given("--http-keep-alive", "router.http.keep_alive_s", self.http_keep_alive_s.as_ref()),
+            given("--connection-age-max", "router.connection_age_max_s", self.connection_age_max_s.as_ref()),
             given("--resume-grace", "router.resume_grace_s", self.resume_grace_s.as_ref()),
             given("--withdraw-grace", "router.withdraw_grace_s", self.withdraw_grace_s.as_ref()),
             given("--router-drain-grace", "router.drain_grace_s", self.router_drain_grace_s.as_ref()),
@@ -389,12 +402,15 @@ impl From<&Settings> for RouterFlags {
             cluster_tls_ca: shown(cluster.ca.as_deref()),
             cluster_tls_certificate: shown(cluster.certificate.as_deref()),
             cluster_tls_key: shown(cluster.key.as_deref()),
+            dns_interval_s: Some(router.dns.interval_s.as_secs_f64()),
+            dns_hold_s: Some(router.dns.hold_s.as_secs_f64()),
             requests_max: Some(router.limits.requests_max),
             prompt_bytes_max: Some(router.limits.prompt_bytes_max),
             http_head_timeout_s: Some(router.http.head_timeout_s.as_secs_f64()),
             http_body_timeout_s: Some(router.http.body_timeout_s.as_secs_f64()),
             http_write_timeout_s: Some(router.http.write_timeout_s.as_secs_f64()),
             http_keep_alive_s: Some(router.http.keep_alive_s.as_secs_f64()),
+            connection_age_max_s: Some(router.connection_age_max_s.as_secs_f64()),
             resume_grace_s: Some(router.resume_grace_s.as_secs_f64()),
             withdraw_grace_s: Some(router.withdraw_grace_s.as_secs_f64()),
             router_drain_grace_s: Some(router.drain_grace_s.as_secs_f64()),

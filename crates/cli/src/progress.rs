@@ -50,6 +50,7 @@ impl Progress {
             | Event::Listening { .. }
             | Event::Alive
             | Event::Serving(_)
+            | Event::Configured { .. }
             | Event::Failed { .. } => {}
         }
     }

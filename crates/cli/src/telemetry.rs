@@ -2,12 +2,14 @@
 //! requests, which go to a collector.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
 use settings::{LogFormat, Telemetry};
 use trace::{Export, Exporter};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::{FilterExt, FilterFn};
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload::{self, Handle};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 use types::TpRank;
@@ -57,6 +59,8 @@ pub struct Running {
 /// used of it is reported and left out.
 pub fn start(telemetry: &Telemetry, role: &Role, default: &str) -> Running {
     let (filter, unread) = filter(telemetry, default);
+    let (filter, handle) = reload::Layer::new(filter);
+    let _ = LEVEL.set(Level { handle, default: default.to_owned() });
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(style::colours(std::io::stderr().is_terminal()))
@@ -87,6 +91,26 @@ pub fn start(telemetry: &Telemetry, role: &Role, default: &str) -> Running {
         tracing::warn!("{error}; nothing is traced");
     }
     Running { _exporter: exporter }
+}
+
+/// What is logged, for whoever changes it.
+struct Level {
+    handle: Handle<EnvFilter, Registry>,
+    default: String,
+}
+
+static LEVEL: OnceLock<Level> = OnceLock::new();
+
+/// From now on the lines that `telemetry` says are logged.
+pub fn set_level(telemetry: &Telemetry) {
+    let Some(Level { handle, default }) = LEVEL.get() else { return };
+    let (filter, unread) = filter(telemetry, default);
+    if let Some(unread) = unread {
+        return tracing::error!("{unread}; what is logged stays as it was");
+    }
+    if let Err(error) = handle.reload(filter) {
+        tracing::error!(%error, "what is logged cannot be changed any more");
+    }
 }
 
 fn filter(telemetry: &Telemetry, default: &str) -> (EnvFilter, Option<String>) {

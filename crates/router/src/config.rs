@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use security::{ClientTls, Secret, ServerTls};
 
+use crate::discovery::Names;
 use crate::{Error, Tracing};
 
 /// A router's configuration.
@@ -16,12 +17,17 @@ pub struct Config {
     pub grpc_listen: SocketAddr,
     /// Where HTTP is served, if at all; port 0 as above.
     pub http_listen: Option<SocketAddr>,
-    /// The leaders of the worker groups, each `http://host:port`; at least one.
+    /// The leaders of the worker groups, each `http://host:port`, and names of which every address is a leader, each
+    /// `dns+http://name:port`; at least one.
     pub workers: Vec<String>,
+    /// How names are asked for.
+    pub names: Names,
     /// Name the model is served under; `None` takes the name the groups report.
     pub model_name: Option<String>,
     /// Bounds on what is taken in.
     pub limits: Limits,
+    /// How old a gRPC caller's connection may become before it is told to open another one; zero for any age.
+    pub connection_age_max: Duration,
     /// How long a request that lost its group waits for a group that goes on with it; zero ends it at once.
     pub resume_grace: Duration,
     /// How long HTTP callers are waited for.

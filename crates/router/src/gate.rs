@@ -1,13 +1,13 @@
 //! Who may call. The check comes before anything of a request's body is read, so that refusing costs next to nothing.
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures::future::{Either, Ready, ready};
 use proto::Failure;
-use security::{KeyFile, Limited, Visit};
+use security::{KeyFile, Keys, Limited, Visit};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, Request, Response, header};
@@ -27,14 +27,23 @@ pub(crate) struct Certified(pub(crate) bool);
 /// Looks at every request of both listeners.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    keys: Option<KeyFile>,
+    keys: RwLock<Option<KeyFile>>,
     metrics: Arc<Metrics>,
 }
 
 impl Gate {
     /// Lets everybody in without `keys`.
     pub(crate) fn new(keys: Option<KeyFile>, metrics: Arc<Metrics>) -> Self {
-        Self { keys, metrics }
+        Self { keys: RwLock::new(keys), metrics }
+    }
+
+    /// From now on these keys are asked for.
+    pub(crate) fn set_keys(&self, keys: Option<KeyFile>) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
+    }
+
+    fn keys(&self) -> Option<Arc<Keys>> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(KeyFile::keys)
     }
 
     /// Lets a request in or refuses it. One that is let in carries its [`Visit`] and its key no more.
@@ -62,9 +71,8 @@ impl Gate {
             let why = "this listener wants a client certificate that its authority signed";
             return Err(Failure::Unauthenticated { why: why.to_owned() });
         }
-        let Some(keys) = &self.keys else { return Ok(None) };
+        let Some(keys) = self.keys() else { return Ok(None) };
         let key = bearer(request.headers())?;
-        let keys = keys.keys();
         let meter = keys.find(key).ok_or_else(|| {
             let why = "the API key is not one of this cluster's, or is not any more";
             Failure::Unauthenticated { why: why.to_owned() }

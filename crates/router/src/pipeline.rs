@@ -1,18 +1,16 @@
 //! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use proto::{Failure, GenerationFields, Prompt, Role, Violation, bad_words, stop_strings, v1, worker};
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use types::limits::{CACHE_SALT_BYTES_MAX, MESSAGE_BYTES_MAX, SEQUENCES_MAX};
 use types::{Generation, GenerationSpec, Priority, TokenId};
 
 use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
-use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
 use crate::gate::Gate;
 use crate::metrics::{Counted, Metrics};
@@ -20,6 +18,7 @@ use crate::resume::Replay;
 use crate::running::Running;
 use crate::text::{Text, Vocabulary, Wanted};
 use crate::trail::{Traced, Tracing};
+use crate::tuned::Tuning;
 use crate::workers::{Facts, Groups};
 
 /// Places among the admitted requests, one for each answer, given back when the last holder is done: the answers, or
@@ -33,13 +32,9 @@ pub(crate) struct Shared {
     /// `None` for a checkpoint without tokenizer.
     pub(crate) text: Option<Text>,
     pub(crate) model_name: Option<String>,
-    pub(crate) limits: Limits,
-    pub(crate) http_patience: HttpPatience,
-    pub(crate) permits: Arc<Semaphore>,
+    pub(crate) tuning: Tuning,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Arc<Gate>,
-    /// Longest wait of an interrupted request for a group that goes on with it.
-    pub(crate) resume_grace: Duration,
     pub(crate) running: Arc<Running>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
@@ -152,10 +147,10 @@ impl Shared {
     }
 
     fn permits(&self, count: u32) -> Result<Permit, Failure> {
-        let permits = Arc::clone(&self.permits).try_acquire_many_owned(count);
+        let permits = Arc::clone(self.tuning.permits()).try_acquire_many_owned(count);
         permits.map(Arc::new).map_err(|_| Failure::Overloaded {
             what: "requests".to_owned(),
-            max: u64::from(self.limits.requests_max),
+            max: u64::from(self.tuning.get().limits.requests_max),
             retry_after: proto::RETRY_AFTER,
         })
     }
@@ -208,7 +203,7 @@ impl Shared {
     /// A place for each answer the request asks for.
     fn permit_for(&self, request: &v1::GenerateRequest) -> Result<Permit, Failure> {
         let asked = request.sampling.as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
-        let max = self.limits.requests_max;
+        let max = self.tuning.get().limits.requests_max;
         if asked > max && asked <= SEQUENCES_MAX {
             let reason = format!("is {asked}, and this router takes at most {max} requests at once");
             return Err(Violation::new("sampling.n", reason).into());
@@ -223,7 +218,7 @@ impl Shared {
             Prompt::Text(text) => ("text", text.len()),
             Prompt::Chat(chat) => ("chat.messages", chat.bytes()),
         };
-        let max = self.limits.prompt_bytes_max;
+        let max = self.tuning.get().limits.prompt_bytes_max;
         match bytes > max {
             true => Err(Violation::new(field, format!("has {bytes} bytes; at most {max}")).into()),
             false => Ok(()),
@@ -378,7 +373,7 @@ impl Shared {
         };
         let request = Arc::new(request);
         let placed = Placed::new(&self.groups, &request, Vec::new(), &call.trail)?;
-        let (eos, grace) = (tokenized.eos_token_ids.clone(), self.resume_grace);
+        let (eos, grace) = (tokenized.eos_token_ids.clone(), self.tuning.get().resume_grace);
         Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace), &call.trail)))
     }
 

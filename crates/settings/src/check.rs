@@ -88,7 +88,8 @@ fn tls(settings: &Settings, faults: &mut Vec<Fault>) {
             faults.push((own_name, format!("is of no use without {needed_name}")));
         }
     }
-    let encrypted = settings.router.workers.iter().any(|worker| worker.starts_with("https://"));
+    let of_tls = |worker: &String| worker.trim_start_matches("dns+").starts_with("https://");
+    let encrypted = settings.router.workers.iter().any(of_tls);
     if encrypted && cluster.ca.is_none() {
         let reason = "is needed where router.workers has an https:// address".to_owned();
         faults.push(("cluster.tls.ca", reason));
@@ -194,10 +195,13 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
     let bytes = limits.prompt_bytes_max as u64;
     within("router.limits.prompt_bytes_max", bytes, 1..=PROMPT_BYTES_MAX, faults);
+    lasting("router.dns.interval_s", router.dns.interval_s, TIMEOUT_MIN_S, faults);
+    lasting("router.dns.hold_s", router.dns.hold_s, 0.0, faults);
     lasting("router.http.head_timeout_s", router.http.head_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.body_timeout_s", router.http.body_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.write_timeout_s", router.http.write_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.keep_alive_s", router.http.keep_alive_s, TIMEOUT_MIN_S, faults);
+    lasting("router.connection_age_max_s", router.connection_age_max_s, 0.0, faults);
     lasting("router.resume_grace_s", router.resume_grace_s, 0.0, faults);
     lasting("router.withdraw_grace_s", router.withdraw_grace_s, 0.0, faults);
     lasting("router.drain_grace_s", router.drain_grace_s, 0.0, faults);
@@ -209,14 +213,19 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
         if !is_worker_address(worker) {
             faults.push((
                 "router.workers",
-                format!("{worker:?} is not an address such as http://10.0.0.1:7000"),
+                format!(
+                    "{worker:?} is not an address such as http://10.0.0.1:7000 or dns+http://groups:7000"
+                ),
             ));
         }
     }
 }
 
-/// `http://host:port` or `https://host:port`, nothing after it.
+/// `http://host:port` or `https://host:port`, nothing after it, and `dns+` before it where the host is a name.
 fn is_worker_address(text: &str) -> bool {
+    if let Some(named) = text.strip_prefix("dns+") {
+        return !named.contains(['[', ']']) && is_worker_address(named);
+    }
     let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
     let Some((host, port)) = rest.and_then(|rest| rest.rsplit_once(':')) else {
         return false;

@@ -35,11 +35,17 @@ impl Settings {
             grpc_listen: router.grpc_listen,
             http_listen: router.http_listen.address(),
             workers: router.workers.clone(),
+            names: router::discovery::Names {
+                interval: router.dns.interval_s,
+                hold: router.dns.hold_s,
+                ..router::discovery::Names::default()
+            },
             model_name: self.model.name.clone(),
             limits: router::Limits {
                 requests_max: router.limits.requests_max,
                 prompt_bytes_max: router.limits.prompt_bytes_max,
             },
+            connection_age_max: router.connection_age_max_s,
             resume_grace: router.resume_grace_s,
             http_patience: router::HttpPatience {
                 head: router.http.head_timeout_s,

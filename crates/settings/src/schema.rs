@@ -53,7 +53,7 @@ fn tidy(value: &mut Value) {
 }
 
 const ADDRESS: &str = r"^(\[[0-9a-fA-F:.]+\]|[0-9]{1,3}(\.[0-9]{1,3}){3}):[0-9]{1,5}$";
-const WORKER: &str = r"^https?://(\[[^\[\]/@ ]+\]|[^\[\]/:@ ]+):[0-9]{1,5}$";
+const WORKER: &str = r"^(dns\+)?https?://(\[[^\[\]/@ ]+\]|[^\[\]/:@ ]+):[0-9]{1,5}$";
 
 fn one_of(names: &[&str]) -> Schema {
     json_schema!({ "type": "string", "enum": names })

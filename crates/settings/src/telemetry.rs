@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
 
 use crate::check::Fault;
 use crate::{schema, strict};
@@ -96,6 +97,12 @@ impl Default for Telemetry {
 
 impl Telemetry {
     pub(crate) fn check(&self, faults: &mut Vec<Fault>) {
+        if let Some(level) = &self.log_level
+            && let Err(error) = EnvFilter::try_new(level)
+        {
+            let reason = format!("{level:?} is no level and no filter such as router=debug,info: {error}");
+            faults.push(("telemetry.log_level", reason));
+        }
         if !(0.0..=1.0).contains(&self.sample_ratio) {
             let reason = format!("must be between 0 and 1, not {}", self.sample_ratio);
             faults.push(("telemetry.sample_ratio", reason));

@@ -95,10 +95,13 @@ pub struct Router {
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::address_or_off")]
     pub http_listen: HttpListen,
-    /// Leaders of the worker groups, as `http://host:port` or `https://host:port`. `cohort up` fills this in.
+    /// Leaders of the worker groups, as `http://host:port` or `https://host:port`; `dns+http://name:port` and
+    /// `dns+https://name:port` stand for every address of a name. May change while serving. `cohort up` fills this in.
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     #[schemars(schema_with = "schema::workers")]
     pub workers: Vec<String>,
+    /// How names in `router.workers` are asked for.
+    pub dns: RouterDns,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
     /// Certificates of both listeners.
@@ -110,6 +113,11 @@ pub struct Router {
     pub keys_file: Option<PathBuf>,
     /// How long HTTP callers are waited for.
     pub http: RouterHttp,
+    /// How old a gRPC caller's connection may become, in seconds: then its caller is told to open another one (GOAWAY), which
+    /// may reach another router, while what is open on the old one is finished; 0 for any age.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
+    pub connection_age_max_s: Duration,
     /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
@@ -123,6 +131,21 @@ pub struct Router {
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
     pub drain_grace_s: Duration,
+}
+
+/// `[router.dns]`: how names in `router.workers` are asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterDns {
+    /// Time between two questions, in seconds.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub interval_s: Duration,
+    /// How long a group is kept after the last answer that had its address, in seconds: a name that flaps, or that nobody
+    /// answers for, takes none away before.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
+    pub hold_s: Duration,
 }
 
 /// `[router.limits]`: bounds of what is let in.
@@ -377,14 +400,23 @@ impl Default for Router {
             grpc_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
+            dns: RouterDns::default(),
             limits: RouterLimits::default(),
             tls: Tls::default(),
             keys_file: None,
             http: RouterHttp::default(),
+            connection_age_max_s: Duration::from_secs(1800),
             resume_grace_s: Duration::from_secs(10),
             withdraw_grace_s: Duration::ZERO,
             drain_grace_s: Duration::from_secs(10),
         }
+    }
+}
+
+impl Default for RouterDns {
+    fn default() -> Self {
+        let router::discovery::Names { interval, hold, .. } = router::discovery::Names::default();
+        Self { interval_s: interval, hold_s: hold }
     }
 }
 

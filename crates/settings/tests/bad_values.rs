@@ -76,7 +76,7 @@ fn each_bad_value_is_refused_with_its_key() {
         ),
         (
             "router.workers = ['a:1']",
-            "router.workers: \"a:1\" is not an address such as http://10.0.0.1:7000",
+            "router.workers: \"a:1\" is not an address such as http://10.0.0.1:7000 or dns+http://groups:7000",
         ),
         ("router.workers = ['http://a:1/x']", "router.workers: \"http://a:1/x\" is not an address"),
         ("router.workers = [1]", "router.workers: invalid type: integer `1`, expected text in quotes"),

@@ -8,8 +8,8 @@ use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
 use proto::worker::{
-    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, GetActivityRequest, GetStepsRequest,
-    GroupActivity, StepRecords, WatchRequest, WorkerState,
+    AcknowledgeRequest, AcknowledgeResponse, CancelRequest, CancelResponse, GenerateChunk, GenerateRequest,
+    GetActivityRequest, GetStepsRequest, GroupActivity, StepRecords, WatchRequest, WorkerState,
 };
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
 use tokio::sync::{mpsc, oneshot};
@@ -68,6 +68,15 @@ impl Worker for Service {
         let closed = self.closing.clone().cancelled_owned();
         let states = WatchStream::new(self.state.subscribe()).map(Ok).take_until(closed);
         Ok(Response::new(Box::pin(states)))
+    }
+
+    async fn acknowledge(
+        &self,
+        request: Request<AcknowledgeRequest>,
+    ) -> Result<Response<AcknowledgeResponse>, Status> {
+        let AcknowledgeRequest { router_id, refusal } = request.into_inner();
+        self.state.acknowledged(&router_id, &refusal);
+        Ok(Response::new(AcknowledgeResponse {}))
     }
 
     async fn get_activity(

@@ -85,7 +85,7 @@ impl Args {
 /// Runs the rank until it is told to stop.
 pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     if args.supervised {
-        lifeline::hold()?;
+        lifeline::hold(lifeline::obey)?;
     }
     let stop = signals::stop_token(args.supervised)?;
     let settings = args::load(
@@ -163,6 +163,7 @@ fn tell(progress: &Progress, rank: TpRank, event: &Event) {
         | Event::Loaded(_)
         | Event::Alive
         | Event::Serving(_)
+        | Event::Configured { .. }
         | Event::Failed { .. } => {}
     }
 }

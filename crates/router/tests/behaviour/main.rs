@@ -4,6 +4,7 @@
 mod support;
 
 mod access;
+mod acknowledged;
 mod admission;
 mod any_input;
 mod bad_requests;
@@ -22,12 +23,14 @@ mod http_patience;
 mod http_probes;
 mod http_tokens;
 mod metrics;
+mod named_groups;
 mod no_tokenizer;
 mod obedient;
 mod other_group;
 mod parsed_answers;
 mod parsing;
 mod picking;
+mod reconfigured;
 mod resuming;
 mod sampling_fields;
 mod several_answers;
