@@ -15,6 +15,7 @@ mod lifecycle;
 mod logs;
 mod metrics;
 mod parity;
+mod registration;
 mod reload;
 mod resumes;
 mod security;

@@ -122,14 +122,14 @@ fn a_limit_changes_while_the_cluster_serves_also_for_a_router_that_is_started_ag
 #[test]
 fn the_log_level_changes_in_every_process() {
     let mut edited = Edited::up("", &[]);
-    let said = edited.edit("[telemetry]\nlog_level = \"trace\"\n", "telemetry.log_level not set → \"trace\"");
-    assert!(!said.contains("TRACE"), "{said}");
+    let said = edited.edit("[telemetry]\nlog_level = \"debug\"\n", "telemetry.log_level not set → \"debug\"");
+    assert!(!said.contains("DEBUG"), "{said}");
     edited.cluster.generate(tokens(&[5, 600], 3)).unwrap();
     // Of the router, and of a leader's gRPC threads.
     let ranks = edited.cluster.processes().into_iter().filter(|(_, line)| line.contains(" worker ")).count();
     assert_eq!(ranks, 1);
-    edited.cluster.wait_for_line("TRACE");
-    edited.edit("[telemetry]\nlog_level = \"loud=\"\n", "the running one stays");
+    edited.cluster.wait_for_line("DEBUG");
+    edited.edit("[telemetry]\nlog_level = \"router=loud\"\n", "the running one stays");
 }
 
 #[test]

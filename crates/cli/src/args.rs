@@ -127,6 +127,15 @@ pub struct GroupFlags {
     /// Authorities that routers' certificates must be signed by (PEM) [default: routers need none]
     #[arg(long, value_name = "FILE")]
     pub group_tls_client_ca: Option<String>,
+    /// Routers at which the leader registers, as http://host:port or dns+http://name:port; separate several with commas
+    #[arg(long, value_name = "URL,…")]
+    pub routers: Option<String>,
+    /// Where those routers reach the leader, as http://host:port [default: where it listens]
+    #[arg(long, value_name = "URL")]
+    pub advertise: Option<String>,
+    /// Authorities that the certificates of https:// routers must be signed by (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub routers_ca: Option<String>,
     /// Longest wait for all ranks to come together, in seconds [default: 60]
     #[arg(long = "boot-timeout", value_name = "SECONDS")]
     pub boot_timeout_s: Option<f64>,
@@ -176,6 +185,12 @@ pub struct RouterFlags {
     /// The private key of that certificate (PEM)
     #[arg(long, value_name = "FILE")]
     pub cluster_tls_key: Option<String>,
+    /// Let groups register here; they need the cluster's secret
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub registration: Option<bool>,
+    /// How long a group that has registered is remembered without a word of it, in seconds [default: 10]
+    #[arg(long = "registration-hold", value_name = "SECONDS")]
+    pub registration_hold_s: Option<f64>,
     /// Time between two questions for the addresses of dns+http:// workers, in seconds [default: 5]
     #[arg(long = "dns-interval", value_name = "SECONDS")]
     pub dns_interval_s: Option<f64>,
@@ -279,6 +294,9 @@ impl ConfigFlags for GroupFlags {
             given("--group-tls-certificate", "group.tls.certificate", self.group_tls_certificate.as_ref()),
             given("--group-tls-key", "group.tls.key", self.group_tls_key.as_ref()),
             given("--group-tls-client-ca", "group.tls.client_ca", self.group_tls_client_ca.as_ref()),
+            given("--routers", "group.routers", self.routers.as_ref()),
+            given("--advertise", "group.advertise", self.advertise.as_ref()),
+            given("--routers-ca", "group.routers_ca", self.routers_ca.as_ref()),
             given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
             given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
             given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
@@ -307,6 +325,8 @@ impl ConfigFlags for RouterFlags {
                 self.cluster_tls_certificate.as_ref(),
             ),
             given("--cluster-tls-key", "cluster.tls.key", self.cluster_tls_key.as_ref()),
+            given("--registration", "router.registration", self.registration.as_ref()),
+            given("--registration-hold", "router.registration_hold_s", self.registration_hold_s.as_ref()),
             given("--dns-interval", "router.dns.interval_s", self.dns_interval_s.as_ref()),
             given("--dns-hold", "router.dns.hold_s", self.dns_hold_s.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
@@ -380,6 +400,9 @@ impl From<&Settings> for GroupFlags {
             group_tls_certificate: shown(group.tls.certificate.as_deref()),
             group_tls_key: shown(group.tls.key.as_deref()),
             group_tls_client_ca: shown(group.tls.client_ca.as_deref()),
+            routers: (!group.routers.is_empty()).then(|| group.routers.join(",")),
+            advertise: group.advertise.clone(),
+            routers_ca: shown(group.routers_ca.as_deref()),
             boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
             step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
             drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),
@@ -402,6 +425,8 @@ impl From<&Settings> for RouterFlags {
             cluster_tls_ca: shown(cluster.ca.as_deref()),
             cluster_tls_certificate: shown(cluster.certificate.as_deref()),
             cluster_tls_key: shown(cluster.key.as_deref()),
+            registration: Some(router.registration),
+            registration_hold_s: Some(router.registration_hold_s.as_secs_f64()),
             dns_interval_s: Some(router.dns.interval_s.as_secs_f64()),
             dns_hold_s: Some(router.dns.hold_s.as_secs_f64()),
             requests_max: Some(router.limits.requests_max),

@@ -88,6 +88,9 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         group_tls_certificate: experts.2.clone(),
         group_tls_key: experts.2.clone(),
         group_tls_client_ca: experts.2.clone(),
+        routers: experts.2.clone(),
+        advertise: experts.2.clone(),
+        routers_ca: experts.2.clone(),
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
@@ -98,6 +101,11 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
 /// A file's name, or none where there is no number.
 fn numbered(name: &str, number: Option<u32>) -> Option<String> {
     number.map(|number| format!("{name} {number}"))
+}
+
+/// Yes or no, or nothing where there is no number.
+fn oddly(number: Option<u32>) -> Option<bool> {
+    number.map(|number| number % 2 == 0)
 }
 
 fn router_flags() -> impl Strategy<Value = RouterFlags> {
@@ -124,6 +132,8 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
             http_write_timeout_s: patience.2,
             http_keep_alive_s: patience.3,
             connection_age_max_s: graces.0,
+            registration: oddly(requests_max),
+            registration_hold_s: patience.2,
             dns_interval_s: patience.0,
             dns_hold_s: patience.1,
             resume_grace_s: graces.0,
@@ -233,6 +243,8 @@ fn every_flag_names_a_key_that_exists() {
     settings.group.fault_dir = Some("p".into());
     settings.telemetry.log_level = Some("info".into());
     settings.telemetry.otlp_endpoint = Some("http://a:1".into());
+    settings.group.routers = vec!["r".into()];
+    (settings.group.advertise, settings.group.routers_ca) = (Some("a".into()), Some("c".into()));
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());

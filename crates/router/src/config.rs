@@ -18,10 +18,12 @@ pub struct Config {
     /// Where HTTP is served, if at all; port 0 as above.
     pub http_listen: Option<SocketAddr>,
     /// The leaders of the worker groups, each `http://host:port`, and names of which every address is a leader, each
-    /// `dns+http://name:port`; at least one.
+    /// `dns+http://name:port`; at least one, unless groups register.
     pub workers: Vec<String>,
     /// How names are asked for.
     pub names: Names,
+    /// How long a group that registers is remembered without hearing of it; `None` takes no registrations.
+    pub registration_hold: Option<Duration>,
     /// Name the model is served under; `None` takes the name the groups report.
     pub model_name: Option<String>,
     /// Bounds on what is taken in.

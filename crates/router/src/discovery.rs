@@ -1,6 +1,6 @@
 //! Where the groups are: addresses of the configuration, and names whose every address is a group, asked again and again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -98,11 +98,15 @@ impl Name {
 struct Sources {
     fixed: Vec<Address>,
     names: BTreeMap<Name, Known>,
+    /// Leaders that have registered, until when they count.
+    registered: BTreeMap<String, Instant>,
+    registration_hold: Option<Duration>,
 }
 
 impl Sources {
     fn of(config: &Config) -> Result<Self, Error> {
-        let mut sources = Self::default();
+        let registration_hold = config.registration_hold;
+        let mut sources = Self { registration_hold, ..Self::default() };
         for text in &config.workers {
             match text.strip_prefix(NAME_PREFIX) {
                 None => sources.fixed.push(Address::from(text.as_str())),
@@ -114,7 +118,8 @@ impl Sources {
 
     fn addresses(&self) -> Vec<Address> {
         let named = self.names.iter().flat_map(|(name, known)| known.addresses().map(|at| name.address(at)));
-        let mut all: Vec<Address> = self.fixed.iter().cloned().chain(named).collect();
+        let registered = self.registered.keys().map(|url| Address::from(url.as_str()));
+        let mut all: Vec<Address> = self.fixed.iter().cloned().chain(named).chain(registered).collect();
         all.dedup();
         all
     }
@@ -147,6 +152,8 @@ pub(crate) struct Discovery {
 struct Inside {
     sources: Sources,
     how: Names,
+    /// Names that were not answered for when they were last asked for.
+    unanswered: BTreeSet<Name>,
 }
 
 impl Discovery {
@@ -155,7 +162,8 @@ impl Discovery {
     /// # Errors
     /// [`Error::NoWorkers`] and [`Error::WorkerAddress`].
     pub(crate) fn new(groups: Arc<Groups>, config: &Config) -> Result<Arc<Self>, Error> {
-        let inside = Inside { sources: Sources::default(), how: config.names.clone() };
+        let (sources, how) = (Sources::default(), config.names.clone());
+        let inside = Inside { sources, how, unanswered: BTreeSet::new() };
         let discovery = Arc::new(Self { groups, inside: Mutex::new(inside), changed: Notify::new() });
         discovery.set(config)?;
         Ok(discovery)
@@ -166,7 +174,7 @@ impl Discovery {
     /// # Errors
     /// As [`Discovery::new`]; nothing is changed then.
     pub(crate) fn set(&self, config: &Config) -> Result<(), Error> {
-        if config.workers.is_empty() {
+        if config.workers.is_empty() && config.registration_hold.is_none() {
             return Err(Error::NoWorkers);
         }
         let mut sources = Sources::of(config)?;
@@ -176,14 +184,66 @@ impl Discovery {
                 known.clone_from(before);
             }
         }
+        if sources.registration_hold.is_some() {
+            sources.registered.clone_from(&inside.sources.registered);
+        }
         self.groups.set(&sources.addresses())?;
-        *inside = Inside { sources, how: config.names.clone() };
+        (inside.sources, inside.how) = (sources, config.names.clone());
         drop(inside);
         self.changed.notify_one();
         Ok(())
     }
 
-    /// Asks for every name, at once and again after each interval.
+    /// A leader says that it is there. Returns how long that counts.
+    ///
+    /// # Errors
+    /// [`Error::WorkerAddress`], also when there are too many.
+    pub(crate) fn register(&self, url: &str) -> Result<Duration, Error> {
+        let refused =
+            |reason: &str| Error::WorkerAddress { address: url.to_owned(), reason: reason.to_owned() };
+        let mut inside = self.inside();
+        let sources = &mut inside.sources;
+        let hold =
+            sources.registration_hold.ok_or_else(|| refused("groups do not register here any more"))?;
+        let known = sources.registered.contains_key(url);
+        if !known && sources.registered.len() >= ADDRESSES_MAX {
+            return Err(refused("too many groups have registered"));
+        }
+        sources.registered.insert(url.to_owned(), Instant::now() + hold);
+        if !known {
+            let addresses = sources.addresses();
+            if let Err(error) = self.groups.set(&addresses) {
+                sources.registered.remove(url);
+                return Err(error);
+            }
+            tracing::info!(group = %url, "a group has registered");
+            self.changed.notify_one();
+        }
+        Ok(hold)
+    }
+
+    /// Forgets leaders that have not been heard of for too long. Returns when to look again.
+    fn expire(&self, now: Instant) -> Option<Instant> {
+        let mut inside = self.inside();
+        let sources = &mut inside.sources;
+        let before = sources.registered.len();
+        sources.registered.retain(|url, until| {
+            let stays = *until > now;
+            if !stays {
+                tracing::warn!(group = %url, "a group that had registered is not heard of any more");
+            }
+            stays
+        });
+        let next = sources.registered.values().min().copied();
+        if sources.registered.len() != before
+            && let Err(error) = self.groups.set(&sources.addresses())
+        {
+            tracing::warn!(%error, "the groups cannot be changed");
+        }
+        next
+    }
+
+    /// Asks for every name, at once and again after each interval, and forgets who has not been heard of.
     pub(crate) async fn keep_asking(self: Arc<Self>) {
         loop {
             let (names, how) = {
@@ -191,9 +251,16 @@ impl Discovery {
                 (inside.sources.names.keys().cloned().collect::<Vec<_>>(), inside.how.clone())
             };
             futures::future::join_all(names.into_iter().map(|name| self.ask(name, &how))).await;
-            tokio::select! {
-                () = tokio::time::sleep(how.interval) => {}
-                () = self.changed.notified() => {}
+            let again = tokio::time::Instant::now() + how.interval;
+            loop {
+                let look = self.expire(Instant::now()).map_or(again, |next| again.min(next.into()));
+                tokio::select! {
+                    () = tokio::time::sleep_until(look) => {}
+                    () = self.changed.notified() => break,
+                }
+                if look == again {
+                    break;
+                }
             }
         }
     }
@@ -210,13 +277,18 @@ impl Discovery {
         if let Err(error) = self.groups.set(&addresses) {
             tracing::warn!(%name, %error, "the addresses of a name cannot be used");
         }
+        let empty = answer.as_ref().map_or(true, Vec::is_empty);
+        let news =
+            if empty { inside.unanswered.insert(name.clone()) } else { inside.unanswered.remove(&name) };
         drop(inside);
+        // Said once, and again when it is over.
         match answer {
+            _ if empty && !news && same => {}
             Err(error) => tracing::warn!(%name, %error, kept = count, "a name was not resolved"),
-            Ok(answer) if answer.is_empty() && count > 0 => {
+            Ok(_) if empty => {
                 tracing::warn!(%name, kept = count, "a name has no address");
             }
-            Ok(_) if !same => {
+            Ok(_) if news || !same => {
                 tracing::info!(%name, addresses = count, "the addresses of a name have changed")
             }
             Ok(_) => {}

@@ -17,6 +17,7 @@ mod http;
 mod metrics;
 pub mod pick;
 mod pipeline;
+mod registry;
 mod resume;
 mod running;
 mod serve;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use proto::v1::cohort_server::CohortServer;
 use proto::vllm::control_server::ControlServer;
 use proto::vllm::inference_server::InferenceServer;
+use proto::worker::registry_server::RegistryServer;
 use security::{Acceptor, Badge, Clients, Dialer, KeyFile, incoming};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -25,6 +26,7 @@ use crate::discovery::Discovery;
 use crate::gate::{Gate, GateLayer};
 use crate::metrics::Metrics;
 use crate::pipeline::Shared;
+use crate::registry::Desk;
 use crate::running::Running;
 use crate::service::Service;
 use crate::text::Text;
@@ -87,6 +89,14 @@ pub async fn serve_changing(
     let router_id = format!("router-{:016x}", random_u64());
     let groups = Arc::new(Groups::new(dialer, badge, router_id, stop.clone()));
     let discovery = Discovery::new(Arc::clone(&groups), &config)?;
+    let desk = match (config.registration_hold, &config.access.secret) {
+        (None, _) => None,
+        (Some(_), None) => return Err(Error::NoSecret),
+        (Some(_), Some(secret)) => {
+            let (discovery, groups) = (Arc::clone(&discovery), Arc::clone(&groups));
+            Some(RegistryServer::new(Desk { discovery, groups, secret: secret.clone() }))
+        }
+    };
     let grpc = bind(config.grpc_listen, "--grpc-listen").await?;
     let http = match config.http_listen {
         Some(address) => Some(bind(address, "--http-listen").await?),
@@ -109,7 +119,7 @@ pub async fn serve_changing(
     let mut grpc = AbortOnDropHandle::new(tokio::spawn(serve_grpc(
         (grpc, grpc_door),
         Arc::clone(&shared),
-        config.connection_age_max,
+        (config.connection_age_max, desk),
         (refuse.clone(), stop.clone()),
     )));
     let http = http.map(|listener| (listener, http_door));
@@ -198,7 +208,7 @@ async fn turn_away(shutdown: CancellationToken, shared: Arc<Shared>) {
 async fn serve_grpc(
     (listener, door): (TcpListener, Acceptor),
     shared: Arc<Shared>,
-    age_max: Duration,
+    (age_max, desk): (Duration, Option<RegistryServer<Desk>>),
     (refuse, stop): (CancellationToken, CancellationToken),
 ) -> Result<(), Error> {
     let broken = |reason: String| Error::Serve { what: "gRPC", reason };
@@ -238,6 +248,7 @@ async fn serve_grpc(
         .add_service(cohort)
         .add_service(inference)
         .add_service(control)
+        .add_optional_service(desk)
         .add_service(health)
         .add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?)
         .add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?)

@@ -154,6 +154,21 @@ fn group(group: &Group, faults: &mut Vec<Fault>) {
     if let Some(empty) = group.hosts.iter().find(|host| host.is_empty() || host.contains([' ', '/'])) {
         faults.push(("group.hosts", format!("{empty:?} is not a host such as 10.0.0.1 or 10.0.0.1:7070")));
     }
+    for router in group.routers.iter().filter(|router| !is_worker_address(router)) {
+        let reason =
+            format!("{router:?} is not an address such as http://10.0.0.1:50051 or dns+http://routers:50051");
+        faults.push(("group.routers", reason));
+    }
+    if let Some(url) =
+        group.advertise.as_ref().filter(|url| url.starts_with("dns+") || !is_worker_address(url))
+    {
+        faults.push(("group.advertise", format!("{url:?} is not an address such as http://10.0.0.1:7000")));
+    }
+    let encrypted =
+        group.routers.iter().any(|router| router.trim_start_matches("dns+").starts_with("https://"));
+    if encrypted && group.routers_ca.is_none() {
+        faults.push(("group.routers_ca", "is needed where group.routers has an https:// address".to_owned()));
+    }
     lasting("group.boot_timeout_s", group.boot_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("group.step_timeout_s", group.step_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("group.drain_grace_s", group.drain_grace_s, 0.0, faults);
@@ -195,6 +210,7 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
     let bytes = limits.prompt_bytes_max as u64;
     within("router.limits.prompt_bytes_max", bytes, 1..=PROMPT_BYTES_MAX, faults);
+    lasting("router.registration_hold_s", router.registration_hold_s, TIMEOUT_MIN_S, faults);
     lasting("router.dns.interval_s", router.dns.interval_s, TIMEOUT_MIN_S, faults);
     lasting("router.dns.hold_s", router.dns.hold_s, 0.0, faults);
     lasting("router.http.head_timeout_s", router.http.head_timeout_s, TIMEOUT_MIN_S, faults);

@@ -45,6 +45,7 @@ impl Settings {
                 requests_max: router.limits.requests_max,
                 prompt_bytes_max: router.limits.prompt_bytes_max,
             },
+            registration_hold: router.registration.then_some(router.registration_hold_s),
             connection_age_max: router.connection_age_max_s,
             resume_grace: router.resume_grace_s,
             http_patience: router::HttpPatience {
@@ -135,6 +136,14 @@ impl Settings {
             step_timeout: group.step_timeout_s,
             drain_grace: group.drain_grace_s,
             access: worker::Access { tls: server_tls(&group.tls), secret: None },
+            routers: worker::Routers {
+                addresses: group.routers.clone(),
+                advertise: group.advertise.clone(),
+                tls: group.routers_ca.clone().map(|ca| ClientTls {
+                    ca,
+                    identity: group.tls.certificate.clone().zip(group.tls.key.clone()),
+                }),
+            },
             fault_dir: group.fault_dir.clone(),
         }
     }

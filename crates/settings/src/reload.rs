@@ -47,9 +47,10 @@ enum Effect {
 }
 
 /// Keys of `[router]` that a running router takes, by name or by section.
-const ROUTER_LIVE: [&str; 8] = [
+const ROUTER_LIVE: [&str; 9] = [
     "router.workers",
     "router.dns.",
+    "router.registration_hold_s",
     "router.limits.",
     "router.http.",
     "router.keys_file",

@@ -100,6 +100,14 @@ pub struct Router {
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     #[schemars(schema_with = "schema::workers")]
     pub workers: Vec<String>,
+    /// Let groups register here, beside those of the list; they need the cluster's secret.
+    #[serde(with = "strict::truth")]
+    #[schemars(with = "bool")]
+    pub registration: bool,
+    /// How long a group that has registered is remembered without a word of it, in seconds; it says one every two.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub registration_hold_s: Duration,
     /// How names in `router.workers` are asked for.
     pub dns: RouterDns,
     /// Bounds of what is let in.
@@ -282,6 +290,19 @@ pub struct Group {
     /// meets the others at the first one's port (7070 without one); none is one host. For `cohort group`.
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     pub hosts: Vec<String>,
+    /// Routers at which the leader registers, as `http://host:port` or `https://host:port`; `dns+http://name:port` stands for
+    /// every address of a name. They need `router.registration`.
+    #[serde(deserialize_with = "strict::text_list::deserialize")]
+    #[schemars(schema_with = "schema::workers")]
+    pub routers: Vec<String>,
+    /// Where those routers reach the leader, as `http://host:port` or `https://host:port`. Default: where it listens.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub advertise: Option<String>,
+    /// Authorities that the certificates of `https://` routers must be signed by (PEM). Default: none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub routers_ca: Option<PathBuf>,
     /// Longest wait for all ranks to come together, in seconds.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
@@ -400,6 +421,8 @@ impl Default for Router {
             grpc_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
+            registration: false,
+            registration_hold_s: Duration::from_secs(10),
             dns: RouterDns::default(),
             limits: RouterLimits::default(),
             tls: Tls::default(),
@@ -453,6 +476,9 @@ impl Default for Group {
             waiting_requests_max: 256,
             waiting_tokens_max: 262_144,
             hosts: Vec::new(),
+            routers: Vec::new(),
+            advertise: None,
+            routers_ca: None,
             boot_timeout_s: Duration::from_secs(60),
             metrics_listen: HttpListen::Off,
             tls: Tls::default(),

@@ -20,6 +20,7 @@ use crate::flight::FlightRecorder;
 use crate::guide::Kitchen;
 use crate::inbox::Inbox;
 use crate::metrics::{self, Metrics};
+use crate::registrar::Registrar;
 use crate::service::Service;
 use crate::state::{Standing, StatePublisher};
 use crate::{Config, Error, boot};
@@ -80,6 +81,9 @@ impl GrpcServer {
                 watchers_door.watch();
                 metrics::serve(incoming(into_tokio(listener), watchers_door), served.0, served.1).await;
             });
+        }
+        if let Some(registrar) = Registrar::new(config, address, &state)? {
+            runtime.spawn(registrar.keep_registering());
         }
         let kitchen = Arc::new(Kitchen::new(config.model.clone()));
         let service = Service {

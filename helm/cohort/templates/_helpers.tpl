@@ -168,14 +168,27 @@ cluster:
 {{- end }}
 {{- end -}}
 
-{{- /* Where the leaders of all groups listen. */ -}}
+{{- /* Where the leaders of all groups listen: every address of their service, or the names of their pods. */ -}}
 {{- define "cohort.workers" -}}
 {{- $service := include "cohort.groups" . -}}
+{{- $scheme := ternary "https" "http" (ne (include "cohort.groupTls" .) "") -}}
+{{- if eq (include "cohort.discovery" .) "dns" }}
+- dns+{{ $scheme }}://{{ $service }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.groups.port }}
+{{- else }}
 {{- $scaled := .Values.groups.autoscaling -}}
 {{- $groups := ternary $scaled.maxReplicas .Values.groups.replicas $scaled.enabled | int -}}
 {{- range $index := until $groups }}
-- {{ ternary "https" "http" (ne (include "cohort.groupTls" $) "") }}://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
+- {{ $scheme }}://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* How routers find groups. The service of a LeaderWorkerSet has the pods of all ranks, so its leaders go by name. */ -}}
+{{- define "cohort.discovery" -}}
+{{- if and (eq .Values.groups.discovery "dns") (eq .Values.groups.kind "leaderworkerset") -}}
+{{- fail "groups.discovery is dns, and the service of a LeaderWorkerSet has the pods of all ranks; set it to names" -}}
+{{- end -}}
+{{- default (ternary "dns" "names" (eq .Values.groups.kind "statefulset")) .Values.groups.discovery -}}
 {{- end -}}
 
 {{- /* The cluster file: the given tree, and what the chart knows better. */ -}}

@@ -237,6 +237,8 @@ fn flag_of(key: &str) -> Option<String> {
     (settings.router.keys_file, settings.cluster.secret_file) = (file(), file());
     settings.cluster.tls = settings::ClusterTls { ca: file(), certificate: file(), key: file() };
     settings.group.fault_dir = Some("DIR".into());
+    settings.group.routers = vec!["URL".to_owned()];
+    (settings.group.advertise, settings.group.routers_ca) = (Some("URL".to_owned()), file());
     let groups: [&dyn ConfigFlags; 4] = [
         &args::ModelFlags::from(&settings),
         &args::ComputeFlags::from(&settings),

@@ -128,9 +128,10 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let loaded = args.load(log)?;
     let settings = &loaded.settings;
     let _telemetry = telemetry::start(&settings.telemetry, &Role::router(), super::SERVICE_LEVEL);
-    if settings.router.workers.is_empty() {
+    if settings.router.workers.is_empty() && !settings.router.registration {
         bail!(
-            "a router needs at least one worker group: --workers http://HOST:PORT, or router.workers in the file"
+            "a router needs at least one worker group: --workers http://HOST:PORT, or router.workers or \
+             router.registration in the file"
         );
     }
     let files = embedded::text_files(settings)?;

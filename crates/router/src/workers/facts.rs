@@ -18,7 +18,7 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    pub(super) fn from_wire(wire: worker::ModelFacts) -> Result<Self, String> {
+    pub(crate) fn from_wire(wire: worker::ModelFacts) -> Result<Self, String> {
         let worker::ModelFacts {
             name,
             vocab_size,
@@ -40,7 +40,7 @@ impl Facts {
     }
 
     /// The first thing that keeps a request checked against `self` from running where `other` is served.
-    pub(super) fn difference(&self, other: &Self) -> Option<String> {
+    pub(crate) fn difference(&self, other: &Self) -> Option<String> {
         let pairs: [(&str, &dyn fmt::Display, &dyn fmt::Display); 4] = [
             ("model", &self.name, &other.name),
             ("vocabulary", &self.vocab_size, &other.vocab_size),

@@ -31,6 +31,7 @@ mod parsed_answers;
 mod parsing;
 mod picking;
 mod reconfigured;
+mod registration;
 mod resuming;
 mod sampling_fields;
 mod several_answers;

@@ -349,6 +349,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         http_listen: Some(any_port()),
         workers: workers.iter().map(|&address| address.to_owned()).collect(),
         names: router::discovery::Names::default(),
+        registration_hold: None,
         model_name: None,
         limits: Limits::default(),
         connection_age_max: Duration::ZERO,
