@@ -30,6 +30,7 @@ fn ten_mistakes_list_ten() {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table, which grows with the keys")]
 fn each_bad_value_is_refused_with_its_key() {
     let cases = [
         ("model.dtype = 'f16'", "model.dtype: \"f16\": unknown dtype `f16`; use f32 or bf16"),

@@ -4,6 +4,7 @@
 //! any more.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -237,8 +238,8 @@ where
         self.states.retain(|_, state| !state.leaving || state.running.is_some());
         for index in 0..groups {
             let member = Member::Group(index);
-            if !self.states.contains_key(&member) {
-                self.states.insert(member, State::default());
+            if let Entry::Vacant(place) = self.states.entry(member) {
+                place.insert(State::default());
                 self.start(member)?;
             }
         }
