@@ -203,6 +203,21 @@ pub struct RouterFlags {
     /// Bytes of one prompt's text [default: 4194304]
     #[arg(long, value_name = "N")]
     pub prompt_bytes_max: Option<usize>,
+    /// Requests that wait to be admitted; 0 lets none wait [default: 512]
+    #[arg(long, value_name = "N")]
+    pub queue_requests_max: Option<u32>,
+    /// Tokens that those may cost together: their prompts, and all they may generate [default: 4194304]
+    #[arg(long, value_name = "N")]
+    pub queue_tokens_max: Option<u64>,
+    /// Bytes of their prompts together [default: 67108864]
+    #[arg(long, value_name = "N")]
+    pub queue_bytes_max: Option<usize>,
+    /// Requests of one API key that wait [default: 128]
+    #[arg(long, value_name = "N")]
+    pub queue_key_requests_max: Option<u32>,
+    /// Longest wait to be admitted, in seconds [default: 30]
+    #[arg(long = "queue-wait-max", value_name = "SECONDS")]
+    pub queue_wait_max_s: Option<f64>,
     /// Longest wait for the head of an HTTP request, and between two on a connection, in seconds [default: 30]
     #[arg(long = "http-head-timeout", value_name = "SECONDS")]
     pub http_head_timeout_s: Option<f64>,
@@ -331,6 +346,15 @@ impl ConfigFlags for RouterFlags {
             given("--dns-hold", "router.dns.hold_s", self.dns_hold_s.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
             given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
+            given("--queue-requests-max", "router.queue.requests_max", self.queue_requests_max.as_ref()),
+            given("--queue-tokens-max", "router.queue.tokens_max", self.queue_tokens_max.as_ref()),
+            given("--queue-bytes-max", "router.queue.bytes_max", self.queue_bytes_max.as_ref()),
+            given(
+                "--queue-key-requests-max",
+                "router.queue.key_requests_max",
+                self.queue_key_requests_max.as_ref(),
+            ),
+            given("--queue-wait-max", "router.queue.wait_max_s", self.queue_wait_max_s.as_ref()),
             given("--http-head-timeout", "router.http.head_timeout_s", self.http_head_timeout_s.as_ref()),
             given("--http-body-timeout", "router.http.body_timeout_s", self.http_body_timeout_s.as_ref()),
             given("--http-write-timeout", "router.http.write_timeout_s", self.http_write_timeout_s.as_ref()),
@@ -431,6 +455,11 @@ impl From<&Settings> for RouterFlags {
             dns_hold_s: Some(router.dns.hold_s.as_secs_f64()),
             requests_max: Some(router.limits.requests_max),
             prompt_bytes_max: Some(router.limits.prompt_bytes_max),
+            queue_requests_max: Some(router.queue.requests_max),
+            queue_tokens_max: Some(router.queue.tokens_max),
+            queue_bytes_max: Some(router.queue.bytes_max),
+            queue_key_requests_max: Some(router.queue.key_requests_max),
+            queue_wait_max_s: Some(router.queue.wait_max_s.as_secs_f64()),
             http_head_timeout_s: Some(router.http.head_timeout_s.as_secs_f64()),
             http_body_timeout_s: Some(router.http.body_timeout_s.as_secs_f64()),
             http_write_timeout_s: Some(router.http.write_timeout_s.as_secs_f64()),

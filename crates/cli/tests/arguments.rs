@@ -127,6 +127,11 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
             http_listen,
             requests_max,
             prompt_bytes_max,
+            queue_requests_max: requests_max,
+            queue_tokens_max: requests_max.map(u64::from),
+            queue_bytes_max: prompt_bytes_max,
+            queue_key_requests_max: requests_max,
+            queue_wait_max_s: patience.0,
             http_head_timeout_s: patience.0,
             http_body_timeout_s: patience.1,
             http_write_timeout_s: patience.2,
@@ -203,7 +208,8 @@ fn flags_made_from_settings_give_the_same_settings() {
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
                 router.http.head_timeout_s = 8\nrouter.http.body_timeout_s = 9.5\nrouter.http.write_timeout_s = 10\n\
-                router.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
+                router.queue.requests_max = 5\nrouter.queue.tokens_max = 6\nrouter.queue.bytes_max = 7\n\
+                router.queue.key_requests_max = 8\nrouter.queue.wait_max_s = 9.5\nrouter.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
                 router.drain_grace_s = 3\nrouter.tls.certificate = 'a'\nrouter.tls.key = 'b'\nrouter.tls.client_ca = 'c'\n\
                 router.keys_file = 'd'\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
                 cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'\n\

@@ -70,6 +70,11 @@ impl Call {
         }
     }
 
+    /// The name of its API key; empty without one.
+    pub(crate) fn key(&self) -> Arc<str> {
+        self.visit.as_ref().map_or_else(|| Arc::from(""), |visit| visit.meter().shared_name())
+    }
+
     /// Counts tokens of its prompt or answer.
     pub(crate) fn spend_tokens(&self, count: usize) {
         if let Some(visit) = &self.visit {

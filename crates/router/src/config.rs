@@ -8,6 +8,7 @@ use std::time::Duration;
 use security::{ClientTls, Secret, ServerTls};
 
 use crate::discovery::Names;
+use crate::fair::Bounds;
 use crate::{Error, Tracing};
 
 /// A router's configuration.
@@ -61,15 +62,60 @@ pub struct Access {
 /// Bounds on what a router takes in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Most requests admitted at once; above it they are refused with RESOURCE_EXHAUSTED.
+    /// Most requests admitted at once; above it they wait.
     pub requests_max: u32,
     /// Most bytes of a prompt: its text, or all messages of a chat together.
     pub prompt_bytes_max: usize,
+    /// Of those that wait to be admitted; above it they are refused with RESOURCE_EXHAUSTED.
+    pub queue: QueueLimits,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests_max: 512, prompt_bytes_max: 4 << 20 }
+        Self { requests_max: 512, prompt_bytes_max: 4 << 20, queue: QueueLimits::default() }
+    }
+}
+
+/// Bounds on the requests that wait to be admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueLimits {
+    /// Most requests that wait; 0 refuses what cannot be admitted at once.
+    pub requests_max: u32,
+    /// Most tokens they may cost together: their prompts and all they may generate.
+    pub tokens_max: u64,
+    /// Most bytes of their prompts.
+    pub bytes_max: usize,
+    /// Most requests of one API key that wait.
+    pub key_requests_max: u32,
+    /// Longest wait.
+    pub wait_max: Duration,
+}
+
+impl QueueLimits {
+    /// Nobody waits.
+    pub const NONE: Self =
+        Self { requests_max: 0, tokens_max: 0, bytes_max: 0, key_requests_max: 0, wait_max: Duration::ZERO };
+
+    pub(crate) const fn bounds(&self) -> Bounds {
+        let Self { requests_max, tokens_max, bytes_max, key_requests_max, .. } = *self;
+        Bounds {
+            requests: requests_max,
+            tokens: tokens_max,
+            bytes: bytes_max,
+            key_requests: key_requests_max,
+        }
+    }
+}
+
+impl Default for QueueLimits {
+    fn default() -> Self {
+        Self {
+            requests_max: 512,
+            tokens_max: 4 << 20,
+            bytes_max: 64 << 20,
+            key_requests_max: 128,
+            wait_max: Duration::from_secs(30),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! [`serve`] runs one; [`text`] and [`read_chat`] can be used by themselves.
 #![forbid(unsafe_code)]
 
+mod admission;
 pub mod affinity;
 mod answer;
 pub mod breaker;
@@ -11,6 +12,7 @@ mod call;
 mod config;
 pub mod discovery;
 mod error;
+pub mod fair;
 mod forward;
 mod gate;
 mod http;
@@ -19,6 +21,7 @@ pub mod pick;
 mod pipeline;
 mod registry;
 mod resume;
+mod room;
 mod running;
 mod serve;
 mod service;
@@ -29,7 +32,7 @@ mod undecoded;
 mod vllm;
 mod workers;
 
-pub use config::{Access, Config, HttpPatience, Limits, ModelFiles};
+pub use config::{Access, Config, HttpPatience, Limits, ModelFiles, QueueLimits};
 pub use error::Error;
 pub use http::read_chat;
 pub use serve::{Bound, serve, serve_changing};

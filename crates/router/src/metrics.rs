@@ -14,6 +14,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 use proto::{Failure, v1};
 
+use crate::room::{Occupancy, Turned};
 use crate::service::VERSION;
 use crate::trail::Traced;
 use crate::workers::{GroupView, Groups};
@@ -40,6 +41,12 @@ struct Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InStage {
     stage: &'static str,
+}
+
+/// Why a request was not admitted.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Bound {
+    bound: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -82,10 +89,45 @@ pub(crate) struct Metrics {
     stages: Family<InStage, Histogram, Stages>,
     tokens: Family<Kind, Counter>,
     http: Family<HttpRequest, Counter>,
-    open: Gauge,
-    open_max: Gauge,
+    overloaded: Family<Bound, Counter>,
+    room: RoomGauges,
     group_up: Family<OfGroup, Gauge>,
     group_open: Family<OfGroup, Gauge>,
+}
+
+/// How full the router is.
+#[derive(Debug)]
+struct RoomGauges {
+    open: Gauge,
+    open_max: Gauge,
+    waiting: Gauge,
+    waiting_max: Gauge,
+    waiting_tokens: Gauge,
+}
+
+impl RoomGauges {
+    fn new(to: &mut Registry) -> Self {
+        Self {
+            open: add(to, "cohort_router_requests_open", "Answers that are being given"),
+            open_max: add(to, "cohort_router_requests_open_max", "Answers that may be given at once"),
+            waiting: add(to, "cohort_router_requests_waiting", "Answers that wait to be admitted"),
+            waiting_max: add(
+                to,
+                "cohort_router_requests_waiting_max",
+                "Answers that may wait to be admitted",
+            ),
+            waiting_tokens: add(to, "cohort_router_waiting_tokens", "Tokens that all who wait may cost"),
+        }
+    }
+
+    fn set(&self, now: Occupancy) {
+        let Occupancy { taken, taken_max, waiting, waiting_max, waiting_tokens } = now;
+        self.open.set(taken.into());
+        self.open_max.set(taken_max.into());
+        self.waiting.set(waiting.into());
+        self.waiting_max.set(waiting_max.into());
+        self.waiting_tokens.set(i64::try_from(waiting_tokens).unwrap_or(i64::MAX));
+    }
 }
 
 impl Metrics {
@@ -100,16 +142,17 @@ impl Metrics {
         let (placements, resumed) = groups.counters();
         to.register("cohort_router_placements", "Requests sent to a group, by how it was chosen", placements);
         to.register("cohort_router_resumed", "Sequences that went on after the loss of their group", resumed);
-        let (requests, tokens, http, open, open_max, group_up, group_open) = (
+        let room = RoomGauges::new(to);
+        let (requests, overloaded, tokens, http, group_up, group_open) = (
             add(to, "cohort_router_requests", "Requests that ended, by how"),
+            add(to, "cohort_router_overloaded", "Requests that were not admitted, by the bound they met"),
             add(to, "cohort_router_tokens", "Tokens of requests that ended well, by kind"),
             add(to, "http_requests", "HTTP requests answered, by path and class of status"),
-            add(to, "cohort_router_requests_open", "Answers that are being given"),
-            add(to, "cohort_router_requests_open_max", "Answers that may be given at once"),
             add(to, "cohort_router_group_up", "1 for a group that takes requests, else 0"),
             add(to, "cohort_router_group_requests_open", "Requests of this router that a group works on"),
         );
-        let metrics = Self { registry, requests, stages, tokens, http, open, open_max, group_up, group_open };
+        let metrics =
+            Self { registry, requests, stages, tokens, http, overloaded, room, group_up, group_open };
         metrics.start_at_nothing();
         metrics
     }
@@ -128,16 +171,18 @@ impl Metrics {
         ] {
             let _ = self.requests.get_or_create(&Outcome { outcome });
         }
-        for stage in ["admit", "tokenize", "place", "first_message", "whole"] {
+        for stage in ["admit", "wait", "tokenize", "place", "first_message", "whole"] {
             let _ = self.stages.get_or_create(&InStage { stage });
+        }
+        for turned in Turned::ALL {
+            let _ = self.overloaded.get_or_create(&Bound { bound: turned.name() });
         }
         self.used(&v1::Usage::default(), true);
     }
 
     /// All of it in the OpenMetrics text format, with the gauges as they are now.
-    pub(crate) fn render(&self, open: usize, open_max: u32, groups: &[GroupView]) -> String {
-        self.open.set(i64::try_from(open).unwrap_or(i64::MAX));
-        self.open_max.set(open_max.into());
+    pub(crate) fn render(&self, room: Occupancy, groups: &[GroupView]) -> String {
+        self.room.set(room);
         for GroupView { address, takes, in_flight } in groups {
             let label = OfGroup { group: address.clone() };
             self.group_up.get_or_create(&label).set((*takes).into());
@@ -148,6 +193,11 @@ impl Metrics {
             Ok(()) => page,
             Err(error) => unreachable!("writing to a string does not fail: {error}"),
         }
+    }
+
+    /// A request that was not admitted.
+    pub(crate) fn turned_away(&self, turned: Turned) {
+        self.overloaded.get_or_create(&Bound { bound: turned.name() }).inc();
     }
 
     /// A request that was refused before it was read.
@@ -217,6 +267,13 @@ impl Counted {
     pub(crate) fn passed(&mut self, stage: &'static str) {
         self.metrics.passed(stage, self.stage);
         self.traced.passed(stage);
+        self.stage = Instant::now();
+    }
+
+    /// It is admitted but for a place, for which it waits.
+    pub(crate) fn waits(&mut self) {
+        self.metrics.passed("admit", self.stage);
+        self.traced.waits();
         self.stage = Instant::now();
     }
 

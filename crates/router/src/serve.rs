@@ -299,8 +299,7 @@ async fn report_health(reporter: &HealthReporter, serving: bool) {
 /// Lets open requests finish, up to the grace, then ends them. Connections that only watch health do not count.
 async fn drain(shared: &Shared, mut server: AbortOnDropHandle<Result<(), Error>>) {
     let idle = async {
-        let places = shared.tuning.get().limits.requests_max;
-        let _all_back = shared.tuning.permits().acquire_many(places).await;
+        shared.tuning.room().emptied().await;
         tokio::time::sleep(FLUSH_GRACE).await;
     };
     tokio::select! {

@@ -134,6 +134,15 @@ impl Traced {
         Self { root, stage, answers: Some(Box::new(answers)) }
     }
 
+    /// All places are taken: it waits for its turn.
+    pub(crate) fn waits(&mut self) {
+        if self.root.is_on() {
+            // One ends before the next begins.
+            self.stage = Span::none();
+            self.stage = self.root.child("queue", Kind::Internal);
+        }
+    }
+
     /// A stage ends, and the next begins.
     pub(crate) fn passed(&mut self, stage: &'static str) {
         if !self.root.is_on() {
@@ -142,7 +151,7 @@ impl Traced {
         // One ends before the next begins.
         self.stage = Span::none();
         self.stage = match stage {
-            "admit" => self.root.child("tokenize", Kind::Internal),
+            "admit" | "wait" => self.root.child("tokenize", Kind::Internal),
             "tokenize" => self.root.child("placement", Kind::Internal),
             // What comes now are attempts.
             _ => Span::none(),

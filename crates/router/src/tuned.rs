@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{HttpPatience, Limits};
 use crate::discovery::Discovery;
 use crate::pipeline::Shared;
+use crate::room::Room;
 use crate::{Config, Error};
 
 /// An order to go on with another configuration. Of it are taken: the workers, the limits, the file of keys, how long
@@ -45,7 +46,7 @@ pub(crate) struct Tuning {
     now: RwLock<Tuned>,
     /// Of the file of keys in force.
     keys: Mutex<Option<PathBuf>>,
-    permits: Arc<Semaphore>,
+    room: Arc<Room>,
 }
 
 impl Tuning {
@@ -53,7 +54,7 @@ impl Tuning {
         Self {
             now: RwLock::new(config.into()),
             keys: Mutex::new(config.access.keys.clone()),
-            permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
+            room: Room::new(config.limits),
         }
     }
 
@@ -61,32 +62,14 @@ impl Tuning {
         *self.now.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for each request that may be admitted.
-    pub(crate) const fn permits(&self) -> &Arc<Semaphore> {
-        &self.permits
-    }
-
-    /// Places that are taken now.
-    pub(crate) fn taken(&self) -> usize {
-        (self.get().limits.requests_max as usize).saturating_sub(self.permits.available_permits())
+    /// Where requests are admitted, and wait for it.
+    pub(crate) const fn room(&self) -> &Arc<Room> {
+        &self.room
     }
 
     fn set(&self, tuned: Tuned) {
-        let mut now = self.now.write().unwrap_or_else(PoisonError::into_inner);
-        let (before, after) = (now.limits.requests_max, tuned.limits.requests_max);
-        *now = tuned;
-        drop(now);
-        if after >= before {
-            self.permits.add_permits((after - before) as usize);
-            return;
-        }
-        // Those that are taken now are taken out of use as they come back; nobody gets one before that.
-        let permits = Arc::clone(&self.permits);
-        tokio::spawn(async move {
-            if let Ok(surplus) = permits.acquire_many_owned(before - after).await {
-                surplus.forget();
-            }
-        });
+        *self.now.write().unwrap_or_else(PoisonError::into_inner) = tuned;
+        self.room.set(tuned.limits);
     }
 }
 

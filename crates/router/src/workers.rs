@@ -17,6 +17,7 @@ use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::affinity::{Affinity, Chain};
 use crate::breaker::{Breaker, RetryBudget};
+use crate::call::random_u64;
 use crate::pick::{Candidate, Why, choose};
 
 mod connect;
@@ -56,7 +57,8 @@ struct Seen {
     standing: Standing,
     link: Link,
     facts: Option<Facts>,
-    reported: u64,
+    /// Requests of other routers there, when it reported last.
+    others: usize,
     kv_blocks: u32,
 }
 
@@ -123,6 +125,7 @@ struct State {
     breakers: Vec<Breaker>,
     affinity: Affinity,
     retries: RetryBudget,
+    random: fastrand::Rng,
 }
 
 /// All groups of a router.
@@ -140,7 +143,7 @@ pub(crate) struct Groups {
     resumed: Counter,
 }
 
-/// Why a group was chosen: it had the least to do, it knew the prompt's beginning, or another one had refused the request.
+/// Why a group was chosen: it had less to do than another, it knew the prompt's beginning, or another one had refused the request.
 const LEAST_LOADED: &str = "least_loaded";
 const PREFIX: &str = "prefix";
 const RETRY: &str = "retry";
@@ -178,6 +181,7 @@ impl Groups {
             served: None,
             affinity: Affinity::new(Instant::now()),
             retries: RetryBudget::default(),
+            random: fastrand::Rng::with_seed(random_u64()),
         });
         Self {
             state,
@@ -287,7 +291,7 @@ impl Groups {
     pub(crate) fn place(&self, tried: &mut Vec<usize>, prompt: &Chain) -> Option<InFlight> {
         let now = Instant::now();
         let mut state = self.state();
-        let known = state.affinity.known(prompt, state.groups.len());
+        let known = state.affinity.known(prompt, state.groups.len(), now);
         let groups = state.groups.iter().zip(known).enumerate();
         let candidates: Vec<Candidate> = groups
             .map(|(index, (group, known_tokens))| Candidate {
@@ -295,11 +299,11 @@ impl Groups {
                     && !tried.contains(&index)
                     && state.breakers[index].lets_through(now),
                 in_flight: group.in_flight.load(Ordering::Relaxed),
-                reported: state.seen[index].reported,
+                others: state.seen[index].others,
                 known_tokens,
             })
             .collect();
-        let (index, why) = choose(&candidates)?;
+        let (index, why) = choose(&candidates, |count| state.random.usize(..count))?;
         state.breakers[index].sent(now);
         state.affinity.learn(prompt, index, now);
         let reason = match (tried.is_empty(), why) {
@@ -348,7 +352,7 @@ impl Groups {
             };
             self.update(index, |seen| {
                 seen.link = Link::Down { why: why.clone() };
-                seen.reported = 0;
+                seen.others = 0;
             });
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(RETRY_MAX);
@@ -404,10 +408,13 @@ impl Groups {
             None
         });
         let load = state.load.unwrap_or_default();
+        let own = group.in_flight.load(Ordering::Relaxed);
         self.update(index, |seen| {
             seen.link = Link::Up { phase, percent: state.percent.min(100) };
             seen.facts = facts;
-            seen.reported = u64::from(load.running) + u64::from(load.waiting);
+            seen.others = usize::try_from(u64::from(load.running) + u64::from(load.waiting))
+                .unwrap_or(usize::MAX)
+                .saturating_sub(own);
             seen.kv_blocks = load.kv_blocks;
         });
     }

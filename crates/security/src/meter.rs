@@ -66,6 +66,12 @@ impl Meter {
         &self.name
     }
 
+    /// As [`Meter::name`], to be kept.
+    #[must_use]
+    pub fn shared_name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+
     /// Its bounds.
     #[must_use]
     pub const fn limits(&self) -> &Limits {

@@ -23,6 +23,10 @@ pub(crate) const TOKENS_MAX: u64 = (u32::MAX / 2) as u64;
 pub(crate) const CONTEXT_MAX: u64 = CONTEXT_TOKENS_MAX as u64;
 /// Bytes of one prompt: it has to fit a message.
 pub(crate) const PROMPT_BYTES_MAX: u64 = MESSAGE_BYTES_MAX as u64;
+/// Tokens that all who wait at a router may cost: each may ask for a whole context.
+pub(crate) const QUEUE_TOKENS_MAX: u64 = REQUESTS_MAX * CONTEXT_MAX;
+/// Bytes of the prompts that wait at a router: what a large machine has to spare.
+pub(crate) const QUEUE_BYTES_MAX: u64 = 64 << 30;
 /// A day, in seconds: a longer time-out is none.
 pub(crate) const TIMEOUT_MAX_S: f64 = 86_400.0;
 /// Seconds a time-out lasts at least: a shorter one would strike before anything can happen.
@@ -213,6 +217,12 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     lasting("router.registration_hold_s", router.registration_hold_s, TIMEOUT_MIN_S, faults);
     lasting("router.dns.interval_s", router.dns.interval_s, TIMEOUT_MIN_S, faults);
     lasting("router.dns.hold_s", router.dns.hold_s, 0.0, faults);
+    let queue = &router.queue;
+    within("router.queue.requests_max", queue.requests_max.into(), 0..=REQUESTS_MAX, faults);
+    within("router.queue.tokens_max", queue.tokens_max, 1..=QUEUE_TOKENS_MAX, faults);
+    within("router.queue.bytes_max", queue.bytes_max as u64, 1..=QUEUE_BYTES_MAX, faults);
+    within("router.queue.key_requests_max", queue.key_requests_max.into(), 1..=REQUESTS_MAX, faults);
+    lasting("router.queue.wait_max_s", queue.wait_max_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.head_timeout_s", router.http.head_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.body_timeout_s", router.http.body_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.write_timeout_s", router.http.write_timeout_s, TIMEOUT_MIN_S, faults);

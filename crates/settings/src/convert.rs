@@ -44,6 +44,13 @@ impl Settings {
             limits: router::Limits {
                 requests_max: router.limits.requests_max,
                 prompt_bytes_max: router.limits.prompt_bytes_max,
+                queue: router::QueueLimits {
+                    requests_max: router.queue.requests_max,
+                    tokens_max: router.queue.tokens_max,
+                    bytes_max: router.queue.bytes_max,
+                    key_requests_max: router.queue.key_requests_max,
+                    wait_max: router.queue.wait_max_s,
+                },
             },
             registration_hold: router.registration.then_some(router.registration_hold_s),
             connection_age_max: router.connection_age_max_s,

@@ -24,5 +24,6 @@ pub use load::Loaded;
 pub use reload::{Changed, Role};
 pub use telemetry::{LogFormat, Telemetry};
 pub use tree::{
-    Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterDns, RouterHttp, RouterLimits, Settings, Tls,
+    Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterDns, RouterHttp, RouterLimits, RouterQueue,
+    Settings, Tls,
 };

@@ -47,11 +47,12 @@ enum Effect {
 }
 
 /// Keys of `[router]` that a running router takes, by name or by section.
-const ROUTER_LIVE: [&str; 9] = [
+const ROUTER_LIVE: [&str; 10] = [
     "router.workers",
     "router.dns.",
     "router.registration_hold_s",
     "router.limits.",
+    "router.queue.",
     "router.http.",
     "router.keys_file",
     "router.resume_grace_s",

@@ -15,8 +15,8 @@ use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
 use worker::{Device, LoadFormat};
 
 use crate::check::{
-    CONTEXT_MAX, GROUPS_MAX, LAYERS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S,
-    TIMEOUT_MIN_S, TOKENS_MAX,
+    CONTEXT_MAX, GROUPS_MAX, LAYERS_MAX, PROMPT_BYTES_MAX, QUEUE_BYTES_MAX, QUEUE_TOKENS_MAX, REQUESTS_MAX,
+    THREADS_MAX, TIMEOUT_MAX_S, TIMEOUT_MIN_S, TOKENS_MAX,
 };
 use crate::telemetry::Telemetry;
 use crate::{schema, strict};
@@ -112,6 +112,8 @@ pub struct Router {
     pub dns: RouterDns,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
+    /// Bounds of what waits to be let in.
+    pub queue: RouterQueue,
     /// Certificates of both listeners.
     pub tls: Tls,
     /// File of the API keys, as `cohort keys new` writes its lines; read again when it changes. Default: no key is asked
@@ -160,7 +162,7 @@ pub struct RouterDns {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RouterLimits {
-    /// Requests admitted at once; more are refused with RESOURCE_EXHAUSTED.
+    /// Requests admitted at once; more wait (`router.queue`).
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = REQUESTS_MAX))]
     pub requests_max: u32,
@@ -168,6 +170,33 @@ pub struct RouterLimits {
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = PROMPT_BYTES_MAX))]
     pub prompt_bytes_max: usize,
+}
+
+/// `[router.queue]`: bounds of what waits to be let in when `router.limits.requests_max` are; more are refused with
+/// RESOURCE_EXHAUSTED. API keys take turns, each by the tokens its requests may cost, and priorities go first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterQueue {
+    /// Requests that wait; 0 lets none wait.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 0, max = REQUESTS_MAX))]
+    pub requests_max: u32,
+    /// Tokens that all of them may cost together: their prompts, and all they may generate.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = QUEUE_TOKENS_MAX))]
+    pub tokens_max: u64,
+    /// Bytes of their prompts together.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = QUEUE_BYTES_MAX))]
+    pub bytes_max: usize,
+    /// Requests of one API key that wait.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = REQUESTS_MAX))]
+    pub key_requests_max: u32,
+    /// Longest wait, in seconds; then the request is refused.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub wait_max_s: Duration,
 }
 
 /// `[router.tls]` and `[group.tls]`: certificates of listeners, in PEM files that are read again when they change.
@@ -425,6 +454,7 @@ impl Default for Router {
             registration_hold_s: Duration::from_secs(10),
             dns: RouterDns::default(),
             limits: RouterLimits::default(),
+            queue: RouterQueue::default(),
             tls: Tls::default(),
             keys_file: None,
             http: RouterHttp::default(),
@@ -445,8 +475,16 @@ impl Default for RouterDns {
 
 impl Default for RouterLimits {
     fn default() -> Self {
-        let router::Limits { requests_max, prompt_bytes_max } = router::Limits::default();
+        let router::Limits { requests_max, prompt_bytes_max, .. } = router::Limits::default();
         Self { requests_max, prompt_bytes_max }
+    }
+}
+
+impl Default for RouterQueue {
+    fn default() -> Self {
+        let router::QueueLimits { requests_max, tokens_max, bytes_max, key_requests_max, wait_max } =
+            router::QueueLimits::default();
+        Self { requests_max, tokens_max, bytes_max, key_requests_max, wait_max_s: wait_max }
     }
 }
 

@@ -76,6 +76,14 @@ fn each_bad_value_is_refused_with_its_key() {
             "router.http_listen: \"x\": use an address such as 127.0.0.1:8080, or off",
         ),
         (
+            "router.queue.tokens_max = 0",
+            "router.queue.tokens_max: must be between 1 and 17592186044416, not 0",
+        ),
+        (
+            "router.queue.wait_max_s = 0",
+            "router.queue.wait_max_s: must be between 0.001 and 86400 seconds, not 0",
+        ),
+        (
             "router.workers = ['a:1']",
             "router.workers: \"a:1\" is not an address such as http://10.0.0.1:7000 or dns+http://groups:7000",
         ),

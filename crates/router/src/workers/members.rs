@@ -132,7 +132,7 @@ impl super::State {
             standing: Standing::Member,
             link: Link::Down { why: "not connected yet".to_owned() },
             facts: None,
-            reported: 0,
+            others: 0,
             kv_blocks: 0,
         };
         match self.seen.iter().position(|seen| seen.standing == Standing::Gone) {

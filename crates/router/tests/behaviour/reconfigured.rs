@@ -84,6 +84,7 @@ async fn a_lower_limit_holds_for_new_requests_and_a_higher_one_lets_more_in() {
     let limited = |requests_max| {
         let mut config = config(&[&leader.address]);
         config.limits.requests_max = requests_max;
+        config.limits.queue = router::QueueLimits::NONE;
         config
     };
     let (one, two) = (limited(1), limited(2));
