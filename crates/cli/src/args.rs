@@ -1,6 +1,7 @@
 //! Flags shared by several subcommands. Each group of flags is one list (`flags`), from which both the configuration
 //! layer of this process and the command line of its children are made, so the two cannot differ.
 
+mod jwt;
 mod telemetry;
 
 use std::fmt::Display;
@@ -12,6 +13,7 @@ use model::Preset;
 use settings::{Flag, HttpListen, Loaded, Settings, Sources};
 use worker::{Device, LoadFormat};
 
+pub use jwt::JwtFlags;
 pub use telemetry::{LogFlags, TraceFlags};
 
 /// The cluster file.
@@ -173,6 +175,9 @@ pub struct RouterFlags {
     /// for]
     #[arg(long, value_name = "FILE")]
     pub keys_file: Option<String>,
+    /// Tokens of identity providers.
+    #[command(flatten)]
+    pub jwt: JwtFlags,
     /// File with the secret that routers show to groups [default: COHORT_CLUSTER_SECRET, else a random one in `cohort up`]
     #[arg(long, value_name = "FILE")]
     pub cluster_secret_file: Option<String>,
@@ -366,6 +371,7 @@ impl ConfigFlags for RouterFlags {
         ]
         .into_iter()
         .flatten()
+        .chain(self.jwt.flags())
         .collect()
     }
 }
@@ -445,6 +451,7 @@ impl From<&Settings> for RouterFlags {
             tls_key: shown(router.tls.key.as_deref()),
             tls_client_ca: shown(router.tls.client_ca.as_deref()),
             keys_file: shown(router.keys_file.as_deref()),
+            jwt: JwtFlags::from(settings),
             cluster_secret_file: shown(settings.cluster.secret_file.as_deref()),
             cluster_tls_ca: shown(cluster.ca.as_deref()),
             cluster_tls_certificate: shown(cluster.certificate.as_deref()),

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser};
 use cli::args::{
-    ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, RouterFlags, TraceFlags,
+    ComputeFlags, ConfigFlags, FileFlag, GroupFlags, JwtFlags, LogFlags, ModelFlags, RouterFlags, TraceFlags,
 };
 use cli::command::{Cli, Command, group, router, worker};
 use proptest::option::of;
 use proptest::prelude::*;
-use settings::{ClusterTls, HttpListen, Settings, Sources, Tls};
+use settings::{ClusterTls, HttpListen, RouterJwt, Settings, Sources, Tls};
 
 fn parse(argv: &[String]) -> Cli {
     let line = std::iter::once("cohort".to_owned()).chain(argv.iter().cloned());
@@ -119,6 +119,17 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
             tls_key: numbered("key", requests_max),
             tls_client_ca: numbered("client ca", requests_max),
             keys_file: numbered("keys", requests_max),
+            jwt: JwtFlags {
+                jwt_jwks_file: numbered("jwks", requests_max),
+                jwt_issuers: numbered("issuer", requests_max),
+                jwt_audiences: numbered("audience", requests_max),
+                jwt_leeway_s: graces.0,
+                jwt_limits_claim: numbered("claim", requests_max),
+                jwt_requests_per_minute: requests_max.map(u64::from),
+                jwt_tokens_per_minute: requests_max.map(u64::from),
+                jwt_concurrency: requests_max,
+                jwt_priority_min: requests_max.map(|number| -i32::from(number.to_le_bytes()[0])),
+            },
             cluster_secret_file: numbered("secret", requests_max),
             cluster_tls_ca: numbered("ca", requests_max),
             cluster_tls_certificate: numbered("certificate", requests_max),
@@ -211,7 +222,10 @@ fn flags_made_from_settings_give_the_same_settings() {
                 router.queue.requests_max = 5\nrouter.queue.tokens_max = 6\nrouter.queue.bytes_max = 7\n\
                 router.queue.key_requests_max = 8\nrouter.queue.wait_max_s = 9.5\nrouter.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
                 router.drain_grace_s = 3\nrouter.tls.certificate = 'a'\nrouter.tls.key = 'b'\nrouter.tls.client_ca = 'c'\n\
-                router.keys_file = 'd'\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
+                router.keys_file = 'd'\n\
+                router.jwt.jwks_file = 'l'\nrouter.jwt.issuers = ['m', 'n']\nrouter.jwt.audiences = ['o']\nrouter.jwt.leeway_s = 2\n\
+                router.jwt.limits_claim = 'p'\nrouter.jwt.requests_per_minute = 1\nrouter.jwt.tokens_per_minute = 2\n\
+                router.jwt.concurrency = 3\nrouter.jwt.priority_min = -4\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
                 cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'\n\
                 telemetry.log_level = 'router=debug,info'\ntelemetry.log_format = 'json'\n\
                 telemetry.otlp_endpoint = 'http://a:1'\ntelemetry.sample_ratio = 0.25\n\
@@ -242,6 +256,16 @@ fn every_flag_names_a_key_that_exists() {
     let tls = Tls { certificate: Some("c".into()), key: Some("k".into()), client_ca: Some("a".into()) };
     (settings.router.tls, settings.group.tls) = (tls.clone(), tls);
     settings.router.keys_file = Some("f".into());
+    settings.router.jwt = RouterJwt {
+        jwks_file: Some("j".into()),
+        issuers: vec!["i".to_owned()],
+        audiences: vec!["a".to_owned()],
+        requests_per_minute: Some(1),
+        tokens_per_minute: Some(1),
+        concurrency: Some(1),
+        priority_min: Some(1),
+        ..RouterJwt::default()
+    };
     settings.cluster.secret_file = Some("s".into());
     settings.cluster.tls =
         ClusterTls { ca: Some("a".into()), certificate: Some("c".into()), key: Some("k".into()) };

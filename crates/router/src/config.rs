@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use security::{ClientTls, Secret, ServerTls};
+use security::{ClientTls, JwtRules, Secret, ServerTls};
 
 use crate::discovery::Names;
 use crate::fair::Bounds;
@@ -53,6 +53,8 @@ pub struct Access {
     pub tls: Option<ServerTls>,
     /// The file of API keys; without it no key is asked for.
     pub keys: Option<PathBuf>,
+    /// Whose tokens are believed beside the keys; without it none are.
+    pub jwt: Option<JwtRules>,
     /// Files for TLS to groups whose address is `https://`.
     pub group_tls: Option<ClientTls>,
     /// The cluster's secret, shown to every group.

@@ -8,7 +8,7 @@ use proto::v1::cohort_server::CohortServer;
 use proto::vllm::control_server::ControlServer;
 use proto::vllm::inference_server::InferenceServer;
 use proto::worker::registry_server::RegistryServer;
-use security::{Acceptor, Badge, Clients, Dialer, KeyFile, incoming};
+use security::{Acceptor, Badge, Clients, Dialer, KeyFile, Tokens, incoming};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,7 @@ use types::limits::{HEADER_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::call::random_u64;
 use crate::config::Access;
 use crate::discovery::Discovery;
-use crate::gate::{Gate, GateLayer};
+use crate::gate::{Callers, Gate, GateLayer};
 use crate::metrics::Metrics;
 use crate::pipeline::Shared;
 use crate::registry::Desk;
@@ -81,7 +81,7 @@ pub async fn serve_changing(
     shutdown: CancellationToken,
     changes: mpsc::Receiver<Change>,
 ) -> Result<(), Error> {
-    let Doors { grpc: grpc_door, http: http_door, keys, dialer } = Doors::new(&config.access)?;
+    let Doors { grpc: grpc_door, http: http_door, callers, dialer } = Doors::new(&config.access)?;
     let badge = Badge::new(config.access.secret.as_ref());
     // Watch tasks and listeners end when this function does, however it ends.
     let stop = CancellationToken::new();
@@ -109,7 +109,7 @@ pub async fn serve_changing(
             _ => None,
         },
     };
-    let shared = share(&config, files, groups, keys).await?;
+    let shared = share(&config, files, groups, callers).await?;
     tokio::spawn(stop.clone().run_until_cancelled_owned(turn_away(shutdown.clone(), Arc::clone(&shared))));
     tokio::spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&discovery).keep_asking()));
     let changing = tuned::keep_changing(Arc::clone(&shared), discovery, changes);
@@ -142,7 +142,7 @@ pub async fn serve_changing(
 struct Doors {
     grpc: Acceptor,
     http: Acceptor,
-    keys: Option<KeyFile>,
+    callers: Callers,
     dialer: Option<Dialer>,
 }
 
@@ -153,12 +153,15 @@ impl Doors {
             grpc: Acceptor::new(tls, Clients::Required, &[b"h2"])?,
             // Probes have no certificate; the gate tells them from the others.
             http: Acceptor::new(tls, Clients::Asked, &[b"http/1.1"])?,
-            keys: access.keys.as_deref().map(KeyFile::open).transpose()?,
+            callers: Callers {
+                keys: access.keys.as_deref().map(KeyFile::open).transpose()?,
+                tokens: access.jwt.clone().map(Tokens::open).transpose()?,
+            },
             dialer: access.group_tls.as_ref().map(|tls| Dialer::new(tls, &[b"h2"])).transpose()?,
         };
         doors.grpc.watch();
         doors.http.watch();
-        doors.keys.iter().for_each(KeyFile::watch);
+        doors.callers.watch();
         doors.dialer.iter().for_each(Dialer::watch);
         Ok(doors)
     }
@@ -180,14 +183,14 @@ async fn share(
     config: &Config,
     files: ModelFiles,
     groups: Arc<Groups>,
-    keys: Option<KeyFile>,
+    callers: Callers,
 ) -> Result<Arc<Shared>, Error> {
     let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
     let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
     let closing = CancellationToken::new();
     let metrics = Arc::new(Metrics::new(&groups));
     Ok(Arc::new(Shared {
-        gate: Arc::new(Gate::new(keys, Arc::clone(&metrics))),
+        gate: Arc::new(Gate::new(callers, Arc::clone(&metrics))),
         metrics,
         groups,
         text,

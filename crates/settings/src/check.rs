@@ -3,11 +3,11 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX, RANKS_MAX};
+use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX, PRIORITY_MAX, RANKS_MAX};
 use types::{Dispatch, DispatchChoice, ExpertSharding};
 use worker::LoadFormat;
 
-use crate::tree::{Group, Model, Router, Settings};
+use crate::tree::{Group, Model, Router, RouterJwt, Settings};
 
 /// Groups of one cluster file: far above what one machine holds.
 pub(crate) const GROUPS_MAX: u64 = 256;
@@ -29,6 +29,8 @@ pub(crate) const QUEUE_TOKENS_MAX: u64 = REQUESTS_MAX * CONTEXT_MAX;
 pub(crate) const QUEUE_BYTES_MAX: u64 = 64 << 30;
 /// A day, in seconds: a longer time-out is none.
 pub(crate) const TIMEOUT_MAX_S: f64 = 86_400.0;
+/// Seconds that two clocks may be apart: more is a clock to be set.
+pub(crate) const LEEWAY_MAX_S: f64 = 600.0;
 /// Seconds a time-out lasts at least: a shorter one would strike before anything can happen.
 pub(crate) const TIMEOUT_MIN_S: f64 = 0.001;
 
@@ -231,6 +233,7 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     lasting("router.resume_grace_s", router.resume_grace_s, 0.0, faults);
     lasting("router.withdraw_grace_s", router.withdraw_grace_s, 0.0, faults);
     lasting("router.drain_grace_s", router.drain_grace_s, 0.0, faults);
+    jwt(&router.jwt, faults);
     let grpc = router.grpc_listen;
     if grpc.port() != 0 && router.http_listen.address() == Some(grpc) {
         faults.push(("router.http_listen", format!("is the same address as router.grpc_listen, {grpc}")));
@@ -244,6 +247,36 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
                 ),
             ));
         }
+    }
+}
+
+/// Tokens of anybody for anybody would be no proof of anything.
+fn jwt(jwt: &RouterJwt, faults: &mut Vec<Fault>) {
+    let taken = jwt.jwks_file.is_some();
+    for (key, list) in [("router.jwt.issuers", &jwt.issuers), ("router.jwt.audiences", &jwt.audiences)] {
+        match (taken, list.is_empty()) {
+            (true, true) => faults.push((key, "is needed where router.jwt.jwks_file is set".to_owned())),
+            (false, false) => faults.push((key, "is of no use without router.jwt.jwks_file".to_owned())),
+            (true, false) | (false, true) => {}
+        }
+    }
+    let leeway = jwt.leeway_s.as_secs_f64();
+    if !(0.0..=LEEWAY_MAX_S).contains(&leeway) {
+        let reason = format!("must be between 0 and {LEEWAY_MAX_S} seconds, not {leeway}");
+        faults.push(("router.jwt.leeway_s", reason));
+    }
+    for (key, count) in [
+        ("router.jwt.requests_per_minute", jwt.requests_per_minute),
+        ("router.jwt.tokens_per_minute", jwt.tokens_per_minute),
+        ("router.jwt.concurrency", jwt.concurrency.map(u64::from)),
+    ] {
+        if count == Some(0) {
+            faults.push((key, "must be at least 1; leave the key out for any number".to_owned()));
+        }
+    }
+    if let Some(priority) = jwt.priority_min.filter(|level| !(-PRIORITY_MAX..=PRIORITY_MAX).contains(level)) {
+        let reason = format!("must be between -{PRIORITY_MAX} and {PRIORITY_MAX}, not {priority}");
+        faults.push(("router.jwt.priority_min", reason));
     }
 }
 

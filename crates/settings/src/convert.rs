@@ -6,7 +6,7 @@ use security::{ClientTls, ServerTls};
 use types::{TpRank, TpSize};
 
 use crate::telemetry::Telemetry;
-use crate::tree::{ClusterTls, Settings, Tls};
+use crate::tree::{ClusterTls, RouterJwt, Settings, Tls};
 
 fn server_tls(tls: &Tls) -> Option<ServerTls> {
     let (certificate, key) = tls.certificate.clone().zip(tls.key.clone())?;
@@ -66,6 +66,7 @@ impl Settings {
             access: router::Access {
                 tls: server_tls(&router.tls),
                 keys: router.keys_file.clone(),
+                jwt: jwt_rules(&router.jwt),
                 group_tls: self.client_tls(),
                 secret: None,
             },
@@ -154,4 +155,21 @@ impl Settings {
             fault_dir: group.fault_dir.clone(),
         }
     }
+}
+
+/// Which tokens a router takes, if any.
+fn jwt_rules(jwt: &RouterJwt) -> Option<security::JwtRules> {
+    Some(security::JwtRules {
+        jwks: jwt.jwks_file.clone()?,
+        issuers: jwt.issuers.clone(),
+        audiences: jwt.audiences.clone(),
+        leeway: jwt.leeway_s,
+        limits_claim: jwt.limits_claim.clone(),
+        limits: security::Limits {
+            requests_per_minute: jwt.requests_per_minute,
+            tokens_per_minute: jwt.tokens_per_minute,
+            concurrency: jwt.concurrency,
+            priority_min: jwt.priority_min,
+        },
+    })
 }

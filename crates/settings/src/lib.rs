@@ -24,6 +24,6 @@ pub use load::Loaded;
 pub use reload::{Changed, Role};
 pub use telemetry::{LogFormat, Telemetry};
 pub use tree::{
-    Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterDns, RouterHttp, RouterLimits, RouterQueue,
-    Settings, Tls,
+    Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterDns, RouterHttp, RouterJwt, RouterLimits,
+    RouterQueue, Settings, Tls,
 };

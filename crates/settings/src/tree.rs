@@ -1,6 +1,8 @@
 //! The tree itself. A key is one field: its comment is its description everywhere (`cohort config explain`, the schema,
 //! the reference page), its name ends with the unit, its default is in the `Default` of its struct.
 
+mod jwt;
+
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -20,6 +22,8 @@ use crate::check::{
 };
 use crate::telemetry::Telemetry;
 use crate::{schema, strict};
+
+pub use jwt::RouterJwt;
 
 /// Default of `group.block_size`.
 const BLOCK_TOKENS: u32 = 16;
@@ -121,6 +125,8 @@ pub struct Router {
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
     pub keys_file: Option<PathBuf>,
+    /// Tokens of an identity provider, taken beside or in place of API keys.
+    pub jwt: RouterJwt,
     /// How long HTTP callers are waited for.
     pub http: RouterHttp,
     /// How old a gRPC caller's connection may become, in seconds: then its caller is told to open another one (GOAWAY), which
@@ -457,6 +463,7 @@ impl Default for Router {
             queue: RouterQueue::default(),
             tls: Tls::default(),
             keys_file: None,
+            jwt: RouterJwt::default(),
             http: RouterHttp::default(),
             connection_age_max_s: Duration::from_secs(1800),
             resume_grace_s: Duration::from_secs(10),

@@ -80,6 +80,16 @@ fn each_bad_value_is_refused_with_its_key() {
             "router.queue.tokens_max: must be between 1 and 17592186044416, not 0",
         ),
         (
+            "router.jwt.jwks_file = 'k'\nrouter.jwt.audiences = ['a']",
+            "router.jwt.issuers: is needed where router.jwt.jwks_file is set",
+        ),
+        ("router.jwt.audiences = ['a']", "router.jwt.audiences: is of no use without router.jwt.jwks_file"),
+        ("router.jwt.leeway_s = 601", "router.jwt.leeway_s: must be between 0 and 600 seconds, not 601"),
+        ("router.jwt.concurrency = 0", "router.jwt.concurrency: must be at least 1"),
+        ("router.jwt.limits_claim = ''", "router.jwt.limits_claim: must not be empty"),
+        ("router.jwt.priority_min = 101", "router.jwt.priority_min: must be between -100 and 100, not 101"),
+        ("router.jwt.priority_min = 'x'", "router.jwt.priority_min: must be a whole number, not \"x\""),
+        (
             "router.queue.wait_max_s = 0",
             "router.queue.wait_max_s: must be between 0.001 and 86400 seconds, not 0",
         ),

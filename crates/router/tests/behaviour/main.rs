@@ -45,6 +45,7 @@ mod structured;
 mod templates;
 mod tls;
 mod tokenizing;
+mod tokens;
 mod undecoded;
 mod vllm_api;
 mod waiting;
