@@ -220,7 +220,7 @@ impl KeySet {
             let of_key = |why: &str| wrong(format!("key {index} ({name:?}): {why}"));
             let Some(algorithm) = algorithm(jwk).map_err(|why| of_key(&why))? else { continue };
             let key = DecodingKey::from_jwk(jwk).map_err(|_| of_key("is not readable"))?;
-            verify::check(algorithm, &key).map_err(|why| of_key(why))?;
+            verify::check(algorithm, &key).map_err(&of_key)?;
             if keys.insert(name.clone(), (algorithm, key)).is_some() {
                 return Err(of_key("has the name (kid) of an earlier one"));
             }

@@ -95,7 +95,8 @@ async fn measure(args: &OverloadArgs) -> anyhow::Result<Report> {
     fill(&client, &question).await?;
 
     let mut tasks = JoinSet::new();
-    let (started, count) = (Instant::now(), (args.rate * args.seconds).ceil().min(f64::from(u32::MAX)) as u32);
+    let (started, count) =
+        (Instant::now(), (args.rate * args.seconds).ceil().min(f64::from(u32::MAX)) as u32);
     for at in 0..count {
         tokio::time::sleep_until(started + Duration::from_secs_f64(f64::from(at) / args.rate)).await;
         let (client, question) = (client.clone(), Arc::clone(&question));
