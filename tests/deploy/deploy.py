@@ -40,7 +40,7 @@ def compose(cohort):
             host = volume.split(":")[0]
             if host.startswith(".") and not (file.parent / host).exists():
                 failures.append(f"compose.yaml: {name} mounts {host}, which is not there")
-    services = {name: service for name, service in every.items() if "command" in service}
+    services = {name: service for name, service in every.items() if "COHORT_IMAGE" in service["image"]}
     said = run(cohort, "config", "check", f"--config={DEPLOY / 'compose' / 'cluster.yaml'}")
     if said.returncode != 0:
         failures.append(f"compose/cluster.yaml: {said.stderr}")
@@ -66,6 +66,24 @@ def compose(cohort):
     expected = {f"{name}:{8080 if name == 'router' else port}" for name in services}
     if targets != expected:
         failures.append(f"compose/prometheus.yaml: scrapes {sorted(targets)}, not {sorted(expected)}")
+    return failures + traces(file, every, config)
+
+
+def traces(file, services, config):
+    """Spans go to the collector, and from there to Jaeger."""
+    endpoint = config["telemetry"]["otlp_endpoint"]
+    collector = yaml.safe_load((file.parent / "collector.yaml").read_text())
+    listens = collector["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"].rsplit(":", 1)[1]
+    failures = []
+    if endpoint != f"http://collector:{listens}" or "collector" not in services:
+        failures.append(f"compose/cluster.yaml: telemetry.otlp_endpoint, {endpoint}, is not the collector's, port {listens}")
+    to = collector["exporters"]["otlp"]["endpoint"].split(":")[0]
+    if to not in services:
+        failures.append(f"compose/collector.yaml: there is no {to}")
+    used = {part for pipeline in collector["service"]["pipelines"].values() for parts in pipeline.values() for part in parts}
+    known = {part for kind in ("receivers", "processors", "exporters") for part in collector[kind]}
+    if used != known:
+        failures.append(f"compose/collector.yaml: defines {sorted(known)} and uses {sorted(used)}")
     return failures
 
 
