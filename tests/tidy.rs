@@ -8,8 +8,9 @@ use std::{
 };
 
 /// Which workspace crates a crate may name under `[dependencies]` or `[build-dependencies]`; `cli` may name all.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("types", &[]),
+    ("trace", &[]),
     ("collectives", &["types"]),
     ("security", &["types"]),
     ("ops", &["types"]),
@@ -31,16 +32,18 @@ const ARROWS: [(&str, &[&str]); 14] = [
             "collectives",
             "grammar",
             "security",
+            "trace",
             "types",
         ],
     ),
-    ("router", &["proto", "grammar", "security", "types"]),
-    ("settings", &["router", "worker", "model", "security", "types"]),
+    ("router", &["proto", "grammar", "security", "trace", "types"]),
+    ("settings", &["router", "worker", "model", "security", "trace", "types"]),
     ("cli", &CLI_ARROWS),
 ];
-const CLI_ARROWS: [&str; 13] = [
+const CLI_ARROWS: [&str; 14] = [
     "settings",
     "security",
+    "trace",
     "router",
     "worker",
     "proto",

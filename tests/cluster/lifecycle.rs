@@ -91,12 +91,11 @@ fn a_second_sigterm_ends_a_cluster_at_once() {
     assert!(gone, "{:?}", left());
 }
 
-/// HTTP/2 from its bytes: a library would hide the frame that this is about.
-#[test]
-fn an_order_to_stop_sends_goaway_on_open_connections() {
+/// HTTP/2 from its bytes: a library would hide the frame that this is about. The first GOAWAY on a connection, after
+/// `then`, and its error code.
+fn goaway(cluster: &Cluster, then: impl FnOnce()) -> [u8; 4] {
     const SETTINGS: u8 = 4;
     const GOAWAY: u8 = 7;
-    let cluster = Cluster::up(&["--tensor-parallel=1"]);
     let mut connection = TcpStream::connect(cluster.server().trim_start_matches("http://")).unwrap();
     connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
@@ -109,12 +108,31 @@ fn an_order_to_stop_sends_goaway_on_open_connections() {
         connection.read_exact(&mut payload).unwrap();
         (head[3], payload)
     };
-    // The server is there; then it is told to stop.
+    // The server is there.
     assert_eq!(next().0, SETTINGS);
-    cluster.signal(Signal::TERM);
+    then();
     let goaway = std::iter::repeat_with(next).find(|(kind, _)| *kind == GOAWAY).unwrap().1;
-    assert_eq!(goaway[4..8], [0; 4], "no error");
+    goaway[4..8].try_into().unwrap()
+}
+
+#[test]
+fn an_order_to_stop_sends_goaway_on_open_connections() {
+    let cluster = Cluster::up(&["--tensor-parallel=1"]);
+    assert_eq!(goaway(&cluster, || cluster.signal(Signal::TERM)), [0; 4], "no error");
     assert_eq!(cluster.end().0.code(), Some(0));
+}
+
+#[test]
+fn a_connection_that_is_old_enough_gets_goaway_and_its_streams_are_finished() {
+    let cluster = Cluster::up(&["--connection-age-max=0.05"]);
+    assert_eq!(goaway(&cluster, || {}), [0; 4], "no error");
+    // Many times as long as a connection may live.
+    let mut client = cluster.client();
+    let received = cluster.block_on(async {
+        let stream = client.generate(tokens(&[5, 600], 400)).await.unwrap().into_inner();
+        rest(stream).await.unwrap()
+    });
+    assert_eq!(received, 400);
 }
 
 #[test]
@@ -131,22 +149,24 @@ fn a_killed_group_process_takes_its_ranks_along_and_the_group_comes_back() {
 fn the_last_steps_of_a_group_are_shown_while_it_serves_and_written_down_when_it_fails() {
     let place = tempfile::tempdir().unwrap();
     let fault_dir = format!("--fault-dir={}", place.path().display());
-    // Whoever asks a group past its router shows the cluster's secret.
-    let secret = "0123456789abcdef".repeat(4);
-    let secret_file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(secret_file.path(), &secret).unwrap();
-    let secret_flag = format!("--cluster-secret-file={}", secret_file.path().display());
-    let mut cluster = Cluster::up(&["--tensor-parallel=2", "--resume-grace=60", &fault_dir, &secret_flag]);
+    // Whoever asks a group past its router shows the cluster's secret, which only the user of the cluster finds.
+    let run_dir = tempfile::tempdir().unwrap();
+    let runtime = [("XDG_RUNTIME_DIR", run_dir.path().to_str().unwrap())];
+    let mut cluster = Cluster::up_with(&runtime, &["--tensor-parallel=2", "--resume-grace=60", &fault_dir]);
     cluster.generate(tokens(&[5, 600], 20)).unwrap();
     let router = cluster.processes().into_iter().find(|(_, line)| line.contains(" router ")).unwrap().1;
     let leader = router.split("--workers=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     let show = |flags: &[&str]| {
-        let mut asking = cohort(&[&["debug", "steps", "--worker", &leader], flags].concat());
-        let shown = asking.env("COHORT_CLUSTER_SECRET", &secret).output().unwrap();
+        let mut asking = cohort(&[&["debug", "steps"], flags].concat());
+        let shown = asking.envs(runtime).output().unwrap();
         assert!(shown.status.success(), "{}", String::from_utf8_lossy(&shown.stderr));
         String::from_utf8(shown.stdout).unwrap()
     };
+    // It is the only one here, so it need not be named.
     let table = show(&["--last=5"]);
+    assert_eq!(table, show(&["--last=5", "--worker", &leader]));
+    let stranger = cohort(&["debug", "steps", "--worker", &leader]).output().unwrap();
+    assert!(!stranger.status.success(), "without the secret");
     assert_eq!(table.lines().count(), 6, "{table}");
     assert!(table.lines().next().unwrap().contains("step µs"), "{table}");
     let lines: Vec<serde_json::Value> =

@@ -49,12 +49,17 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// `cohort up` with these flags, ready to serve.
     pub(crate) fn up(args: &[&str]) -> Self {
+        Self::up_with(&[], args)
+    }
+
+    /// As [`Cluster::up`], with variables.
+    pub(crate) fn up_with(variables: &[(&str, &str)], args: &[&str]) -> Self {
         let mut all = vec!["up", "--grpc-listen=127.0.0.1:0", "--device=cpu"];
         if !args.iter().any(|arg| arg.starts_with("--http-listen")) {
             all.push("--http-listen=off");
         }
         all.extend(args);
-        let mut up = cohort(&all).spawn().unwrap();
+        let mut up = cohort(&all).envs(variables.iter().copied()).spawn().unwrap();
         let said = Arc::new(Mutex::new(String::new()));
         let pipes: [Box<dyn Read + Send>; 2] =
             [Box::new(up.stdout.take().unwrap()), Box::new(up.stderr.take().unwrap())];

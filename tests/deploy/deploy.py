@@ -40,7 +40,7 @@ def compose(cohort):
             host = volume.split(":")[0]
             if host.startswith(".") and not (file.parent / host).exists():
                 failures.append(f"compose.yaml: {name} mounts {host}, which is not there")
-    services = {name: service for name, service in every.items() if "command" in service}
+    services = {name: service for name, service in every.items() if "COHORT_IMAGE" in service["image"]}
     said = run(cohort, "config", "check", f"--config={DEPLOY / 'compose' / 'cluster.yaml'}")
     if said.returncode != 0:
         failures.append(f"compose/cluster.yaml: {said.stderr}")
@@ -53,26 +53,59 @@ def compose(cohort):
             failures.append(f"compose.yaml: {name} is killed before it has drained")
         if not service["read_only"] or service["cap_drop"] != ["ALL"]:
             failures.append(f"compose.yaml: {name} is not locked down")
-    leaders = {f"http://{name}:50052" for name in services if name.startswith("group-")}
-    if leaders != set(config["router"]["workers"]):
-        failures.append(f"compose/cluster.yaml: router.workers is not {sorted(leaders)}")
+    # The router finds the groups by a name that all of them have.
+    for name, service in services.items():
+        aliases = service.get("networks", {}).get("default", {}).get("aliases", [])
+        if name.startswith("group-") != (aliases == ["groups"]):
+            failures.append(f"compose.yaml: {name} has the names {aliases}")
+    if config["router"]["workers"] != ["dns+http://groups:50052"]:
+        failures.append("compose/cluster.yaml: router.workers is not the name of the groups")
     scraped = yaml.safe_load((file.parent / "prometheus.yaml").read_text())["scrape_configs"]
     targets = {target for job in scraped for static in job["static_configs"] for target in static["targets"]}
     port = config["group"]["metrics_listen"].rsplit(":", 1)[1]
     expected = {f"{name}:{8080 if name == 'router' else port}" for name in services}
     if targets != expected:
         failures.append(f"compose/prometheus.yaml: scrapes {sorted(targets)}, not {sorted(expected)}")
+    return failures + traces(file, every, config)
+
+
+def traces(file, services, config):
+    """Spans go to the collector, and from there to Jaeger."""
+    endpoint = config["telemetry"]["otlp_endpoint"]
+    collector = yaml.safe_load((file.parent / "collector.yaml").read_text())
+    listens = collector["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"].rsplit(":", 1)[1]
+    failures = []
+    if endpoint != f"http://collector:{listens}" or "collector" not in services:
+        failures.append(f"compose/cluster.yaml: telemetry.otlp_endpoint, {endpoint}, is not the collector's, port {listens}")
+    to = collector["exporters"]["otlp"]["endpoint"].split(":")[0]
+    if to not in services:
+        failures.append(f"compose/collector.yaml: there is no {to}")
+    used = {part for pipeline in collector["service"]["pipelines"].values() for parts in pipeline.values() for part in parts}
+    known = {part for kind in ("receivers", "processors", "exporters") for part in collector[kind]}
+    if used != known:
+        failures.append(f"compose/collector.yaml: defines {sorted(known)} and uses {sorted(used)}")
     return failures
 
 
 def rules():
-    """Alerts fire when they should, as far as promtool is on this machine."""
+    """Each alert is tried, fires when it should and, as far as promtool is on this machine, does not when it should not."""
+    tests = pathlib.Path(__file__).resolve().parent / "alerts_test.yaml"
+    tried = {}
+    for test in yaml.safe_load(tests.read_text())["tests"]:
+        for one in test["alert_rule_test"]:
+            tried[one["alertname"]] = tried.get(one["alertname"], False) or bool(one["exp_alerts"])
+    file = DEPLOY.parent / "helm" / "cohort" / "files" / "alerts.yaml"
+    alerts = {rule["alert"] for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]}
+    failures = [f"alerts_test.yaml: {name} never fires" for name in sorted(alerts) if not tried.get(name)]
     promtool = shutil.which("promtool")
     if promtool is None:
         print("promtool is not on this machine: the alerts are not tried")
-        return []
-    said = run(promtool, "test", "rules", pathlib.Path(__file__).resolve().parent / "alerts_test.yaml")
-    return [] if said.returncode == 0 else [f"promtool test rules: {said.stdout}{said.stderr}"]
+        return failures
+    for command in (("check", "rules", file), ("test", "rules", tests)):
+        said = run(promtool, *command)
+        if said.returncode != 0:
+            failures.append(f"promtool {' '.join(command[:2])}: {said.stdout}{said.stderr}")
+    return failures
 
 
 def units(cohort):

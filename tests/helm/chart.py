@@ -34,6 +34,7 @@ CHART_OWNED = [
     ("group", "hosts"),
     ("router", "tls"),
     ("router", "keys_file"),
+    ("router", "jwt", "jwks_file"),
     ("group", "tls"),
 ]
 # The committed names of metrics.

@@ -1,52 +1,20 @@
 //! Flags shared by several subcommands. Each group of flags is one list (`flags`), from which both the configuration
 //! layer of this process and the command line of its children are made, so the two cannot differ.
 
+mod jwt;
+mod telemetry;
+
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use model::Preset;
 use settings::{Flag, HttpListen, Loaded, Settings, Sources};
 use worker::{Device, LoadFormat};
 
-/// Where logs go: always to stderr.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
-pub struct LogFlags {
-    /// What is logged: error, warn, info, debug, trace, or a filter such as `router=debug,info` [default: RUST_LOG]
-    #[arg(long, global = true, value_name = "FILTER", help_heading = "Logging")]
-    pub log_level: Option<String>,
-    /// How log lines are written: human or json [default: human]
-    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Logging", value_name = "FORMAT")]
-    #[arg(hide_possible_values = true, hide_default_value = true)]
-    pub log_format: LogFormat,
-}
-
-/// Form of a log line.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people; coloured on a terminal.
-    #[default]
-    Human,
-    /// One JSON object a line.
-    Json,
-}
-
-impl LogFlags {
-    /// These flags as a child's arguments.
-    #[must_use]
-    pub fn to_argv(&self) -> Vec<String> {
-        let mut argv = Vec::new();
-        if let Some(level) = &self.log_level {
-            argv.push(format!("--log-level={level}"));
-        }
-        match self.log_format {
-            LogFormat::Human => {}
-            LogFormat::Json => argv.push("--log-format=json".into()),
-        }
-        argv
-    }
-}
+pub use jwt::JwtFlags;
+pub use telemetry::{LogFlags, TraceFlags};
 
 /// The cluster file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
@@ -161,6 +129,15 @@ pub struct GroupFlags {
     /// Authorities that routers' certificates must be signed by (PEM) [default: routers need none]
     #[arg(long, value_name = "FILE")]
     pub group_tls_client_ca: Option<String>,
+    /// Routers at which the leader registers, as http://host:port or dns+http://name:port; separate several with commas
+    #[arg(long, value_name = "URL,…")]
+    pub routers: Option<String>,
+    /// Where those routers reach the leader, as http://host:port [default: where it listens]
+    #[arg(long, value_name = "URL")]
+    pub advertise: Option<String>,
+    /// Authorities that the certificates of https:// routers must be signed by (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub routers_ca: Option<String>,
     /// Longest wait for all ranks to come together, in seconds [default: 60]
     #[arg(long = "boot-timeout", value_name = "SECONDS")]
     pub boot_timeout_s: Option<f64>,
@@ -198,6 +175,9 @@ pub struct RouterFlags {
     /// for]
     #[arg(long, value_name = "FILE")]
     pub keys_file: Option<String>,
+    /// Tokens of identity providers.
+    #[command(flatten)]
+    pub jwt: JwtFlags,
     /// File with the secret that routers show to groups [default: COHORT_CLUSTER_SECRET, else a random one in `cohort up`]
     #[arg(long, value_name = "FILE")]
     pub cluster_secret_file: Option<String>,
@@ -210,12 +190,39 @@ pub struct RouterFlags {
     /// The private key of that certificate (PEM)
     #[arg(long, value_name = "FILE")]
     pub cluster_tls_key: Option<String>,
+    /// Let groups register here; they need the cluster's secret
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub registration: Option<bool>,
+    /// How long a group that has registered is remembered without a word of it, in seconds [default: 10]
+    #[arg(long = "registration-hold", value_name = "SECONDS")]
+    pub registration_hold_s: Option<f64>,
+    /// Time between two questions for the addresses of dns+http:// workers, in seconds [default: 5]
+    #[arg(long = "dns-interval", value_name = "SECONDS")]
+    pub dns_interval_s: Option<f64>,
+    /// How long such a worker is kept after the last answer that had its address, in seconds [default: 60]
+    #[arg(long = "dns-hold", value_name = "SECONDS")]
+    pub dns_hold_s: Option<f64>,
     /// Requests admitted at once [default: 512]
     #[arg(long, value_name = "N")]
     pub requests_max: Option<u32>,
     /// Bytes of one prompt's text [default: 4194304]
     #[arg(long, value_name = "N")]
     pub prompt_bytes_max: Option<usize>,
+    /// Requests that wait to be admitted; 0 lets none wait [default: 512]
+    #[arg(long, value_name = "N")]
+    pub queue_requests_max: Option<u32>,
+    /// Tokens that those may cost together: their prompts, and all they may generate [default: 4194304]
+    #[arg(long, value_name = "N")]
+    pub queue_tokens_max: Option<u64>,
+    /// Bytes of their prompts together [default: 67108864]
+    #[arg(long, value_name = "N")]
+    pub queue_bytes_max: Option<usize>,
+    /// Requests of one API key that wait [default: 128]
+    #[arg(long, value_name = "N")]
+    pub queue_key_requests_max: Option<u32>,
+    /// Longest wait to be admitted, in seconds [default: 30]
+    #[arg(long = "queue-wait-max", value_name = "SECONDS")]
+    pub queue_wait_max_s: Option<f64>,
     /// Longest wait for the head of an HTTP request, and between two on a connection, in seconds [default: 30]
     #[arg(long = "http-head-timeout", value_name = "SECONDS")]
     pub http_head_timeout_s: Option<f64>,
@@ -228,6 +235,10 @@ pub struct RouterFlags {
     /// Silence after which an HTTP stream says a comment that keeps its connection, in seconds [default: 10]
     #[arg(long = "http-keep-alive", value_name = "SECONDS")]
     pub http_keep_alive_s: Option<f64>,
+    /// How old a gRPC caller's connection may become before it is told to open another one, in seconds; 0 for any age
+    /// [default: 1800]
+    #[arg(long = "connection-age-max", value_name = "SECONDS")]
+    pub connection_age_max_s: Option<f64>,
     /// How long a request that lost its group waits for one that goes on with it, in seconds; 0 ends it at once
     /// [default: 10]
     #[arg(long = "resume-grace", value_name = "SECONDS")]
@@ -303,6 +314,9 @@ impl ConfigFlags for GroupFlags {
             given("--group-tls-certificate", "group.tls.certificate", self.group_tls_certificate.as_ref()),
             given("--group-tls-key", "group.tls.key", self.group_tls_key.as_ref()),
             given("--group-tls-client-ca", "group.tls.client_ca", self.group_tls_client_ca.as_ref()),
+            given("--routers", "group.routers", self.routers.as_ref()),
+            given("--advertise", "group.advertise", self.advertise.as_ref()),
+            given("--routers-ca", "group.routers_ca", self.routers_ca.as_ref()),
             given("--boot-timeout", "group.boot_timeout_s", self.boot_timeout_s.as_ref()),
             given("--step-timeout", "group.step_timeout_s", self.step_timeout_s.as_ref()),
             given("--drain-grace", "group.drain_grace_s", self.drain_grace_s.as_ref()),
@@ -331,18 +345,33 @@ impl ConfigFlags for RouterFlags {
                 self.cluster_tls_certificate.as_ref(),
             ),
             given("--cluster-tls-key", "cluster.tls.key", self.cluster_tls_key.as_ref()),
+            given("--registration", "router.registration", self.registration.as_ref()),
+            given("--registration-hold", "router.registration_hold_s", self.registration_hold_s.as_ref()),
+            given("--dns-interval", "router.dns.interval_s", self.dns_interval_s.as_ref()),
+            given("--dns-hold", "router.dns.hold_s", self.dns_hold_s.as_ref()),
             given("--requests-max", "router.limits.requests_max", self.requests_max.as_ref()),
             given("--prompt-bytes-max", "router.limits.prompt_bytes_max", self.prompt_bytes_max.as_ref()),
+            given("--queue-requests-max", "router.queue.requests_max", self.queue_requests_max.as_ref()),
+            given("--queue-tokens-max", "router.queue.tokens_max", self.queue_tokens_max.as_ref()),
+            given("--queue-bytes-max", "router.queue.bytes_max", self.queue_bytes_max.as_ref()),
+            given(
+                "--queue-key-requests-max",
+                "router.queue.key_requests_max",
+                self.queue_key_requests_max.as_ref(),
+            ),
+            given("--queue-wait-max", "router.queue.wait_max_s", self.queue_wait_max_s.as_ref()),
             given("--http-head-timeout", "router.http.head_timeout_s", self.http_head_timeout_s.as_ref()),
             given("--http-body-timeout", "router.http.body_timeout_s", self.http_body_timeout_s.as_ref()),
             given("--http-write-timeout", "router.http.write_timeout_s", self.http_write_timeout_s.as_ref()),
             given("--http-keep-alive", "router.http.keep_alive_s", self.http_keep_alive_s.as_ref()),
+            given("--connection-age-max", "router.connection_age_max_s", self.connection_age_max_s.as_ref()),
             given("--resume-grace", "router.resume_grace_s", self.resume_grace_s.as_ref()),
             given("--withdraw-grace", "router.withdraw_grace_s", self.withdraw_grace_s.as_ref()),
             given("--router-drain-grace", "router.drain_grace_s", self.router_drain_grace_s.as_ref()),
         ]
         .into_iter()
         .flatten()
+        .chain(self.jwt.flags())
         .collect()
     }
 }
@@ -401,6 +430,9 @@ impl From<&Settings> for GroupFlags {
             group_tls_certificate: shown(group.tls.certificate.as_deref()),
             group_tls_key: shown(group.tls.key.as_deref()),
             group_tls_client_ca: shown(group.tls.client_ca.as_deref()),
+            routers: (!group.routers.is_empty()).then(|| group.routers.join(",")),
+            advertise: group.advertise.clone(),
+            routers_ca: shown(group.routers_ca.as_deref()),
             boot_timeout_s: Some(group.boot_timeout_s.as_secs_f64()),
             step_timeout_s: Some(group.step_timeout_s.as_secs_f64()),
             drain_grace_s: Some(group.drain_grace_s.as_secs_f64()),
@@ -419,16 +451,27 @@ impl From<&Settings> for RouterFlags {
             tls_key: shown(router.tls.key.as_deref()),
             tls_client_ca: shown(router.tls.client_ca.as_deref()),
             keys_file: shown(router.keys_file.as_deref()),
+            jwt: JwtFlags::from(settings),
             cluster_secret_file: shown(settings.cluster.secret_file.as_deref()),
             cluster_tls_ca: shown(cluster.ca.as_deref()),
             cluster_tls_certificate: shown(cluster.certificate.as_deref()),
             cluster_tls_key: shown(cluster.key.as_deref()),
+            registration: Some(router.registration),
+            registration_hold_s: Some(router.registration_hold_s.as_secs_f64()),
+            dns_interval_s: Some(router.dns.interval_s.as_secs_f64()),
+            dns_hold_s: Some(router.dns.hold_s.as_secs_f64()),
             requests_max: Some(router.limits.requests_max),
             prompt_bytes_max: Some(router.limits.prompt_bytes_max),
+            queue_requests_max: Some(router.queue.requests_max),
+            queue_tokens_max: Some(router.queue.tokens_max),
+            queue_bytes_max: Some(router.queue.bytes_max),
+            queue_key_requests_max: Some(router.queue.key_requests_max),
+            queue_wait_max_s: Some(router.queue.wait_max_s.as_secs_f64()),
             http_head_timeout_s: Some(router.http.head_timeout_s.as_secs_f64()),
             http_body_timeout_s: Some(router.http.body_timeout_s.as_secs_f64()),
             http_write_timeout_s: Some(router.http.write_timeout_s.as_secs_f64()),
             http_keep_alive_s: Some(router.http.keep_alive_s.as_secs_f64()),
+            connection_age_max_s: Some(router.connection_age_max_s.as_secs_f64()),
             resume_grace_s: Some(router.resume_grace_s.as_secs_f64()),
             withdraw_grace_s: Some(router.withdraw_grace_s.as_secs_f64()),
             router_drain_grace_s: Some(router.drain_grace_s.as_secs_f64()),

@@ -12,10 +12,12 @@ pub mod hosts;
 mod identity;
 mod out;
 mod progress;
+mod reload;
 pub mod report;
+mod run_dir;
 mod style;
 pub mod supervisor;
 mod table;
-mod telemetry;
+pub mod telemetry;
 
-pub use telemetry::start as start_telemetry;
+pub use out::write_note;

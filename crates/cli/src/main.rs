@@ -1,6 +1,5 @@
 //! The one binary.
 #![forbid(unsafe_code)]
-#![allow(clippy::print_stderr, reason = "the last word of a failed command goes to its terminal")]
 
 use std::process::ExitCode;
 
@@ -9,7 +8,6 @@ use cli::command::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    cli::start_telemetry(&cli.log, cli.command.log_level_default());
     let supervised = cli.command.supervised();
     match cli.command.run(&cli.log) {
         Ok(()) => ExitCode::SUCCESS,
@@ -18,7 +16,7 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(error) => {
-            eprintln!("error: {}", cli::report::chain(&error));
+            cli::write_note(format_args!("error: {}", cli::report::chain(&error)));
             ExitCode::FAILURE
         }
     }

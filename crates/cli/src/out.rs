@@ -15,6 +15,11 @@ pub(crate) fn write_line(line: Arguments<'_>) {
     end_if_unread(writeln!(io::stdout(), "{line}"));
 }
 
+/// Writes a line to stderr, if that can be: a disk that is full, or nobody who reads, ends nothing.
+pub fn write_note(line: Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
 /// Writes text as it is and shows it at once; ends the process when nobody reads any more.
 pub(crate) fn write_text(text: &str) {
     let mut stdout = io::stdout().lock();
@@ -28,7 +33,7 @@ fn end_if_unread(written: io::Result<()>) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         Err(error) => {
-            eprintln!("error: the answer cannot be written to stdout: {error}");
+            write_note(format_args!("error: the answer cannot be written to stdout: {error}"));
             std::process::exit(1);
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use types::Bytes;
 
+use crate::out::write_note;
 use crate::report::{Event, Line, Loaded, Phase};
 use crate::style::Paint;
 
@@ -49,6 +50,7 @@ impl Progress {
             | Event::Listening { .. }
             | Event::Alive
             | Event::Serving(_)
+            | Event::Configured { .. }
             | Event::Failed { .. } => {}
         }
     }
@@ -57,7 +59,7 @@ impl Progress {
     pub(crate) fn print(&self, text: &str) {
         match &self.bars {
             Some(bars) => _ = bars.println(text),
-            None => eprintln!("{text}"),
+            None => write_note(format_args!("{text}")),
         }
     }
 

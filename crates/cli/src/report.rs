@@ -55,6 +55,12 @@ pub enum Event {
     Alive,
     /// A router takes requests.
     Serving(Serving),
+    /// An order to go on with another configuration has been carried out, or not.
+    Configured {
+        /// Why not.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
     /// The process ends because of this.
     Failed {
         /// Why.

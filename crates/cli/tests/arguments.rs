@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser};
 use cli::args::{
-    ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, LogFormat, ModelFlags, RouterFlags,
+    ComputeFlags, ConfigFlags, FileFlag, GroupFlags, JwtFlags, LogFlags, ModelFlags, RouterFlags, TraceFlags,
 };
 use cli::command::{Cli, Command, group, router, worker};
 use proptest::option::of;
 use proptest::prelude::*;
-use settings::{ClusterTls, HttpListen, Settings, Sources, Tls};
+use settings::{ClusterTls, HttpListen, RouterJwt, Settings, Sources, Tls};
 
 fn parse(argv: &[String]) -> Cli {
     let line = std::iter::once("cohort".to_owned()).chain(argv.iter().cloned());
@@ -88,6 +88,9 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         group_tls_certificate: experts.2.clone(),
         group_tls_key: experts.2.clone(),
         group_tls_client_ca: experts.2.clone(),
+        routers: experts.2.clone(),
+        advertise: experts.2.clone(),
+        routers_ca: experts.2.clone(),
         boot_timeout_s: boot,
         step_timeout_s: step,
         drain_grace_s: drain,
@@ -98,6 +101,11 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
 /// A file's name, or none where there is no number.
 fn numbered(name: &str, number: Option<u32>) -> Option<String> {
     number.map(|number| format!("{name} {number}"))
+}
+
+/// Yes or no, or nothing where there is no number.
+fn oddly(number: Option<u32>) -> Option<bool> {
+    number.map(|number| number % 2 == 0)
 }
 
 fn router_flags() -> impl Strategy<Value = RouterFlags> {
@@ -111,6 +119,17 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
             tls_key: numbered("key", requests_max),
             tls_client_ca: numbered("client ca", requests_max),
             keys_file: numbered("keys", requests_max),
+            jwt: JwtFlags {
+                jwt_jwks_file: numbered("jwks", requests_max),
+                jwt_issuers: numbered("issuer", requests_max),
+                jwt_audiences: numbered("audience", requests_max),
+                jwt_leeway_s: graces.0,
+                jwt_limits_claim: numbered("claim", requests_max),
+                jwt_requests_per_minute: requests_max.map(u64::from),
+                jwt_tokens_per_minute: requests_max.map(u64::from),
+                jwt_concurrency: requests_max,
+                jwt_priority_min: requests_max.map(|number| -i32::from(number.to_le_bytes()[0])),
+            },
             cluster_secret_file: numbered("secret", requests_max),
             cluster_tls_ca: numbered("ca", requests_max),
             cluster_tls_certificate: numbered("certificate", requests_max),
@@ -119,13 +138,34 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
             http_listen,
             requests_max,
             prompt_bytes_max,
+            queue_requests_max: requests_max,
+            queue_tokens_max: requests_max.map(u64::from),
+            queue_bytes_max: prompt_bytes_max,
+            queue_key_requests_max: requests_max,
+            queue_wait_max_s: patience.0,
             http_head_timeout_s: patience.0,
             http_body_timeout_s: patience.1,
             http_write_timeout_s: patience.2,
             http_keep_alive_s: patience.3,
+            connection_age_max_s: graces.0,
+            registration: oddly(requests_max),
+            registration_hold_s: patience.2,
+            dns_interval_s: patience.0,
+            dns_hold_s: patience.1,
             resume_grace_s: graces.0,
             withdraw_grace_s: graces.1,
             router_drain_grace_s: graces.2,
+        },
+    )
+}
+
+fn trace_flags() -> impl Strategy<Value = TraceFlags> {
+    (of("http://[a-z]{1,8}:[1-9][0-9]{0,3}"), of(0.0..1.0_f64), any::<[Option<bool>; 2]>()).prop_map(
+        |(otlp_endpoint, trace_sample_ratio, [trace_follow_callers, trace_record_content])| TraceFlags {
+            otlp_endpoint,
+            trace_sample_ratio,
+            trace_follow_callers,
+            trace_record_content,
         },
     )
 }
@@ -136,10 +176,11 @@ proptest! {
     #[test]
     fn a_worker_reads_back_what_it_was_started_with(
         file in file(), rank: u32, rendezvous in address(), listen in address(), model in model(),
-        compute in compute(), group in group_flags(), supervised: bool,
+        compute in compute(), group in group_flags(), trace in trace_flags(), supervised: bool,
     ) {
         let leader = Some(format!("leader.of.group:{}", listen.port()));
-        let args = worker::Args { file, rank, rendezvous, leader, listen, model, compute, group, supervised };
+        let args =
+            worker::Args { file, rank, rendezvous, leader, listen, model, compute, group, trace, supervised };
         let Command::Worker(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -147,12 +188,12 @@ proptest! {
     #[test]
     fn a_group_reads_back_what_it_was_started_with(
         file in file(), rendezvous in address(), listen in address(), model in model(), compute in compute(),
-        group in group_flags(),
+        group in group_flags(), trace in trace_flags(),
         supervised: bool,
     ) {
         let (hosts, host_index) = (vec!["10.0.0.1:7070".to_owned(), "other".to_owned()], Some(1));
         let args = group::Args {
-            file, rendezvous, hosts, host_index, listen, model, compute, group, supervised
+            file, rendezvous, hosts, host_index, listen, model, compute, group, trace, supervised
         };
         let Command::Group(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
@@ -161,9 +202,9 @@ proptest! {
     #[test]
     fn a_router_reads_back_what_it_was_started_with(
         file in file(), workers in prop::collection::vec("http://[a-z]{1,8}:[1-9][0-9]{0,3}", 0..4),
-        model in model(), router in router_flags(), supervised: bool,
+        model in model(), router in router_flags(), trace in trace_flags(), supervised: bool,
     ) {
-        let args = router::Args { file, workers, model, router, supervised };
+        let args = router::Args { file, workers, model, router, trace, supervised };
         let Command::Router(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -178,10 +219,17 @@ fn flags_made_from_settings_give_the_same_settings() {
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
                 router.http.head_timeout_s = 8\nrouter.http.body_timeout_s = 9.5\nrouter.http.write_timeout_s = 10\n\
-                router.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
+                router.queue.requests_max = 5\nrouter.queue.tokens_max = 6\nrouter.queue.bytes_max = 7\n\
+                router.queue.key_requests_max = 8\nrouter.queue.wait_max_s = 9.5\nrouter.http.keep_alive_s = 0.5\nrouter.resume_grace_s = 7\n\
                 router.drain_grace_s = 3\nrouter.tls.certificate = 'a'\nrouter.tls.key = 'b'\nrouter.tls.client_ca = 'c'\n\
-                router.keys_file = 'd'\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
-                cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'";
+                router.keys_file = 'd'\n\
+                router.jwt.jwks_file = 'l'\nrouter.jwt.issuers = ['m', 'n']\nrouter.jwt.audiences = ['o']\nrouter.jwt.leeway_s = 2\n\
+                router.jwt.limits_claim = 'p'\nrouter.jwt.requests_per_minute = 1\nrouter.jwt.tokens_per_minute = 2\n\
+                router.jwt.concurrency = 3\nrouter.jwt.priority_min = -4\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
+                cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'\n\
+                telemetry.log_level = 'router=debug,info'\ntelemetry.log_format = 'json'\n\
+                telemetry.otlp_endpoint = 'http://a:1'\ntelemetry.sample_ratio = 0.25\n\
+                telemetry.follow_callers = false\ntelemetry.record_content = true";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
     let settings =
@@ -190,6 +238,8 @@ fn flags_made_from_settings_give_the_same_settings() {
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
     flags.extend(RouterFlags::from(&settings).flags());
+    flags.extend(TraceFlags::from(&settings).flags());
+    flags.extend(LogFlags::from(&settings.telemetry).flags());
     assert_eq!(Settings::load(&Sources { flags, ..Sources::default() }).unwrap(), settings);
 }
 
@@ -206,15 +256,31 @@ fn every_flag_names_a_key_that_exists() {
     let tls = Tls { certificate: Some("c".into()), key: Some("k".into()), client_ca: Some("a".into()) };
     (settings.router.tls, settings.group.tls) = (tls.clone(), tls);
     settings.router.keys_file = Some("f".into());
+    settings.router.jwt = RouterJwt {
+        jwks_file: Some("j".into()),
+        issuers: vec!["i".to_owned()],
+        audiences: vec!["a".to_owned()],
+        requests_per_minute: Some(1),
+        tokens_per_minute: Some(1),
+        concurrency: Some(1),
+        priority_min: Some(1),
+        ..RouterJwt::default()
+    };
     settings.cluster.secret_file = Some("s".into());
     settings.cluster.tls =
         ClusterTls { ca: Some("a".into()), certificate: Some("c".into()), key: Some("k".into()) };
     settings.group.expert_placement = Some("p".into());
     settings.group.fault_dir = Some("p".into());
+    settings.telemetry.log_level = Some("info".into());
+    settings.telemetry.otlp_endpoint = Some("http://a:1".into());
+    settings.group.routers = vec!["r".into()];
+    (settings.group.advertise, settings.group.routers_ca) = (Some("a".into()), Some("c".into()));
     let mut flags = ModelFlags::from(&settings).flags();
     flags.extend(ComputeFlags::from(&settings).flags());
     flags.extend(GroupFlags::from(&settings).flags());
     flags.extend(RouterFlags::from(&settings).flags());
+    flags.extend(TraceFlags::from(&settings).flags());
+    flags.extend(LogFlags::from(&settings.telemetry).flags());
     // All but the three that are not flags of a child: the router's workers, the group's hosts and the number of groups.
     assert_eq!(flags.len(), keys.len() - 3);
     for flag in flags {
@@ -224,7 +290,7 @@ fn every_flag_names_a_key_that_exists() {
 
 #[test]
 fn log_flags_are_passed_on() {
-    let log = LogFlags { log_level: Some("debug,h2=warn".into()), log_format: LogFormat::Json };
+    let log = LogFlags { log_level: Some("debug,h2=warn".into()), log_format: Some("json".into()) };
     let mut argv = vec!["worker".to_owned()];
     argv.extend(log.to_argv());
     assert_eq!(parse(&argv).log, log);

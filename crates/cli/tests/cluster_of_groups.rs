@@ -8,9 +8,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use cli::report::{Event, Line, Serving};
-use cli::supervisor::cluster::{Cluster, Happening, Member, run};
+use cli::supervisor::cluster::{Cluster, Happening, Member, Size, run};
 use cli::supervisor::{Backoff, Spec};
 use support::{saying, shell, within_reason};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 const WAIT: &str = "trap 'exit 0' TERM; while :; do read -r line; done";
@@ -54,8 +55,7 @@ fn cluster(
     let result = within_reason(async {
         let stop = CancellationToken::new();
         let cluster = Cluster {
-            groups,
-            grace: Duration::from_secs(5),
+            size: Size { groups, grace: Duration::from_secs(5), log_level: None },
             group: |index, listen| -> anyhow::Result<Spec> {
                 let earlier = started.groups.borrow().iter().filter(|(of, _)| *of == index).count();
                 started.groups.borrow_mut().push((index, listen));
@@ -67,7 +67,8 @@ fn cluster(
                 Ok(shell(&router(earlier), &[]))
             },
         };
-        run(&cluster, &stop, |happening| {
+        let (_resize, sizes) = mpsc::channel(1);
+        run(&cluster, &stop, sizes, |happening| {
             if enough(&happening) {
                 stop.cancel();
             }

@@ -10,6 +10,7 @@ use cli::report::{Event, Line};
 use cli::supervisor::Spec;
 use cli::supervisor::group::{Group, run};
 use support::{saying, shell, within_reason};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use types::TpSize;
 
@@ -48,7 +49,8 @@ fn until_ready(scripts: &[&'static str], ranks_ready: usize) -> (anyhow::Result<
         let stop = CancellationToken::new();
         let mut said = Vec::new();
         let mut ready_ranks = 0;
-        let result = run(&group(scripts), &stop, |line| {
+        let (_orders, given) = mpsc::channel(1);
+        let result = run(&group(scripts), &stop, given, |line| {
             ready_ranks += usize::from(line.event == ready());
             if ready_ranks == ranks_ready {
                 stop.cancel();
@@ -87,7 +89,8 @@ fn a_rank_that_falls_silent_is_ended_and_named() {
             silence_max: Duration::from_secs(3),
             spec,
         };
-        run(&group, &CancellationToken::new(), |line| assert_ne!(line.event, Event::Alive)).await
+        let (_orders, given) = mpsc::channel(1);
+        run(&group, &CancellationToken::new(), given, |line| assert_ne!(line.event, Event::Alive)).await
     });
     assert_eq!(silent.unwrap_err().to_string(), "rank 1 of 2 gave no sign of life for 3 s");
 }

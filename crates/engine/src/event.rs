@@ -1,6 +1,6 @@
 //! What goes into the engine and what comes out of it.
 
-use types::{Generation, Micros, Priority, SeqId, TokenId};
+use types::{Generation, Micros, Priority, SeqId, SlotId, TokenId};
 
 use crate::KvGroup;
 
@@ -133,6 +133,8 @@ pub enum Effect {
         seq: SeqId,
         /// Leading tokens whose keys and values were there already.
         cached_tokens: u32,
+        /// The slot it has in plans from now on.
+        slot: SlotId,
     },
     /// The sequence lost its blocks to ones that go before it and will be computed again; the caller sees a pause, no repeat.
     Preempted {

@@ -130,10 +130,10 @@ impl Engine {
             let mut sequence = self.waiting.remove(&rank).expect("it was just looked at");
             self.waiting_tokens -= u64::from(sequence.len());
             sequence.start(found.start);
-            effects.push(Effect::Started { seq: sequence.id, cached_tokens: found.start });
             let group = &mut self.groups[at];
             let room = group.kv.room(&found.tables, found.start);
             let slot = group.slots_free.pop().expect("a sub-group without one makes no offer");
+            effects.push(Effect::Started { seq: sequence.id, cached_tokens: found.start, slot });
             group.start(sequence, slot, found);
             let index = group.running.len() - 1;
             self.place((at, index), rows.min(room), 0, step);

@@ -224,7 +224,8 @@ impl<B: Backend, C: Collective<B::Tensor>> Model<B, C> {
     /// The rows of the step in the compute dtype; none in a sub-group with nothing to do.
     fn embed(&mut self, rows: usize) -> Result<B::Tensor, Error> {
         if rows == 0 {
-            return Ok(self.backend.buffer(0, self.config.hidden_size)?);
+            let none = self.backend.buffer(0, self.config.hidden_size)?;
+            return Ok(self.backend.round(none)?);
         }
         let Self { plan, backend, comm, subgroup, weights, .. } = self;
         let parts = Partial::new(backend.embed(&weights.embed, plan.first_token())?);

@@ -44,7 +44,7 @@
 struct Peers {
     u64 slots[RANKS_MAX]; // by rank: [2][ranks][places], what was sent to it; its own is this card's
     u32* state;           // calls; blocks that arrived; not 0: the line is over
-    u32* host;            // page-locked: not 0: give up; calls that are done; 1 + the rank that was waited for then
+    u32* host;            // page-locked: not 0: give up; calls that have begun; 1 + the rank that was waited for then
     u32 rank;
     u32 ranks;
     u32 places;
@@ -133,12 +133,18 @@ __device__ __forceinline__ void clean(const Peers& p, u32 call, u32 used) {
     }
 }
 
+// Tells the host that the call has begun, once its own part is on its way: what is written to the host has arrived before the
+// others' parts have, and the launch does not end later for it.
+__device__ __forceinline__ void tell(const Peers& p, u32 call) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *(volatile u32*)(p.host + 1) = call + 1;
+}
+
 // The call ends when its last block does. All threads have read the count before.
 __device__ __forceinline__ void finish(const Peers& p, u32 call) {
     __syncthreads();
-    if (threadIdx.x != 0 || atomicInc(p.state + 1, gridDim.x - 1) != gridDim.x - 1) return;
+    if (threadIdx.x != 0) return;
+    if (gridDim.x > 1 && atomicInc(p.state + 1, gridDim.x - 1) != gridDim.x - 1) return;
     *(volatile u32*)p.state = call + 1;
-    *(volatile u32*)(p.host + 1) = call + 1;
 }
 
 struct AllReduceParams {
@@ -164,6 +170,7 @@ extern "C" __global__ void __launch_bounds__(PEER_THREADS, 1) all_reduce(const _
         }
         send<ALL_REDUCE_PAIRS>(p.peers, call, first, pairs, own);
     }
+    tell(p.peers, call);
     for (u32 first = blockIdx.x * tile; first < p.pairs; first += gridDim.x * tile) {
         u32 pairs = min(tile, p.pairs - first);
 #pragma unroll
@@ -235,6 +242,7 @@ __device__ __forceinline__ void all_reduce_norm(const AllReduceNormParams& p) {
         own[i].x = fmaf(p.scale, more[i].x, own[i].x), own[i].y = fmaf(p.scale, more[i].y, own[i].y);
     }
     send<PAIRS>(p.peers, call, first, pairs, own);
+    tell(p.peers, call);
     receive<PAIRS>(p.peers, call, first, pairs, own, sum);
     float added = 0.0f, squares = 0.0f, mean = 0.0f;
 #pragma unroll

@@ -378,6 +378,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) survey(const SamplePara
         }
         best = largest_of(best, shared);
         lowest = (u32)largest_of(lowest, shared);
+        // Not even they: the reference then takes the first token.
+        if (!best) best = key_of(__int_as_float(0xff800000), 0);
     }
     if (threadIdx.x != 0) return;
     state.best = best, state.lowest = lowest;

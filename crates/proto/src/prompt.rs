@@ -15,6 +15,18 @@ pub enum Prompt {
     TokenIds(Vec<TokenId>),
 }
 
+impl Prompt {
+    /// Bytes of everything it is made of.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Chat(chat) => chat.bytes(),
+            Self::TokenIds(ids) => size_of_val(ids.as_slice()),
+        }
+    }
+}
+
 /// A conversation of at least one message. JSON texts are not yet parsed: that is the template's part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chat {

@@ -11,6 +11,7 @@ use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Extensions, Status};
 
 use crate::running::{Entry, Running};
+use crate::trail::Trail;
 
 /// The header that carries a request's id both ways.
 pub(crate) const REQUEST_ID: &str = "x-request-id";
@@ -28,6 +29,8 @@ pub(crate) struct Call {
     entry: Option<Arc<Entry>>,
     /// The use of its API key, where one is asked for.
     visit: Option<Arc<Visit>>,
+    /// Its trace.
+    pub(crate) trail: Trail,
 }
 
 impl Call {
@@ -48,7 +51,7 @@ impl Call {
         };
         let deadline = proto::timeout(headers)?
             .and_then(|timeout| Instant::now().checked_add(timeout.saturating_sub(DEADLINE_MARGIN)));
-        Ok(Self { request_id, deadline, entry: None, visit: noted.get().cloned() })
+        Ok(Self { request_id, deadline, entry: None, visit: noted.get().cloned(), trail: Trail::of(headers) })
     }
 
     /// Whether its key may have this priority; lower numbers are served first.
@@ -65,6 +68,11 @@ impl Call {
                 Err(Failure::Forbidden { why })
             }
         }
+    }
+
+    /// The name of its API key; empty without one.
+    pub(crate) fn key(&self) -> Arc<str> {
+        self.visit.as_ref().map_or_else(|| Arc::from(""), |visit| visit.meter().shared_name())
     }
 
     /// Counts tokens of its prompt or answer.

@@ -5,9 +5,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use security::{ClientTls, Secret, ServerTls};
+use security::{ClientTls, JwtRules, Secret, ServerTls};
 
-use crate::Error;
+use crate::discovery::Names;
+use crate::fair::Bounds;
+use crate::{Error, Tracing};
 
 /// A router's configuration.
 #[derive(Debug, Clone)]
@@ -16,12 +18,19 @@ pub struct Config {
     pub grpc_listen: SocketAddr,
     /// Where HTTP is served, if at all; port 0 as above.
     pub http_listen: Option<SocketAddr>,
-    /// The leaders of the worker groups, each `http://host:port`; at least one.
+    /// The leaders of the worker groups, each `http://host:port`, and names of which every address is a leader, each
+    /// `dns+http://name:port`; at least one, unless groups register.
     pub workers: Vec<String>,
+    /// How names are asked for.
+    pub names: Names,
+    /// How long a group that registers is remembered without hearing of it; `None` takes no registrations.
+    pub registration_hold: Option<Duration>,
     /// Name the model is served under; `None` takes the name the groups report.
     pub model_name: Option<String>,
     /// Bounds on what is taken in.
     pub limits: Limits,
+    /// How old a gRPC caller's connection may become before it is told to open another one; zero for any age.
+    pub connection_age_max: Duration,
     /// How long a request that lost its group waits for a group that goes on with it; zero ends it at once.
     pub resume_grace: Duration,
     /// How long HTTP callers are waited for.
@@ -33,6 +42,8 @@ pub struct Config {
     pub drain_grace: Duration,
     /// Who may call, and as whom the groups are called.
     pub access: Access,
+    /// Which requests are traced.
+    pub tracing: Tracing,
 }
 
 /// Who may call a router, and as whom it calls the groups. The default: everybody, and as nobody.
@@ -42,6 +53,8 @@ pub struct Access {
     pub tls: Option<ServerTls>,
     /// The file of API keys; without it no key is asked for.
     pub keys: Option<PathBuf>,
+    /// Whose tokens are believed beside the keys; without it none are.
+    pub jwt: Option<JwtRules>,
     /// Files for TLS to groups whose address is `https://`.
     pub group_tls: Option<ClientTls>,
     /// The cluster's secret, shown to every group.
@@ -51,15 +64,60 @@ pub struct Access {
 /// Bounds on what a router takes in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Most requests admitted at once; above it they are refused with RESOURCE_EXHAUSTED.
+    /// Most requests admitted at once; above it they wait.
     pub requests_max: u32,
     /// Most bytes of a prompt: its text, or all messages of a chat together.
     pub prompt_bytes_max: usize,
+    /// Of those that wait to be admitted; above it they are refused with RESOURCE_EXHAUSTED.
+    pub queue: QueueLimits,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests_max: 512, prompt_bytes_max: 4 << 20 }
+        Self { requests_max: 512, prompt_bytes_max: 4 << 20, queue: QueueLimits::default() }
+    }
+}
+
+/// Bounds on the requests that wait to be admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueLimits {
+    /// Most requests that wait; 0 refuses what cannot be admitted at once.
+    pub requests_max: u32,
+    /// Most tokens they may cost together: their prompts and all they may generate.
+    pub tokens_max: u64,
+    /// Most bytes of their prompts.
+    pub bytes_max: usize,
+    /// Most requests of one API key that wait.
+    pub key_requests_max: u32,
+    /// Longest wait.
+    pub wait_max: Duration,
+}
+
+impl QueueLimits {
+    /// Nobody waits.
+    pub const NONE: Self =
+        Self { requests_max: 0, tokens_max: 0, bytes_max: 0, key_requests_max: 0, wait_max: Duration::ZERO };
+
+    pub(crate) const fn bounds(&self) -> Bounds {
+        let Self { requests_max, tokens_max, bytes_max, key_requests_max, .. } = *self;
+        Bounds {
+            requests: requests_max,
+            tokens: tokens_max,
+            bytes: bytes_max,
+            key_requests: key_requests_max,
+        }
+    }
+}
+
+impl Default for QueueLimits {
+    fn default() -> Self {
+        Self {
+            requests_max: 512,
+            tokens_max: 4 << 20,
+            bytes_max: 64 << 20,
+            key_requests_max: 128,
+            wait_max: Duration::from_secs(30),
+        }
     }
 }
 

@@ -24,8 +24,15 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Groups are to register, and nothing tells them from strangers.
+    #[error(
+        "router.registration needs the cluster's secret: set cluster.secret_file, or COHORT_CLUSTER_SECRET"
+    )]
+    NoSecret,
     /// No worker was configured.
-    #[error("no worker addresses are configured; a router needs at least one, such as http://127.0.0.1:7100")]
+    #[error(
+        "no worker addresses are configured; a router needs at least one, such as http://127.0.0.1:7100, or router.registration"
+    )]
     NoWorkers,
     /// A checkpoint file could not be read.
     #[error("cannot read {}: {source}", path.display())]

@@ -8,10 +8,13 @@ use futures::stream::{once, unfold};
 use futures::{Stream, StreamExt};
 use proto::{Failure, GenerationFields, RETRY_AFTER, worker};
 use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Status, Streaming};
+use trace::Span;
 
 use crate::affinity::Chain;
 use crate::call::DEADLINE_MARGIN;
+use crate::trail::Trail;
 use crate::workers::{Groups, InFlight, describe};
 
 /// A request with its place at a group, not sent yet.
@@ -22,6 +25,7 @@ pub(crate) struct Placed {
     tried: Vec<usize>,
     request: Arc<worker::GenerateRequest>,
     prompt: Chain,
+    trail: Trail,
 }
 
 /// What a group generates for a request, until all its sequences have ended or it broke. Dropping it cancels the
@@ -58,6 +62,7 @@ pub(crate) struct WorkerStream {
     sequences: Range<u32>,
     /// Sequences that have not ended.
     open: usize,
+    span: Span,
 }
 
 /// Why a group did not start a request.
@@ -78,13 +83,20 @@ impl Placed {
         groups: &Arc<Groups>,
         request: &Arc<worker::GenerateRequest>,
         mut tried: Vec<usize>,
+        trail: &Trail,
     ) -> Result<Self, Failure> {
         let prompt = match request.bypass_prefix_cache {
             true => Chain::default(),
             false => Chain::of(&request.prompt, &request.cache_salt),
         };
         let place = groups.place(&mut tried, &prompt).ok_or_else(|| groups.progress().refusal())?;
-        Ok(Self { groups: Arc::clone(groups), place, tried, request: Arc::clone(request), prompt })
+        let (groups, request, trail) = (Arc::clone(groups), Arc::clone(request), trail.clone());
+        Ok(Self { groups, place, tried, request, prompt, trail })
+    }
+
+    /// The group it is to be sent to.
+    pub(crate) fn address(&self) -> &str {
+        self.place.group().address()
     }
 
     /// Sends the request and passes its chunks on; nothing is sent before they are asked for.
@@ -104,14 +116,17 @@ impl Placed {
         let mut lost = false;
         loop {
             let group = self.place.index();
-            let refused = match attempt(self.place, &self.request, deadline).await {
+            let span = self.trail.attempt(self.place.group().address(), &self.request);
+            let headers = |headers: &mut MetadataMap| self.trail.tell(&span, headers);
+            let refused = match attempt(self.place, &self.request, deadline, headers).await {
                 Ok((place, first, chunks)) => {
                     self.groups.tried(group, true);
                     let open = sequences.len();
-                    return Ok(WorkerStream { place, first: Some(first), chunks, sequences, open });
+                    return Ok(WorkerStream { place, first: Some(first), chunks, sequences, open, span });
                 }
                 Err(refused) => refused,
             };
+            span.fail(refused.failure.reason(), refused.failure.to_string());
             lost |= refused.lost;
             if refused.lost {
                 self.groups.tried(group, false);
@@ -141,12 +156,14 @@ async fn attempt(
     place: InFlight,
     request: &worker::GenerateRequest,
     deadline: Option<Instant>,
+    headers: impl FnOnce(&mut MetadataMap),
 ) -> Result<(InFlight, worker::GenerateChunk, Streaming<worker::GenerateChunk>), Refused> {
     let mut request = Request::new(request.clone());
     if let Some(deadline) = deadline {
         // The leader gets the caller's own deadline: ours comes first and is the one that is reported.
         request.set_timeout(deadline.saturating_duration_since(Instant::now()) + DEADLINE_MARGIN);
     }
+    headers(request.metadata_mut());
     let group = place.group().address();
     let answer = place.group().client().generate(request).await;
     let mut chunks = answer.map_err(|status| Refused::new(&status, group))?.into_inner();
@@ -215,9 +232,16 @@ impl WorkerStream {
                 self.open = self.open.saturating_sub(usize::from(chunk.finish.is_some()));
                 Ok(chunk)
             }
-            Ok(None) => Err(lost(group, ENDED_EARLY)),
-            Err(status) => Err(reported(&status).unwrap_or_else(|| lost(group, &describe(&status)))),
+            Ok(None) => Err(self.broken(lost(group, ENDED_EARLY))),
+            Err(status) => {
+                Err(self.broken(reported(&status).unwrap_or_else(|| lost(group, &describe(&status)))))
+            }
         }
+    }
+
+    fn broken(&self, failure: Failure) -> Failure {
+        self.span.fail(failure.reason(), failure.to_string());
+        failure
     }
 }
 

@@ -156,20 +156,11 @@ async fn generate(
 ) -> Result<Response, ApiError> {
     let (common, requests) = asked;
     let call = call(parts, &common.request.request_id)?.listed(&shared.running);
-    let several = requests.len() > 1;
-    let mut answers = Vec::new();
-    for (index, request) in requests.into_iter().enumerate() {
-        let mut call = call.clone();
-        if several {
-            call.request_id = format!("{}-{index}", call.request_id);
-        }
-        let answer = shared.generate(call, request).await;
-        answers.push(answer.map_err(|failure| common.named(failure))?);
-    }
+    let answers = shared.generate_all(&call, requests).await.map_err(|failure| common.named(failure))?;
     let view = view(shared, api, &call, &common)?;
     let per_prompt = common.count();
     let mut response = match common.stream {
-        true => stream::respond(view, answers, per_prompt, shared.http_patience.quiet).await?,
+        true => stream::respond(view, answers, per_prompt, shared.tuning.get().http_patience.quiet).await?,
         false => {
             let whole = try_join_all(answers.into_iter().map(crate::answer::Answer::collect)).await?;
             Json(view.whole(whole.concat(), per_prompt)).into_response()
@@ -209,7 +200,7 @@ fn call(parts: &Parts, request_id: &str) -> Result<Call, Failure> {
 
 /// The head and fields of a request.
 async fn read(shared: &Shared, request: Request) -> Result<(Parts, Fields), ApiError> {
-    let patience = shared.http_patience.body;
+    let patience = shared.tuning.get().http_patience.body;
     let (parts, body) = request.into_parts();
     if let Some(kind) = parts.headers.get(header::CONTENT_TYPE) {
         let kind = kind.to_str().unwrap_or_default();
@@ -242,19 +233,20 @@ async fn read(shared: &Shared, request: Request) -> Result<(Parts, Fields), ApiE
     Ok((parts, fields))
 }
 
-/// Answers that hold a place now, as vLLM names it, and sequences that went on after the loss of their group.
+/// Answers that hold a place now, as vLLM names it, those that wait for one, and sequences that went on after the loss of
+/// their group.
 async fn load(State(context): State<Context>) -> Json<Value> {
     let shared = &context.shared;
-    let taken = (shared.limits.requests_max as usize).saturating_sub(shared.permits.available_permits());
-    Json(json!({ "server_load": taken, "resumed": shared.groups.resumed() }))
+    let occupancy = shared.tuning.room().occupancy();
+    Json(json!({
+        "server_load": occupancy.taken, "waiting": occupancy.waiting, "resumed": shared.groups.resumed(),
+    }))
 }
 
 /// What this router counts, for Prometheus.
 async fn metrics_page(State(context): State<Context>) -> impl IntoResponse {
     let shared = &context.shared;
-    let max = shared.limits.requests_max;
-    let open = (max as usize).saturating_sub(shared.permits.available_permits());
-    let page = shared.metrics.render(open, max, &shared.groups.views());
+    let page = shared.metrics.render(shared.tuning.room().occupancy(), &shared.groups.views());
     ([(header::CONTENT_TYPE, metrics::OPEN_METRICS)], page)
 }
 

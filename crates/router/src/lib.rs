@@ -4,28 +4,37 @@
 //! [`serve`] runs one; [`text`] and [`read_chat`] can be used by themselves.
 #![forbid(unsafe_code)]
 
+mod admission;
 pub mod affinity;
 mod answer;
 pub mod breaker;
 mod call;
 mod config;
+pub mod discovery;
 mod error;
+pub mod fair;
 mod forward;
 mod gate;
 mod http;
 mod metrics;
 pub mod pick;
 mod pipeline;
+mod registry;
 mod resume;
+mod room;
 mod running;
 mod serve;
 mod service;
 pub mod text;
+mod trail;
+mod tuned;
 mod undecoded;
 mod vllm;
 mod workers;
 
-pub use config::{Access, Config, HttpPatience, Limits, ModelFiles};
+pub use config::{Access, Config, HttpPatience, Limits, ModelFiles, QueueLimits};
 pub use error::Error;
 pub use http::read_chat;
-pub use serve::{Bound, serve};
+pub use serve::{Bound, serve, serve_changing};
+pub use trail::Tracing;
+pub use tuned::Change;

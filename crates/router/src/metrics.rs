@@ -14,7 +14,9 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 use proto::{Failure, v1};
 
+use crate::room::{Occupancy, Turned};
 use crate::service::VERSION;
+use crate::trail::Traced;
 use crate::workers::{GroupView, Groups};
 
 /// What the OpenMetrics text format is called.
@@ -25,7 +27,7 @@ const STAGE_SECONDS: [f64; 20] = [
     10.0, 30.0, 60.0, 300.0,
 ];
 /// How a request ended that did not fail.
-const OK: &str = "OK";
+pub(crate) const OK: &str = "OK";
 /// How a request ended whose caller left.
 const ABANDONED: &str = "ABANDONED";
 
@@ -39,6 +41,12 @@ struct Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InStage {
     stage: &'static str,
+}
+
+/// Why a request was not admitted.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Bound {
+    bound: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -81,10 +89,45 @@ pub(crate) struct Metrics {
     stages: Family<InStage, Histogram, Stages>,
     tokens: Family<Kind, Counter>,
     http: Family<HttpRequest, Counter>,
-    open: Gauge,
-    open_max: Gauge,
+    overloaded: Family<Bound, Counter>,
+    room: RoomGauges,
     group_up: Family<OfGroup, Gauge>,
     group_open: Family<OfGroup, Gauge>,
+}
+
+/// How full the router is.
+#[derive(Debug)]
+struct RoomGauges {
+    open: Gauge,
+    open_max: Gauge,
+    waiting: Gauge,
+    waiting_max: Gauge,
+    waiting_tokens: Gauge,
+}
+
+impl RoomGauges {
+    fn new(to: &mut Registry) -> Self {
+        Self {
+            open: add(to, "cohort_router_requests_open", "Answers that are being given"),
+            open_max: add(to, "cohort_router_requests_open_max", "Answers that may be given at once"),
+            waiting: add(to, "cohort_router_requests_waiting", "Answers that wait to be admitted"),
+            waiting_max: add(
+                to,
+                "cohort_router_requests_waiting_max",
+                "Answers that may wait to be admitted",
+            ),
+            waiting_tokens: add(to, "cohort_router_waiting_tokens", "Tokens that all who wait may cost"),
+        }
+    }
+
+    fn set(&self, now: Occupancy) {
+        let Occupancy { taken, taken_max, waiting, waiting_max, waiting_tokens } = now;
+        self.open.set(taken.into());
+        self.open_max.set(taken_max.into());
+        self.waiting.set(waiting.into());
+        self.waiting_max.set(waiting_max.into());
+        self.waiting_tokens.set(i64::try_from(waiting_tokens).unwrap_or(i64::MAX));
+    }
 }
 
 impl Metrics {
@@ -99,16 +142,17 @@ impl Metrics {
         let (placements, resumed) = groups.counters();
         to.register("cohort_router_placements", "Requests sent to a group, by how it was chosen", placements);
         to.register("cohort_router_resumed", "Sequences that went on after the loss of their group", resumed);
-        let (requests, tokens, http, open, open_max, group_up, group_open) = (
+        let room = RoomGauges::new(to);
+        let (requests, overloaded, tokens, http, group_up, group_open) = (
             add(to, "cohort_router_requests", "Requests that ended, by how"),
+            add(to, "cohort_router_overloaded", "Requests that were not admitted, by the bound they met"),
             add(to, "cohort_router_tokens", "Tokens of requests that ended well, by kind"),
             add(to, "http_requests", "HTTP requests answered, by path and class of status"),
-            add(to, "cohort_router_requests_open", "Answers that are being given"),
-            add(to, "cohort_router_requests_open_max", "Answers that may be given at once"),
             add(to, "cohort_router_group_up", "1 for a group that takes requests, else 0"),
             add(to, "cohort_router_group_requests_open", "Requests of this router that a group works on"),
         );
-        let metrics = Self { registry, requests, stages, tokens, http, open, open_max, group_up, group_open };
+        let metrics =
+            Self { registry, requests, stages, tokens, http, overloaded, room, group_up, group_open };
         metrics.start_at_nothing();
         metrics
     }
@@ -127,16 +171,18 @@ impl Metrics {
         ] {
             let _ = self.requests.get_or_create(&Outcome { outcome });
         }
-        for stage in ["admit", "tokenize", "place", "first_message", "whole"] {
+        for stage in ["admit", "wait", "tokenize", "place", "first_message", "whole"] {
             let _ = self.stages.get_or_create(&InStage { stage });
+        }
+        for turned in Turned::ALL {
+            let _ = self.overloaded.get_or_create(&Bound { bound: turned.name() });
         }
         self.used(&v1::Usage::default(), true);
     }
 
     /// All of it in the OpenMetrics text format, with the gauges as they are now.
-    pub(crate) fn render(&self, open: usize, open_max: u32, groups: &[GroupView]) -> String {
-        self.open.set(i64::try_from(open).unwrap_or(i64::MAX));
-        self.open_max.set(open_max.into());
+    pub(crate) fn render(&self, room: Occupancy, groups: &[GroupView]) -> String {
+        self.room.set(room);
         for GroupView { address, takes, in_flight } in groups {
             let label = OfGroup { group: address.clone() };
             self.group_up.get_or_create(&label).set((*takes).into());
@@ -147,6 +193,11 @@ impl Metrics {
             Ok(()) => page,
             Err(error) => unreachable!("writing to a string does not fail: {error}"),
         }
+    }
+
+    /// A request that was not admitted.
+    pub(crate) fn turned_away(&self, turned: Turned) {
+        self.overloaded.get_or_create(&Bound { bound: turned.name() }).inc();
     }
 
     /// A request that was refused before it was read.
@@ -197,6 +248,7 @@ fn add<M: Metric + Clone + Default>(to: &mut Registry, name: &str, help: &str) -
 #[derive(Debug)]
 pub(crate) struct Counted {
     metrics: Arc<Metrics>,
+    traced: Traced,
     arrived: Instant,
     /// When the last stage ended.
     stage: Instant,
@@ -206,15 +258,28 @@ pub(crate) struct Counted {
 
 impl Counted {
     /// A request that arrives now.
-    pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(metrics: Arc<Metrics>, traced: Traced) -> Self {
         let now = Instant::now();
-        Self { metrics, arrived: now, stage: now, answered: false, over: false }
+        Self { metrics, traced, arrived: now, stage: now, answered: false, over: false }
     }
 
     /// A stage of the way down is behind it.
     pub(crate) fn passed(&mut self, stage: &'static str) {
         self.metrics.passed(stage, self.stage);
+        self.traced.passed(stage);
         self.stage = Instant::now();
+    }
+
+    /// It is admitted but for a place, for which it waits.
+    pub(crate) fn waits(&mut self) {
+        self.metrics.passed("admit", self.stage);
+        self.traced.waits();
+        self.stage = Instant::now();
+    }
+
+    /// The group it goes to first.
+    pub(crate) fn placed(&self, group: &str, prompt_tokens: usize) {
+        self.traced.placed(group, prompt_tokens);
     }
 
     /// A message goes up.
@@ -222,6 +287,7 @@ impl Counted {
         if !std::mem::replace(&mut self.answered, true) {
             self.metrics.passed("first_message", self.stage);
         }
+        self.traced.message(message);
         if let Some(usage) = &message.usage {
             self.metrics.used(usage, message.index == 0);
         }
@@ -229,11 +295,12 @@ impl Counted {
 
     /// The last message went up, or a failure.
     pub(crate) fn ended(&mut self, failure: Option<&Failure>) {
-        self.end(failure.map_or(OK, Failure::reason));
+        self.end(failure.map_or(OK, Failure::reason), failure);
     }
 
-    fn end(&mut self, outcome: &'static str) {
+    fn end(&mut self, outcome: &'static str, failure: Option<&Failure>) {
         if !std::mem::replace(&mut self.over, true) {
+            self.traced.ended(outcome, failure);
             self.metrics.ended(outcome);
             self.metrics.passed("whole", self.arrived);
         }
@@ -242,7 +309,7 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.end(ABANDONED);
+        self.end(ABANDONED, None);
     }
 }
 

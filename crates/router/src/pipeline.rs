@@ -1,29 +1,29 @@
-//! A request's way down, top to bottom: wire → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
+//! A request's way down, top to bottom: wire → [`Checked`] → [`Admitted`] → [`Tokenized`] → [`Placed`] → [`Answer`].
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use proto::{Failure, GenerationFields, Prompt, Role, Violation, bad_words, stop_strings, v1, worker};
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
-use types::limits::{CACHE_SALT_BYTES_MAX, MESSAGE_BYTES_MAX, SEQUENCES_MAX};
+use types::limits::{CACHE_SALT_BYTES_MAX, MESSAGE_BYTES_MAX};
 use types::{Generation, GenerationSpec, Priority, TokenId};
 
 use crate::answer::{Answer, Assembler, Reading};
 use crate::call::{Call, random_u64};
-use crate::config::{HttpPatience, Limits};
 use crate::forward::Placed;
 use crate::gate::Gate;
 use crate::metrics::{Counted, Metrics};
 use crate::resume::Replay;
+use crate::room::Places;
 use crate::running::Running;
 use crate::text::{Text, Vocabulary, Wanted};
+use crate::trail::{Traced, Tracing};
+use crate::tuned::Tuning;
 use crate::workers::{Facts, Groups};
 
 /// Places among the admitted requests, one for each answer, given back when the last holder is done: the answers, or
 /// work for them on another thread, which goes on for a while after a caller has left.
-pub(crate) type Permit = Arc<OwnedSemaphorePermit>;
+pub(crate) type Permit = Arc<Places>;
 
 /// What all requests share.
 #[derive(Debug)]
@@ -32,31 +32,34 @@ pub(crate) struct Shared {
     /// `None` for a checkpoint without tokenizer.
     pub(crate) text: Option<Text>,
     pub(crate) model_name: Option<String>,
-    pub(crate) limits: Limits,
-    pub(crate) http_patience: HttpPatience,
-    pub(crate) permits: Arc<Semaphore>,
+    pub(crate) tuning: Tuning,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Arc<Gate>,
-    /// Longest wait of an interrupted request for a group that goes on with it.
-    pub(crate) resume_grace: Duration,
     pub(crate) running: Arc<Running>,
     /// The order to stop has come: health says so, requests are still taken for a while.
     pub(crate) withdrawn: CancellationToken,
     /// Ends what is still open when the drain grace is over.
     pub(crate) closing: CancellationToken,
+    /// Which requests are traced.
+    pub(crate) tracing: Tracing,
 }
 
-/// A request that holds its permits and whose every field is right, but for the prompt's tokens.
-struct Admitted {
-    permit: Permit,
-    facts: Facts,
-    prompt: Prompt,
-    spec: GenerationSpec,
+/// A request whose every field is right, but for the prompt's tokens.
+pub(crate) struct Checked {
+    pub(crate) facts: Facts,
+    pub(crate) prompt: Prompt,
+    pub(crate) spec: GenerationSpec,
     /// Not in `spec` yet: they are text.
     bad_words: Vec<String>,
-    options: Options,
+    pub(crate) options: Options,
     form: Form,
     wanted: Wanted,
+}
+
+/// A request that holds its permit.
+struct Admitted {
+    permit: Permit,
+    checked: Checked,
 }
 
 /// A request whose prompt fits the model.
@@ -73,8 +76,8 @@ struct Tokenized {
 
 /// What a leader is told beside the prompt and how to go on from it.
 #[derive(Debug, Clone)]
-struct Options {
-    priority: Priority,
+pub(crate) struct Options {
+    pub(crate) priority: Priority,
     /// Hashed to 16 bytes; empty for none.
     cache_salt: Vec<u8>,
     bypass_prefix_cache: bool,
@@ -109,9 +112,14 @@ impl Shared {
         call: Call,
         request: v1::GenerateRequest,
     ) -> Result<Answer, Failure> {
-        let call = call.listed(&self.running);
-        let mut counted = Counted::new(Arc::clone(&self.metrics));
-        match self.place_tokenized(&call, request, &mut counted).await {
+        let mut call = call.listed(&self.running);
+        let mut counted = self.counted(&mut call, &request);
+        let prepared = async {
+            let checked = self.check(&call, request)?;
+            let permit = self.enter(&call, std::slice::from_ref(&checked), &mut counted).await?;
+            self.place_tokenized(&call, Admitted { permit, checked }, &mut counted).await
+        };
+        match prepared.await {
             Ok((tokenized, way)) => Ok(self.answer((call, counted), tokenized, way)),
             Err(failure) => {
                 counted.ended(Some(&failure));
@@ -120,38 +128,74 @@ impl Shared {
         }
     }
 
+    /// The whole way down for the prompts of one call, whose ids are the call's with a number. They enter together: one
+    /// that waited while others of the same call hold places might wait for itself.
+    ///
+    /// # Errors
+    /// As of [`Shared::generate`], for any of them.
+    pub(crate) async fn generate_all(
+        self: &Arc<Self>,
+        call: &Call,
+        mut requests: Vec<v1::GenerateRequest>,
+    ) -> Result<Vec<Answer>, Failure> {
+        if requests.len() <= 1 {
+            let Some(request) = requests.pop() else { return Ok(Vec::new()) };
+            return Ok(vec![self.generate(call.clone(), request).await?]);
+        }
+        let call = call.clone().listed(&self.running);
+        let numbered = |(index, request): (usize, &v1::GenerateRequest)| {
+            let mut call = call.clone();
+            call.request_id = format!("{}-{index}", call.request_id);
+            let counted = self.counted(&mut call, request);
+            (call, counted)
+        };
+        let (calls, mut counted): (Vec<Call>, Vec<Counted>) =
+            requests.iter().enumerate().map(numbered).unzip();
+        let prepared = async {
+            let checked = requests.into_iter().map(|request| self.check(&call, request));
+            let checked = checked.collect::<Result<Vec<Checked>, Failure>>()?;
+            let permit = self.enter(&call, &checked, &mut counted[0]).await?;
+            let mut ready = Vec::with_capacity(checked.len());
+            for ((call, checked), counted) in calls.into_iter().zip(checked).zip(&mut counted) {
+                let admitted = Admitted { permit: Arc::clone(&permit), checked };
+                let (tokenized, way) = self.place_tokenized(&call, admitted, counted).await?;
+                ready.push((call, tokenized, way));
+            }
+            Ok(ready)
+        };
+        match prepared.await {
+            Ok(ready) => {
+                let answers = ready.into_iter().zip(counted);
+                let answer = |((call, tokenized, way), counted)| self.answer((call, counted), tokenized, way);
+                Ok(answers.map(answer).collect())
+            }
+            Err(failure) => {
+                counted.iter_mut().for_each(|counted| counted.ended(Some(&failure)));
+                Err(failure)
+            }
+        }
+    }
+
+    /// A request that is counted from now on, and traced if it is one of those that are.
+    fn counted(&self, call: &mut Call, request: &v1::GenerateRequest) -> Counted {
+        let served = || self.served().ok().map(|(name, _)| name);
+        let traced = Traced::begin(call, request, self.tracing, served);
+        Counted::new(Arc::clone(&self.metrics), traced)
+    }
+
     async fn place_tokenized(
         self: &Arc<Self>,
         call: &Call,
-        request: v1::GenerateRequest,
+        admitted: Admitted,
         counted: &mut Counted,
     ) -> Result<(Tokenized, (Placed, Replay)), Failure> {
-        call.check_priority(request.priority)?;
-        let admitted = self.admit_generation(request)?;
-        counted.passed("admit");
         let tokenized = call.within(self.tokenize_admitted(admitted)).await?;
         counted.passed("tokenize");
         let way = self.place(call, &tokenized)?;
+        counted.placed(way.0.address(), tokenized.prompt.len());
         call.spend_tokens(tokenized.prompt.len());
         counted.passed("place");
         Ok((tokenized, way))
-    }
-
-    /// A permit to work on one request.
-    ///
-    /// # Errors
-    /// [`Failure::Overloaded`] when all are taken.
-    pub(crate) fn permit(&self) -> Result<Permit, Failure> {
-        self.permits(1)
-    }
-
-    fn permits(&self, count: u32) -> Result<Permit, Failure> {
-        let permits = Arc::clone(&self.permits).try_acquire_many_owned(count);
-        permits.map(Arc::new).map_err(|_| Failure::Overloaded {
-            what: "requests".to_owned(),
-            max: u64::from(self.limits.requests_max),
-            retry_after: proto::RETRY_AFTER,
-        })
     }
 
     /// The tokenizer and template.
@@ -199,33 +243,21 @@ impl Shared {
         })
     }
 
-    /// A place for each answer the request asks for.
-    fn permit_for(&self, request: &v1::GenerateRequest) -> Result<Permit, Failure> {
-        let asked = request.sampling.as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
-        let max = self.limits.requests_max;
-        if asked > max && asked <= SEQUENCES_MAX {
-            let reason = format!("is {asked}, and this router takes at most {max} requests at once");
-            return Err(Violation::new("sampling.n", reason).into());
-        }
-        // What is out of range is refused with the other fields.
-        self.permits(asked.clamp(1, SEQUENCES_MAX.min(max.max(1))))
-    }
-
     fn check_length(&self, prompt: &Prompt) -> Result<(), Failure> {
         let (field, bytes) = match prompt {
             Prompt::TokenIds(_) => return Ok(()),
             Prompt::Text(text) => ("text", text.len()),
             Prompt::Chat(chat) => ("chat.messages", chat.bytes()),
         };
-        let max = self.limits.prompt_bytes_max;
+        let max = self.tuning.get().limits.prompt_bytes_max;
         match bytes > max {
             true => Err(Violation::new(field, format!("has {bytes} bytes; at most {max}")).into()),
             false => Ok(()),
         }
     }
 
-    fn admit_generation(&self, mut request: v1::GenerateRequest) -> Result<Admitted, Failure> {
-        let permit = self.permit_for(&request)?;
+    fn check(&self, call: &Call, mut request: v1::GenerateRequest) -> Result<Checked, Failure> {
+        call.check_priority(request.priority)?;
         let (name, facts) = self.served()?;
         if !request.model.is_empty() && request.model != name {
             return Err(Failure::UnknownModel { asked: request.model, served: vec![name] });
@@ -279,11 +311,13 @@ impl Shared {
             Prompt::Text(_) | Prompt::TokenIds(_) => false,
         };
         let form = Form { stop, keep_special: response.keep_special_tokens, parse, cites };
-        Ok(Admitted { permit, facts, prompt, spec, bad_words: words, options, form, wanted })
+        self.check_length(&prompt)?;
+        Ok(Checked { facts, prompt, spec, bad_words: words, options, form, wanted })
     }
 
     async fn tokenize_admitted(&self, admitted: Admitted) -> Result<Tokenized, Failure> {
-        let Admitted { permit, facts, prompt, mut spec, bad_words, options, form, wanted } = admitted;
+        let Admitted { permit, checked } = admitted;
+        let Checked { facts, prompt, mut spec, bad_words, options, form, wanted } = checked;
         // Held by the tokenizing thread too, should the caller leave meanwhile.
         let (_, prompt) = self.tokenize(prompt, &permit).await?;
         spec.bad_words.extend(self.tokenize_bad_words(bad_words, &permit).await?);
@@ -371,9 +405,9 @@ impl Shared {
             ..worker::GenerateRequest::default()
         };
         let request = Arc::new(request);
-        let placed = Placed::new(&self.groups, &request, Vec::new())?;
-        let (eos, grace) = (tokenized.eos_token_ids.clone(), self.resume_grace);
-        Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace))))
+        let placed = Placed::new(&self.groups, &request, Vec::new(), &call.trail)?;
+        let (eos, grace) = (tokenized.eos_token_ids.clone(), self.tuning.get().resume_grace);
+        Ok((placed, Replay::new(&self.groups, &request, eos, (call.deadline, grace), &call.trail)))
     }
 
     fn answer(

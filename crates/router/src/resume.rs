@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use tonic::Code;
 
 use crate::forward::{Broken, Chunks, Piece, Placed, chunks};
+use crate::trail::Trail;
 use crate::workers::Groups;
 
 /// Times one request may lose its group: one that brings down whatever runs it must not bring down everything.
@@ -31,6 +32,7 @@ pub(crate) struct Replay {
     /// Longest wait for a group that takes it.
     grace: Duration,
     losses: u32,
+    trail: Trail,
 }
 
 impl Replay {
@@ -41,10 +43,11 @@ impl Replay {
         request: &Arc<worker::GenerateRequest>,
         eos_token_ids: Vec<u32>,
         limits: (Option<Instant>, Duration),
+        trail: &Trail,
     ) -> Self {
         let (deadline, grace) = limits;
         let (groups, request) = (Arc::clone(groups), Arc::clone(request));
-        Self { groups, request, eos_token_ids, deadline, grace, losses: 0 }
+        Self { groups, request, eos_token_ids, deadline, grace, losses: 0, trail: trail.clone() }
     }
 
     /// The request as it is sent first.
@@ -116,6 +119,7 @@ impl Replay {
             deadline: self.deadline,
             until: Instant::now() + self.grace,
             lost: broken.clone(),
+            trail: self.trail.clone(),
         };
         chunks(search.run())
     }
@@ -146,27 +150,35 @@ struct Search {
     deadline: Option<Instant>,
     until: Instant,
     lost: Broken,
+    trail: Trail,
 }
 
 impl Search {
     /// The chunks from the group found; without one, what was lost first.
     async fn run(self) -> Result<Chunks, Broken> {
+        let span = self.trail.migration(&self.request, &self.lost.failure);
         let mut wait = LOOK_MIN;
         // Another group is better than the one that has just been lost, whatever that one says of itself.
         let mut tried = vec![self.lost.group];
         loop {
-            if let Ok(placed) = Placed::new(&self.groups, &self.request, std::mem::take(&mut tried)) {
+            let tried = std::mem::take(&mut tried);
+            if let Ok(placed) = Placed::new(&self.groups, &self.request, tried, &self.trail) {
                 match placed.open(self.deadline).await {
                     Ok(stream) => {
                         self.groups.count_resumed();
                         self.tell(stream.address());
+                        span.set("server.address", stream.address().to_owned());
                         return Ok(stream.into_chunks());
                     }
-                    Err(broken) if !may_pass(&broken.failure) => return Err(broken),
+                    Err(broken) if !may_pass(&broken.failure) => {
+                        span.fail(broken.failure.reason(), broken.failure.to_string());
+                        return Err(broken);
+                    }
                     Err(_) => {}
                 }
             }
             if Instant::now() + wait > self.until {
+                span.fail(self.lost.failure.reason(), "no group took it in time");
                 return Err(self.lost);
             }
             tokio::time::sleep(wait).await;

@@ -7,9 +7,10 @@ use std::time::Duration;
 use proto::v1::cohort_server::CohortServer;
 use proto::vllm::control_server::ControlServer;
 use proto::vllm::inference_server::InferenceServer;
-use security::{Acceptor, Badge, Clients, Dialer, KeyFile, incoming};
+use proto::worker::registry_server::RegistryServer;
+use security::{Acceptor, Badge, Clients, Dialer, KeyFile, Tokens, incoming};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
@@ -21,14 +22,17 @@ use types::limits::{HEADER_BYTES_MAX, MESSAGE_BYTES_MAX};
 
 use crate::call::random_u64;
 use crate::config::Access;
-use crate::gate::{Gate, GateLayer};
+use crate::discovery::Discovery;
+use crate::gate::{Callers, Gate, GateLayer};
 use crate::metrics::Metrics;
 use crate::pipeline::Shared;
+use crate::registry::Desk;
 use crate::running::Running;
 use crate::service::Service;
 use crate::text::Text;
+use crate::tuned::Tuning;
 use crate::workers::{Groups, Progress};
-use crate::{Config, Error, ModelFiles, http, undecoded, vllm};
+use crate::{Change, Config, Error, ModelFiles, http, tuned, undecoded, vllm};
 
 /// A caller that vanished without a word is noticed after both together.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -62,9 +66,37 @@ pub async fn serve(
     bound: impl FnOnce(Bound),
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    let Doors { grpc: grpc_door, http: http_door, keys, dialer } = Doors::new(&config.access)?;
+    let (_, changes) = mpsc::channel(1);
+    serve_changing(config, files, bound, shutdown, changes).await
+}
+
+/// As [`serve`], and goes on with other configurations as they come, without dropping a request.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_changing(
+    config: Config,
+    files: ModelFiles,
+    bound: impl FnOnce(Bound),
+    shutdown: CancellationToken,
+    changes: mpsc::Receiver<Change>,
+) -> Result<(), Error> {
+    let Doors { grpc: grpc_door, http: http_door, callers, dialer } = Doors::new(&config.access)?;
     let badge = Badge::new(config.access.secret.as_ref());
-    let groups = Arc::new(Groups::new(&config.workers, dialer.as_ref(), &badge)?);
+    // Watch tasks and listeners end when this function does, however it ends.
+    let stop = CancellationToken::new();
+    let _stop_on_exit = stop.clone().drop_guard();
+    let router_id = format!("router-{:016x}", random_u64());
+    let groups = Arc::new(Groups::new(dialer, badge, router_id, stop.clone()));
+    let discovery = Discovery::new(Arc::clone(&groups), &config)?;
+    let desk = match (config.registration_hold, &config.access.secret) {
+        (None, _) => None,
+        (Some(_), None) => return Err(Error::NoSecret),
+        (Some(_), Some(secret)) => {
+            let (discovery, groups) = (Arc::clone(&discovery), Arc::clone(&groups));
+            Some(RegistryServer::new(Desk { discovery, groups, secret: secret.clone() }))
+        }
+    };
     let grpc = bind(config.grpc_listen, "--grpc-listen").await?;
     let http = match config.http_listen {
         Some(address) => Some(bind(address, "--http-listen").await?),
@@ -77,19 +109,18 @@ pub async fn serve(
             _ => None,
         },
     };
-    // Watch tasks and listeners end when this function does, however it ends.
-    let stop = CancellationToken::new();
-    let _stop_on_exit = stop.clone().drop_guard();
-    groups.watch(&format!("router-{:016x}", random_u64()), &stop);
-    let shared = share(&config, files, groups, keys).await?;
+    let shared = share(&config, files, groups, callers).await?;
     tokio::spawn(stop.clone().run_until_cancelled_owned(turn_away(shutdown.clone(), Arc::clone(&shared))));
+    tokio::spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&discovery).keep_asking()));
+    let changing = tuned::keep_changing(Arc::clone(&shared), discovery, changes);
+    tokio::spawn(stop.clone().run_until_cancelled_owned(changing));
 
     let refuse = CancellationToken::new();
     let mut grpc = AbortOnDropHandle::new(tokio::spawn(serve_grpc(
         (grpc, grpc_door),
         Arc::clone(&shared),
-        refuse.clone(),
-        stop.clone(),
+        (config.connection_age_max, desk),
+        (refuse.clone(), stop.clone()),
     )));
     let http = http.map(|listener| (listener, http_door));
     let mut http =
@@ -101,9 +132,9 @@ pub async fn serve(
         ended = &mut http => return joined("HTTP", ended),
     }
     tracing::info!("withdrawing: health says NOT_SERVING");
-    tokio::time::sleep(config.withdraw_grace).await;
+    tokio::time::sleep(shared.tuning.get().withdraw_grace).await;
     refuse.cancel();
-    drain(&config, &shared, grpc).await;
+    drain(&shared, grpc).await;
     Ok(())
 }
 
@@ -111,7 +142,7 @@ pub async fn serve(
 struct Doors {
     grpc: Acceptor,
     http: Acceptor,
-    keys: Option<KeyFile>,
+    callers: Callers,
     dialer: Option<Dialer>,
 }
 
@@ -122,12 +153,15 @@ impl Doors {
             grpc: Acceptor::new(tls, Clients::Required, &[b"h2"])?,
             // Probes have no certificate; the gate tells them from the others.
             http: Acceptor::new(tls, Clients::Asked, &[b"http/1.1"])?,
-            keys: access.keys.as_deref().map(KeyFile::open).transpose()?,
+            callers: Callers {
+                keys: access.keys.as_deref().map(KeyFile::open).transpose()?,
+                tokens: access.jwt.clone().map(Tokens::open).transpose()?,
+            },
             dialer: access.group_tls.as_ref().map(|tls| Dialer::new(tls, &[b"h2"])).transpose()?,
         };
         doors.grpc.watch();
         doors.http.watch();
-        doors.keys.iter().for_each(KeyFile::watch);
+        doors.callers.watch();
         doors.dialer.iter().for_each(Dialer::watch);
         Ok(doors)
     }
@@ -149,25 +183,23 @@ async fn share(
     config: &Config,
     files: ModelFiles,
     groups: Arc<Groups>,
-    keys: Option<KeyFile>,
+    callers: Callers,
 ) -> Result<Arc<Shared>, Error> {
     let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
     let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
     let closing = CancellationToken::new();
     let metrics = Arc::new(Metrics::new(&groups));
     Ok(Arc::new(Shared {
-        gate: Arc::new(Gate::new(keys, Arc::clone(&metrics))),
+        gate: Arc::new(Gate::new(callers, Arc::clone(&metrics))),
         metrics,
         groups,
         text,
         model_name: config.model_name.clone(),
-        limits: config.limits,
-        http_patience: config.http_patience,
-        permits: Arc::new(Semaphore::new(config.limits.requests_max as usize)),
+        tuning: Tuning::new(config),
         running: Arc::new(Running::new(closing.clone())),
-        resume_grace: config.resume_grace,
         withdrawn: CancellationToken::new(),
         closing,
+        tracing: config.tracing,
     }))
 }
 
@@ -179,8 +211,8 @@ async fn turn_away(shutdown: CancellationToken, shared: Arc<Shared>) {
 async fn serve_grpc(
     (listener, door): (TcpListener, Acceptor),
     shared: Arc<Shared>,
-    refuse: CancellationToken,
-    stop: CancellationToken,
+    (age_max, desk): (Duration, Option<RegistryServer<Desk>>),
+    (refuse, stop): (CancellationToken, CancellationToken),
 ) -> Result<(), Error> {
     let broken = |reason: String| Error::Serve { what: "gRPC", reason };
     let reporter = HealthReporter::new();
@@ -204,7 +236,11 @@ async fn serve_grpc(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let gate = GateLayer(Arc::clone(&shared.gate));
     let control = ControlServer::new(vllm::Control::new(shared)).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    Server::builder()
+    let mut server = Server::builder();
+    if !age_max.is_zero() {
+        server = server.max_connection_age(age_max);
+    }
+    server
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -215,6 +251,7 @@ async fn serve_grpc(
         .add_service(cohort)
         .add_service(inference)
         .add_service(control)
+        .add_optional_service(desk)
         .add_service(health)
         .add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?)
         .add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?)
@@ -230,7 +267,7 @@ async fn serve_http(
 ) -> Result<(), Error> {
     let Some(listener) = listener else { return std::future::pending().await };
     let routes = http::routes(Arc::clone(&shared));
-    http::listen(listener, routes, shared.http_patience, refuse).await;
+    http::listen(listener, routes, move || shared.tuning.get().http_patience, refuse).await;
     Ok(())
 }
 
@@ -263,15 +300,15 @@ async fn report_health(reporter: &HealthReporter, serving: bool) {
 }
 
 /// Lets open requests finish, up to the grace, then ends them. Connections that only watch health do not count.
-async fn drain(config: &Config, shared: &Shared, mut server: AbortOnDropHandle<Result<(), Error>>) {
+async fn drain(shared: &Shared, mut server: AbortOnDropHandle<Result<(), Error>>) {
     let idle = async {
-        let _all_back = shared.permits.acquire_many(config.limits.requests_max).await;
+        shared.tuning.room().emptied().await;
         tokio::time::sleep(FLUSH_GRACE).await;
     };
     tokio::select! {
         _ = &mut server => {}
         () = idle => {}
-        () = tokio::time::sleep(config.drain_grace) => {
+        () = tokio::time::sleep(shared.tuning.get().drain_grace) => {
             tracing::warn!("the drain grace is over: ending the open requests");
             shared.closing.cancel();
             tokio::time::sleep(FLUSH_GRACE).await;

@@ -159,7 +159,7 @@ impl Control {
                 ..vllm::ParallelismInfo::default()
             }),
             max_model_len: facts.context_tokens_max,
-            max_running_requests: u64::from(self.shared.limits.requests_max),
+            max_running_requests: u64::from(self.shared.tuning.get().limits.requests_max),
             rl_capabilities: Some(vllm::RlCapabilities::default()),
             total_kv_blocks: self.shared.groups.kv_blocks(),
             proto_version: SCHEMA_VERSION.to_owned(),

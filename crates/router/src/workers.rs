@@ -8,96 +8,31 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use proto::worker::worker_client::WorkerClient;
-use proto::{Failure, Phase, RETRY_AFTER, worker};
+use proto::{Phase, worker};
 use security::{Badge, Dialer, Identified};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Endpoint};
-use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX};
+use tonic::transport::Channel;
+use types::limits::MESSAGE_BYTES_MAX;
 
-use crate::Error;
 use crate::affinity::{Affinity, Chain};
 use crate::breaker::{Breaker, RetryBudget};
+use crate::call::random_u64;
 use crate::pick::{Candidate, Why, choose};
+
+mod connect;
+mod facts;
+mod members;
+
+pub(crate) use connect::describe;
+pub(crate) use facts::{Facts, Progress};
+pub(crate) use members::Address;
 
 /// A leader that cannot be reached is tried again after this, doubled each time up to the maximum.
 const RETRY_MIN: Duration = Duration::from_millis(20);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A leader that vanished without a word (a lost host, a cut cable) is noticed after both together.
-const PING_INTERVAL: Duration = Duration::from_secs(3);
-const PING_TIMEOUT: Duration = Duration::from_secs(2);
-const STREAM_WINDOW_BYTES: u32 = 16 << 20;
-
-/// What a group says of its model, checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Facts {
-    pub(crate) name: String,
-    pub(crate) vocab_size: u32,
-    pub(crate) context_tokens_max: u32,
-    pub(crate) eos_token_ids: Vec<u32>,
-    pub(crate) dtype: String,
-    pub(crate) tensor_parallel: u32,
-    pub(crate) config_hash: String,
-}
-
-impl Facts {
-    fn from_wire(wire: worker::ModelFacts) -> Result<Self, String> {
-        let worker::ModelFacts {
-            name,
-            vocab_size,
-            context_tokens_max,
-            eos_token_ids,
-            dtype,
-            tensor_parallel,
-            config_hash,
-        } = wire;
-        if vocab_size == 0 || !(1..=CONTEXT_TOKENS_MAX).contains(&context_tokens_max) {
-            return Err(format!("reports vocabulary {vocab_size} and context {context_tokens_max}"));
-        }
-        Ok(Self { name, vocab_size, context_tokens_max, eos_token_ids, dtype, tensor_parallel, config_hash })
-    }
-
-    /// Whether a request checked against `self` may run where `other` is served.
-    fn same_model(&self, other: &Self) -> bool {
-        (&self.name, self.vocab_size, self.context_tokens_max, &self.config_hash)
-            == (&other.name, other.vocab_size, other.context_tokens_max, &other.config_hash)
-    }
-}
-
-/// How far the cluster is, as health and refusals say it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// At least one group takes requests.
-    Serving,
-    /// The most advanced group is in this phase, so many per cent of it done.
-    Phase(Phase, u32),
-    /// No leader answers.
-    Unreachable(String),
-}
-
-impl Progress {
-    /// The refusal that says why nothing is served now.
-    pub(crate) fn refusal(self) -> Failure {
-        match self {
-            Self::Phase(phase, percent) => Failure::NotServing { phase, percent, retry_after: RETRY_AFTER },
-            Self::Unreachable(why) => Failure::Unavailable { why, retry_after: RETRY_AFTER },
-            Self::Serving => Failure::Unavailable {
-                why: "the groups that serve have just refused this request".to_owned(),
-                retry_after: RETRY_AFTER,
-            },
-        }
-    }
-
-    /// The phase's name and percent.
-    pub(crate) fn describe(&self) -> (&'static str, u32) {
-        match self {
-            Self::Serving => (Phase::Serving.name(), 100),
-            Self::Phase(phase, percent) => (phase.name(), *percent),
-            Self::Unreachable(_) => ("connecting", 0),
-        }
-    }
-}
+/// Longest wait for a leader to take note of what is made of its group.
+const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What was last heard of a group.
 #[derive(Debug, Clone)]
@@ -106,11 +41,24 @@ enum Link {
     Up { phase: Phase, percent: u32 },
 }
 
+/// Whether a group belongs to the router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// It does.
+    Member,
+    /// Not any more: it finishes what it has and gets nothing new.
+    Leaving,
+    /// It is gone, and its place is free for another one.
+    Gone,
+}
+
 #[derive(Debug, Clone)]
 struct Seen {
+    standing: Standing,
     link: Link,
     facts: Option<Facts>,
-    reported: u64,
+    /// Requests of other routers there, when it reported last.
+    others: usize,
     kv_blocks: u32,
 }
 
@@ -121,6 +69,10 @@ pub(crate) struct Group {
     channel: Channel,
     badge: Badge,
     in_flight: AtomicUsize,
+    /// Told when the last of those has ended.
+    idle: Notify,
+    /// Ends the task that watches it.
+    gone: CancellationToken,
 }
 
 impl Group {
@@ -143,11 +95,6 @@ pub(crate) struct InFlight {
 }
 
 impl InFlight {
-    fn new(group: Arc<Group>, index: usize) -> Self {
-        group.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { group, index }
-    }
-
     /// Which of the groups it is at, as [`Groups::place`] counts them.
     pub(crate) const fn index(&self) -> usize {
         self.index
@@ -160,33 +107,43 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.group.in_flight.fetch_sub(1, Ordering::Relaxed);
+        if self.group.in_flight.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.group.idle.notify_one();
+        }
     }
 }
 
-/// What the watch tasks write and everybody reads; `seen[i]` belongs to `groups[i]`.
+/// What the watch tasks write and everybody reads. A group keeps its index for as long as anything runs there.
 #[derive(Debug)]
 struct State {
+    groups: Vec<Arc<Group>>,
+    /// One for each of `groups`.
     seen: Vec<Seen>,
     /// What is served: the facts of the first group heard, for as long as a group that has them is there.
     served: Option<Facts>,
-    /// One for each of `seen`.
+    /// One for each of `groups`.
     breakers: Vec<Breaker>,
     affinity: Affinity,
     retries: RetryBudget,
+    random: fastrand::Rng,
 }
 
 /// All groups of a router.
 #[derive(Debug)]
 pub(crate) struct Groups {
-    groups: Vec<Arc<Group>>,
     state: Mutex<State>,
+    dialer: Option<Dialer>,
+    badge: Badge,
+    /// As which the groups know this router.
+    router_id: String,
+    /// Ends all tasks.
+    stop: CancellationToken,
     changed: watch::Sender<()>,
     placements: Family<Placement, Counter>,
     resumed: Counter,
 }
 
-/// Why a group was chosen: it had the least to do, it knew the prompt's beginning, or another one had refused the request.
+/// Why a group was chosen: it had less to do than another, it knew the prompt's beginning, or another one had refused the request.
 const LEAST_LOADED: &str = "least_loaded";
 const PREFIX: &str = "prefix";
 const RETRY: &str = "retry";
@@ -209,46 +166,32 @@ pub(crate) struct GroupView {
 }
 
 impl Groups {
-    /// Prepares a connection to each address; none is opened yet.
-    /// They are made by `dialer` where an address is `https://`, and all calls show `badge`.
-    pub(crate) fn new(addresses: &[String], dialer: Option<&Dialer>, badge: &Badge) -> Result<Self, Error> {
-        if addresses.is_empty() {
-            return Err(Error::NoWorkers);
-        }
-        let mut groups = Vec::with_capacity(addresses.len());
-        for address in addresses {
-            groups.push(Arc::new(Group {
-                address: address.clone(),
-                channel: channel(address, dialer)?,
-                badge: badge.clone(),
-                in_flight: AtomicUsize::new(0),
-            }));
-        }
-        let link = Link::Down { why: "not connected yet".to_owned() };
-        let seen = vec![Seen { link, facts: None, reported: 0, kv_blocks: 0 }; groups.len()];
+    /// Without any group yet. Connections are made by `dialer` where an address is `https://`, and all calls show `badge`.
+    /// Tasks end with `stop`.
+    pub(crate) fn new(
+        dialer: Option<Dialer>,
+        badge: Badge,
+        router_id: String,
+        stop: CancellationToken,
+    ) -> Self {
         let state = Mutex::new(State {
-            breakers: vec![Breaker::default(); seen.len()],
-            seen,
+            groups: Vec::new(),
+            seen: Vec::new(),
+            breakers: Vec::new(),
             served: None,
             affinity: Affinity::new(Instant::now()),
             retries: RetryBudget::default(),
+            random: fastrand::Rng::with_seed(random_u64()),
         });
-        let placements = Family::default();
-        for (group, reason) in
-            groups.iter().flat_map(|group: &Arc<Group>| REASONS.map(|reason| (group, reason)))
-        {
-            let _ = placements.get_or_create(&Placement { group: group.address.clone(), reason });
-        }
-        Ok(Self { groups, state, changed: watch::Sender::new(()), placements, resumed: Counter::default() })
-    }
-
-    /// Starts the watch tasks, which end with `stop`.
-    pub(crate) fn watch(self: &Arc<Self>, router_id: &str, stop: &CancellationToken) {
-        for index in 0..self.groups.len() {
-            let (groups, router_id) = (Arc::clone(self), router_id.to_owned());
-            tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
-                groups.keep_watching(index, &router_id).await;
-            }));
+        Self {
+            state,
+            dialer,
+            badge,
+            router_id,
+            stop,
+            changed: watch::Sender::new(()),
+            placements: Family::default(),
+            resumed: Counter::default(),
         }
     }
 
@@ -265,7 +208,8 @@ impl Groups {
     /// Groups configured, and groups that take requests now.
     pub(crate) fn counts(&self) -> (usize, usize) {
         let state = self.state();
-        (self.groups.len(), (0..self.groups.len()).filter(|&index| state.takes(index)).count())
+        let members = state.seen.iter().filter(|seen| seen.standing == Standing::Member).count();
+        (members, (0..state.groups.len()).filter(|&index| state.takes(index)).count())
     }
 
     /// Every group as it is now.
@@ -276,7 +220,8 @@ impl Groups {
             takes: state.takes(index),
             in_flight: group.in_flight.load(Ordering::Relaxed),
         };
-        self.groups.iter().enumerate().map(view).collect()
+        let here = state.groups.iter().enumerate();
+        here.filter(|(index, _)| state.seen[*index].standing != Standing::Gone).map(view).collect()
     }
 
     /// How often each group was chosen, and how many sequences went on elsewhere, for whoever shows it.
@@ -287,13 +232,13 @@ impl Groups {
     /// Groups that take requests now.
     pub(crate) fn ready(&self) -> Vec<Arc<Group>> {
         let state = self.state();
-        let taking = self.groups.iter().enumerate().filter(|&(index, _)| state.takes(index));
+        let taking = state.groups.iter().enumerate().filter(|&(index, _)| state.takes(index));
         taking.map(|(_, group)| Arc::clone(group)).collect()
     }
 
     /// A client of group `index`, as [`Groups::place`] counts them.
     pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Identified>> {
-        self.groups.get(index).map(|group| group.client())
+        self.state().groups.get(index).map(|group| group.client())
     }
 
     /// Counts a sequence that goes on after the loss of its group.
@@ -314,10 +259,12 @@ impl Groups {
     /// How far the most advanced group is.
     pub(crate) fn progress(&self) -> Progress {
         let state = self.state();
-        if (0..self.groups.len()).any(|index| state.takes(index)) {
+        if (0..state.groups.len()).any(|index| state.takes(index)) {
             return Progress::Serving;
         }
-        let up = state.seen.iter().filter_map(|seen| match seen.link {
+        let members =
+            || state.seen.iter().zip(&state.groups).filter(|(seen, _)| seen.standing == Standing::Member);
+        let up = members().filter_map(|(seen, _)| match seen.link {
             // A group that serves another model will not help, and one that drains only goes backwards.
             Link::Up { phase: phase @ (Phase::Serving | Phase::Draining), .. } => Some((None, phase, 0)),
             Link::Up { phase, percent } => Some((Some(phase), phase, percent)),
@@ -326,12 +273,15 @@ impl Groups {
         match up.max_by_key(|&(rank, _, percent)| (rank, percent)) {
             Some((_, phase, percent)) => Progress::Phase(phase, percent),
             None => {
-                let line = |(group, seen): (&Arc<Group>, &Seen)| match &seen.link {
+                let line = |(seen, group): (&Seen, &Arc<Group>)| match &seen.link {
                     Link::Down { why } => Some(format!("{}: {why}", group.address)),
                     Link::Up { .. } => None,
                 };
-                let whys: Vec<String> = self.groups.iter().zip(&state.seen).filter_map(line).collect();
-                Progress::Unreachable(format!("no worker group can be reached: {}", whys.join("; ")))
+                let whys: Vec<String> = members().filter_map(line).collect();
+                Progress::Unreachable(match whys.is_empty() {
+                    true => "no worker group is known yet".to_owned(),
+                    false => format!("no worker group can be reached: {}", whys.join("; ")),
+                })
             }
         }
     }
@@ -341,19 +291,19 @@ impl Groups {
     pub(crate) fn place(&self, tried: &mut Vec<usize>, prompt: &Chain) -> Option<InFlight> {
         let now = Instant::now();
         let mut state = self.state();
-        let known = state.affinity.known(prompt, self.groups.len());
-        let groups = self.groups.iter().zip(known).enumerate();
+        let known = state.affinity.known(prompt, state.groups.len(), now);
+        let groups = state.groups.iter().zip(known).enumerate();
         let candidates: Vec<Candidate> = groups
             .map(|(index, (group, known_tokens))| Candidate {
                 eligible: state.takes(index)
                     && !tried.contains(&index)
                     && state.breakers[index].lets_through(now),
                 in_flight: group.in_flight.load(Ordering::Relaxed),
-                reported: state.seen[index].reported,
+                others: state.seen[index].others,
                 known_tokens,
             })
             .collect();
-        let (index, why) = choose(&candidates)?;
+        let (index, why) = choose(&candidates, |count| state.random.usize(..count))?;
         state.breakers[index].sent(now);
         state.affinity.learn(prompt, index, now);
         let reason = match (tried.is_empty(), why) {
@@ -364,11 +314,12 @@ impl Groups {
         if tried.is_empty() {
             state.retries.earn();
         }
-        let placement = Placement { group: self.groups[index].address.clone(), reason };
+        let group = Arc::clone(&state.groups[index]);
+        let placement = Placement { group: group.address.clone(), reason };
         self.placements.get_or_create(&placement).inc();
         tried.push(index);
         // Counted under the lock, so that two requests at once do not both see the group empty.
-        Some(InFlight::new(Arc::clone(&self.groups[index]), index))
+        Some(InFlight::new(group, index))
     }
 
     /// As [`Groups::place`], for a request that another group refused, while such requests are few among all.
@@ -384,23 +335,24 @@ impl Groups {
             return state.breakers[index].succeeded();
         }
         let opened = state.breakers[index].failed(Instant::now());
+        let group = Arc::clone(&state.groups[index]);
         drop(state);
         if opened {
-            let group = &self.groups[index].address;
+            let group = &group.address;
             tracing::warn!(%group, "the group fails one request after the other: it gets none for a while");
         }
     }
 
-    async fn keep_watching(&self, index: usize, router_id: &str) {
+    async fn keep_watching(&self, index: usize, group: &Group) {
         let mut wait = RETRY_MIN;
         loop {
-            let why = match self.watch_once(index, router_id, &mut wait).await {
+            let why = match self.watch_once(index, group, &mut wait).await {
                 Ok(()) => "the leader ended the connection".to_owned(),
                 Err(status) => describe(&status),
             };
             self.update(index, |seen| {
                 seen.link = Link::Down { why: why.clone() };
-                seen.reported = 0;
+                seen.others = 0;
             });
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(RETRY_MAX);
@@ -410,20 +362,42 @@ impl Groups {
     async fn watch_once(
         &self,
         index: usize,
-        router_id: &str,
+        group: &Group,
         wait: &mut Duration,
     ) -> Result<(), tonic::Status> {
-        let request = worker::WatchRequest { router_id: router_id.to_owned() };
-        let mut states = self.groups[index].client().watch(request).await?.into_inner();
-        while let Some(state) = states.message().await? {
-            *wait = RETRY_MIN;
-            self.heard(index, state);
+        let request = worker::WatchRequest { router_id: self.router_id.clone() };
+        let mut states = group.client().watch(request).await?.into_inner();
+        let (mut changes, mut told) = (self.changes(), None);
+        loop {
+            tokio::select! {
+                state = states.message() => {
+                    let Some(state) = state? else { return Ok(()) };
+                    *wait = RETRY_MIN;
+                    self.heard(index, group, state);
+                }
+                // What is made of it may depend on others.
+                _ = changes.changed() => {}
+            }
+            let verdict = self.state().verdict(index);
+            if verdict.is_some() && verdict != told {
+                self.acknowledge(group, verdict.clone().unwrap_or_default()).await;
+                told = verdict;
+            }
         }
-        Ok(())
     }
 
-    fn heard(&self, index: usize, state: worker::WorkerState) {
-        let address = &self.groups[index].address;
+    /// Tells a leader what is made of its group.
+    async fn acknowledge(&self, group: &Group, refusal: String) {
+        let router_id = self.router_id.clone();
+        let mut request = tonic::Request::new(worker::AcknowledgeRequest { router_id, refusal });
+        request.set_timeout(ACKNOWLEDGE_TIMEOUT);
+        if let Err(status) = group.client().acknowledge(request).await {
+            tracing::warn!(group = %group.address, %status, "the group did not hear what is made of it");
+        }
+    }
+
+    fn heard(&self, index: usize, group: &Group, state: worker::WorkerState) {
+        let address = &group.address;
         let Some(phase) = Phase::from_wire(state.phase) else {
             tracing::warn!(group = %address, phase = state.phase, "the group reports an unknown phase");
             return;
@@ -434,10 +408,13 @@ impl Groups {
             None
         });
         let load = state.load.unwrap_or_default();
+        let own = group.in_flight.load(Ordering::Relaxed);
         self.update(index, |seen| {
             seen.link = Link::Up { phase, percent: state.percent.min(100) };
             seen.facts = facts;
-            seen.reported = u64::from(load.running) + u64::from(load.waiting);
+            seen.others = usize::try_from(u64::from(load.running) + u64::from(load.waiting))
+                .unwrap_or(usize::MAX)
+                .saturating_sub(own);
             seen.kv_blocks = load.kv_blocks;
         });
     }
@@ -453,48 +430,42 @@ impl Groups {
             state.breakers[index].succeeded();
         }
         let (takes, after) = (state.takes(index), state.seen[index].clone());
-        let served = state.served.clone();
+        let (served, group) = (state.served.clone(), Arc::clone(&state.groups[index]));
         drop(state);
-        self.log(index, (took, &before), (takes, &after), served.as_ref());
+        log(&group, (took, &before), (takes, &after), served.as_ref());
         self.changed.send_replace(());
-    }
-
-    /// One line for each change that an operator would want to know of; load reports are not.
-    fn log(
-        &self,
-        index: usize,
-        (took, before): (bool, &Seen),
-        (takes, after): (bool, &Seen),
-        served: Option<&Facts>,
-    ) {
-        let group = &self.groups[index].address;
-        match (&before.link, &after.link) {
-            (Link::Up { phase: Phase::Draining, .. }, Link::Down { .. }) => {
-                tracing::info!(%group, "the group has ended");
-            }
-            (Link::Up { .. }, Link::Down { why }) => tracing::warn!(%group, %why, "lost the group"),
-            (Link::Down { .. }, Link::Up { phase, .. }) => {
-                tracing::info!(%group, %phase, "reached the group")
-            }
-            (Link::Up { phase: old, .. }, Link::Up { phase, .. }) if old != phase => {
-                tracing::info!(%group, %phase, "the group's phase changed");
-            }
-            _ => {}
-        }
-        if took != takes {
-            tracing::info!(%group, takes, "the group takes requests");
-        }
-        if let (Some(served), Some(own)) = (served, &after.facts)
-            && before.facts != after.facts
-            && !own.same_model(served)
-        {
-            tracing::warn!(%group, ?own, ?served, "the group serves something else than the others; it is not used");
-        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         // Every change is complete before its lock is given back, so a panic elsewhere leaves nothing half done.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One line for each change that an operator would want to know of; load reports are not.
+fn log(group: &Group, (took, before): (bool, &Seen), (takes, after): (bool, &Seen), served: Option<&Facts>) {
+    let group = &group.address;
+    match (&before.link, &after.link) {
+        (Link::Up { phase: Phase::Draining, .. }, Link::Down { .. }) => {
+            tracing::info!(%group, "the group has ended");
+        }
+        (Link::Up { .. }, Link::Down { why }) => tracing::warn!(%group, %why, "lost the group"),
+        (Link::Down { .. }, Link::Up { phase, .. }) => {
+            tracing::info!(%group, %phase, "reached the group")
+        }
+        (Link::Up { phase: old, .. }, Link::Up { phase, .. }) if old != phase => {
+            tracing::info!(%group, %phase, "the group's phase changed");
+        }
+        _ => {}
+    }
+    if took != takes {
+        tracing::info!(%group, takes, "the group takes requests");
+    }
+    if let (Some(served), Some(own)) = (served, &after.facts)
+        && before.facts != after.facts
+        && let Some(difference) = served.difference(own)
+    {
+        tracing::error!(%group, %difference, "the group serves something else than the others; it is not used");
     }
 }
 
@@ -506,11 +477,25 @@ impl State {
             (Some(served), Some(own)) => own.same_model(served),
             (None, _) | (_, None) => false,
         };
-        same && matches!(seen.link, Link::Up { phase: Phase::Serving, .. })
+        let serves = matches!(seen.link, Link::Up { phase: Phase::Serving, .. });
+        same && serves && seen.standing == Standing::Member
+    }
+
+    /// What is made of a group that serves: why it is not used, empty when it is. `None` while there is nothing to say.
+    fn verdict(&self, index: usize) -> Option<String> {
+        let seen = &self.seen[index];
+        if seen.standing != Standing::Member || !matches!(seen.link, Link::Up { phase: Phase::Serving, .. }) {
+            return None;
+        }
+        let (served, own) = (self.served.as_ref()?, seen.facts.as_ref()?);
+        Some(served.difference(own).map_or_else(String::new, |difference| {
+            format!("it serves something else than the others: {difference}")
+        }))
     }
 
     fn choose_served(&mut self) {
-        let mut present = self.seen.iter().filter(|seen| matches!(seen.link, Link::Up { .. }));
+        let here = |seen: &&Seen| seen.standing == Standing::Member && matches!(seen.link, Link::Up { .. });
+        let mut present = self.seen.iter().filter(here);
         let kept = self.served.as_ref().is_some_and(|served| {
             present.clone().any(|seen| seen.facts.as_ref().is_some_and(|own| own.same_model(served)))
         });
@@ -519,61 +504,4 @@ impl State {
             self.served = Some(first);
         }
     }
-}
-
-/// A status in a few words; tonic hides the reason of a failed connection in the source chain.
-pub(crate) fn describe(status: &tonic::Status) -> String {
-    let mut text = match status.message() {
-        "" => status.code().description().to_owned(),
-        message => message.to_owned(),
-    };
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        let line = error.to_string();
-        if !text.contains(&line) {
-            text = format!("{text}: {line}");
-        }
-        source = error.source();
-    }
-    text
-}
-
-fn channel(address: &str, dialer: Option<&Dialer>) -> Result<Channel, Error> {
-    let endpoint = endpoint(address)?;
-    if endpoint.uri().scheme_str() != Some("https") {
-        return Ok(endpoint.connect_lazy());
-    }
-    let dialer = dialer.ok_or_else(|| {
-        let reason = "https needs the authority of the group's certificate: set cluster.tls.ca".to_owned();
-        Error::WorkerAddress { address: address.to_owned(), reason }
-    })?;
-    Ok(dialer.channel(&endpoint))
-}
-
-fn endpoint(address: &str) -> Result<Endpoint, Error> {
-    let refuse = |reason: String| Error::WorkerAddress { address: address.to_owned(), reason };
-    let endpoint =
-        Endpoint::from_shared(address.to_owned()).map_err(|error| refuse(describe_chain(&error)))?;
-    let uri = endpoint.uri();
-    if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.port().is_none() {
-        return Err(refuse("it needs the scheme http or https and a port".to_owned()));
-    }
-    Ok(endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(STREAM_WINDOW_BYTES))
-}
-
-fn describe_chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

@@ -101,19 +101,9 @@ impl Keys {
 impl KeyLine {
     fn limits(&self) -> Result<Limits, String> {
         let Self { requests_per_minute, tokens_per_minute, concurrency, priority_min, .. } = *self;
-        let counts = [
-            ("requests_per_minute", requests_per_minute),
-            ("tokens_per_minute", tokens_per_minute),
-            ("concurrency", concurrency.map(u64::from)),
-        ];
-        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == Some(0)) {
-            return Err(format!("{name} must be at least 1; remove the line to refuse the key"));
-        }
-        let bound = types::limits::PRIORITY_MAX;
-        if let Some(priority) = priority_min.filter(|priority| !(-bound..=bound).contains(priority)) {
-            return Err(format!("priority_min must be between -{bound} and {bound}, not {priority}"));
-        }
-        Ok(Limits { requests_per_minute, tokens_per_minute, concurrency, priority_min })
+        let limits = Limits { requests_per_minute, tokens_per_minute, concurrency, priority_min };
+        limits.check()?;
+        Ok(limits)
     }
 }
 

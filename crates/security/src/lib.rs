@@ -6,6 +6,7 @@
 mod badge;
 mod bucket;
 mod error;
+mod jwt;
 mod keys;
 mod live;
 mod meter;
@@ -14,6 +15,7 @@ mod tls;
 
 pub use badge::{Badge, Identified, SECRET_HEADER};
 pub use error::Error;
+pub use jwt::{JwtRules, Refused, Tokens};
 pub use keys::{KeyFile, KeyLine, Keys, generate_key, key_line};
 pub use live::POLL;
 pub use meter::{Limited, Limits, Meter, Visit};

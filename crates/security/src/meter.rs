@@ -21,6 +21,29 @@ pub struct Limits {
     pub priority_min: Option<i32>,
 }
 
+impl Limits {
+    /// Whether every bound is one that somebody can keep.
+    ///
+    /// # Errors
+    /// Which is not, and what would be right.
+    pub fn check(&self) -> Result<(), String> {
+        let Self { requests_per_minute, tokens_per_minute, concurrency, priority_min } = *self;
+        let counts = [
+            ("requests_per_minute", requests_per_minute),
+            ("tokens_per_minute", tokens_per_minute),
+            ("concurrency", concurrency.map(u64::from)),
+        ];
+        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == Some(0)) {
+            return Err(format!("{name} must be at least 1"));
+        }
+        let bound = types::limits::PRIORITY_MAX;
+        if let Some(priority) = priority_min.filter(|priority| !(-bound..=bound).contains(priority)) {
+            return Err(format!("priority_min must be between -{bound} and {bound}, not {priority}"));
+        }
+        Ok(())
+    }
+}
+
 /// A bound that was reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limited {
@@ -66,6 +89,12 @@ impl Meter {
         &self.name
     }
 
+    /// As [`Meter::name`], to be kept.
+    #[must_use]
+    pub fn shared_name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+
     /// Its bounds.
     #[must_use]
     pub const fn limits(&self) -> &Limits {
@@ -101,6 +130,11 @@ impl Meter {
         used.open += 1;
         drop(used);
         Ok(Visit { meter: self.clone() })
+    }
+
+    /// Whether a call of its is open.
+    pub(crate) fn is_open(&self) -> bool {
+        self.used().open > 0
     }
 
     fn used(&self) -> std::sync::MutexGuard<'_, Used> {

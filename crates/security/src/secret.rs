@@ -21,9 +21,12 @@ const CHARACTERS_MIN: usize = 32;
 const CHARACTERS_MAX: usize = 512;
 const RANDOM_BYTES: usize = 32;
 
-/// A secret text. Shown by no formatter.
+/// A secret text, and while it is being changed another one that is taken too. Shown by no formatter.
 #[derive(Clone)]
-pub struct Secret(Arc<str>);
+pub struct Secret {
+    shown: Arc<str>,
+    also: Option<Arc<str>>,
+}
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -33,7 +36,8 @@ impl fmt::Debug for Secret {
 
 impl PartialEq for Secret {
     fn eq(&self, other: &Self) -> bool {
-        self.is(other.0.as_bytes())
+        let also = |secret: &Self| secret.also.as_ref().map(|also| Sha256::digest(also.as_bytes()));
+        same(&self.shown, other.shown.as_bytes()) && also(self) == also(other)
     }
 }
 
@@ -45,10 +49,10 @@ impl Secret {
     /// # Errors
     /// [`Error::Random`].
     pub fn random() -> Result<Self, Error> {
-        Ok(Self(hex(&random::<RANDOM_BYTES>()?).into()))
+        Ok(Self { shown: hex(&random::<RANDOM_BYTES>()?).into(), also: None })
     }
 
-    /// The text of a file, without white space around it.
+    /// The text of a file, without white space around it. Two lines are two secrets: the first is shown, both are taken.
     ///
     /// # Errors
     /// What [`Error`] says of a file, and [`Error::Content`] for one that is too short to be a secret, too long, or cannot
@@ -58,36 +62,58 @@ impl Secret {
         Self::parse(&text).map_err(|reason| Error::Content { path: path.to_owned(), reason })
     }
 
-    /// A secret as text.
+    /// A secret as text, or two on a line each.
     ///
     /// # Errors
     /// What is wrong with it, without showing it.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let text = text.trim();
-        let length = text.chars().count();
-        if !(CHARACTERS_MIN..=CHARACTERS_MAX).contains(&length) {
-            return Err(format!(
-                "a cluster's secret has {CHARACTERS_MIN} to {CHARACTERS_MAX} characters, not {length}; \
-                 `openssl rand -hex 32` makes one"
-            ));
-        }
-        match text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            true => Ok(Self(text.into())),
-            false => Err("a cluster's secret has visible ASCII characters only".to_owned()),
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let shown = checked(lines.next().unwrap_or_default())?;
+        let also = lines.next().map(checked).transpose()?;
+        match lines.next() {
+            None => Ok(Self { shown, also }),
+            Some(_) => Err("a cluster has one secret, or two on a line each while it is changed".to_owned()),
         }
     }
 
     /// Whether this is what was given; takes the same time wherever the two differ.
     #[must_use]
     pub fn is(&self, given: &[u8]) -> bool {
-        // Digests have one length, so not even that of the secret shows.
-        Sha256::digest(self.0.as_bytes()).ct_eq(&Sha256::digest(given)).into()
+        let first = same(&self.shown, given);
+        let second = self.also.as_ref().is_some_and(|also| same(also, given));
+        first | second
     }
 
-    /// The text itself, for whoever hands it on.
+    /// The text that is shown to others.
     #[must_use]
     pub fn expose(&self) -> &str {
-        &self.0
+        &self.shown
+    }
+
+    /// All of it, for whoever hands it on to a process of its own.
+    #[must_use]
+    pub fn expose_all(&self) -> String {
+        let also = self.also.iter().map(|also| format!("\n{also}"));
+        std::iter::once(self.shown.to_string()).chain(also).collect()
+    }
+}
+
+/// Digests have one length, so not even that of the secret shows.
+fn same(secret: &str, given: &[u8]) -> bool {
+    Sha256::digest(secret.as_bytes()).ct_eq(&Sha256::digest(given)).into()
+}
+
+fn checked(text: &str) -> Result<Arc<str>, String> {
+    let length = text.chars().count();
+    if !(CHARACTERS_MIN..=CHARACTERS_MAX).contains(&length) {
+        return Err(format!(
+            "a cluster's secret has {CHARACTERS_MIN} to {CHARACTERS_MAX} characters, not {length}; \
+             `openssl rand -hex 32` makes one"
+        ));
+    }
+    match text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        true => Ok(text.into()),
+        false => Err("a cluster's secret has visible ASCII characters only".to_owned()),
     }
 }
 

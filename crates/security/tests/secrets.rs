@@ -12,6 +12,19 @@ fn a_random_secret_is_itself_and_nothing_else() {
 }
 
 #[test]
+fn two_lines_are_one_that_is_shown_and_two_that_are_taken() {
+    let (old, new) = ("o".repeat(32), "n".repeat(32));
+    let both = Secret::parse(&format!("{new}\n{old}\n")).unwrap();
+    assert_eq!(both.expose(), new);
+    assert!(both.is(new.as_bytes()) && both.is(old.as_bytes()) && !both.is(b"other"));
+    assert_eq!(Secret::parse(&both.expose_all()).unwrap(), both);
+    let one = Secret::parse(&new).unwrap();
+    assert!(one != both && !one.is(old.as_bytes()));
+    assert!(Secret::parse(&format!("{new}\n{old}\n{old}")).unwrap_err().contains("two on a line each"));
+    assert!(Secret::parse(&format!("{new}\nshort")).unwrap_err().contains("not 5"));
+}
+
+#[test]
 fn no_formatter_shows_it() {
     let secret = Secret::random().unwrap();
     assert!(!format!("{secret:?}").contains(secret.expose()));

@@ -116,6 +116,41 @@ async fn a_new_certificate_is_shown_to_new_connections_and_a_bad_one_is_not() {
 }
 
 #[test]
+fn files_that_cannot_be_called_with_are_refused_by_name() {
+    let authority = Authority::new();
+    let good = authority.client(Some("caller"));
+    let (expired, expired_key) = authority.sign_until("expired", 2001);
+    let (certificate, _) = authority.sign("one");
+    let (_, other_key) = authority.sign("other");
+    let (empty, missing) = (authority.path("empty"), authority.path("missing"));
+    fs::write(&empty, "").unwrap();
+    let table = [
+        (ClientTls { ca: missing.clone(), ..good.clone() }, "missing", "No such file"),
+        (ClientTls { ca: empty, ..good.clone() }, "empty", "has no certificate"),
+        (ClientTls { ca: expired.clone(), ..good.clone() }, "expired.crt", "valid from"),
+        (
+            ClientTls { identity: Some((certificate.clone(), missing)), ..good.clone() },
+            "missing",
+            "No such file",
+        ),
+        (
+            ClientTls { identity: Some((expired, expired_key)), ..good.clone() },
+            "expired.crt",
+            "until 2001-01-01T00:00:00Z",
+        ),
+        (
+            ClientTls { identity: Some((certificate, other_key)), ..good },
+            "other.key",
+            "is not the key of the certificate in",
+        ),
+    ];
+    for (tls, file, why) in table {
+        let error = Dialer::new(&tls, &[]).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(file) && error.contains(why), "{tls:?}: {error}");
+    }
+}
+
+#[test]
 fn files_that_cannot_be_served_with_are_refused_by_name() {
     let authority = Authority::new();
     let good = authority.server("server", true);

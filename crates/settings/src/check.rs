@@ -3,11 +3,11 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX, RANKS_MAX};
+use types::limits::{CONTEXT_TOKENS_MAX, MESSAGE_BYTES_MAX, PRIORITY_MAX, RANKS_MAX};
 use types::{Dispatch, DispatchChoice, ExpertSharding};
 use worker::LoadFormat;
 
-use crate::tree::{Group, Model, Router, Settings};
+use crate::tree::{Group, Model, Router, RouterJwt, Settings};
 
 /// Groups of one cluster file: far above what one machine holds.
 pub(crate) const GROUPS_MAX: u64 = 256;
@@ -23,8 +23,14 @@ pub(crate) const TOKENS_MAX: u64 = (u32::MAX / 2) as u64;
 pub(crate) const CONTEXT_MAX: u64 = CONTEXT_TOKENS_MAX as u64;
 /// Bytes of one prompt: it has to fit a message.
 pub(crate) const PROMPT_BYTES_MAX: u64 = MESSAGE_BYTES_MAX as u64;
+/// Tokens that all who wait at a router may cost: each may ask for a whole context.
+pub(crate) const QUEUE_TOKENS_MAX: u64 = REQUESTS_MAX * CONTEXT_MAX;
+/// Bytes of the prompts that wait at a router: what a large machine has to spare.
+pub(crate) const QUEUE_BYTES_MAX: u64 = 64 << 30;
 /// A day, in seconds: a longer time-out is none.
 pub(crate) const TIMEOUT_MAX_S: f64 = 86_400.0;
+/// Seconds that two clocks may be apart: more is a clock to be set.
+pub(crate) const LEEWAY_MAX_S: f64 = 600.0;
 /// Seconds a time-out lasts at least: a shorter one would strike before anything can happen.
 pub(crate) const TIMEOUT_MIN_S: f64 = 0.001;
 
@@ -40,6 +46,7 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
     metrics_ports(settings, &mut faults);
     tls(settings, &mut faults);
+    settings.telemetry.check(&mut faults);
     faults
 }
 
@@ -87,7 +94,8 @@ fn tls(settings: &Settings, faults: &mut Vec<Fault>) {
             faults.push((own_name, format!("is of no use without {needed_name}")));
         }
     }
-    let encrypted = settings.router.workers.iter().any(|worker| worker.starts_with("https://"));
+    let of_tls = |worker: &String| worker.trim_start_matches("dns+").starts_with("https://");
+    let encrypted = settings.router.workers.iter().any(of_tls);
     if encrypted && cluster.ca.is_none() {
         let reason = "is needed where router.workers has an https:// address".to_owned();
         faults.push(("cluster.tls.ca", reason));
@@ -152,6 +160,21 @@ fn group(group: &Group, faults: &mut Vec<Fault>) {
     if let Some(empty) = group.hosts.iter().find(|host| host.is_empty() || host.contains([' ', '/'])) {
         faults.push(("group.hosts", format!("{empty:?} is not a host such as 10.0.0.1 or 10.0.0.1:7070")));
     }
+    for router in group.routers.iter().filter(|router| !is_worker_address(router)) {
+        let reason =
+            format!("{router:?} is not an address such as http://10.0.0.1:50051 or dns+http://routers:50051");
+        faults.push(("group.routers", reason));
+    }
+    if let Some(url) =
+        group.advertise.as_ref().filter(|url| url.starts_with("dns+") || !is_worker_address(url))
+    {
+        faults.push(("group.advertise", format!("{url:?} is not an address such as http://10.0.0.1:7000")));
+    }
+    let encrypted =
+        group.routers.iter().any(|router| router.trim_start_matches("dns+").starts_with("https://"));
+    if encrypted && group.routers_ca.is_none() {
+        faults.push(("group.routers_ca", "is needed where group.routers has an https:// address".to_owned()));
+    }
     lasting("group.boot_timeout_s", group.boot_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("group.step_timeout_s", group.step_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("group.drain_grace_s", group.drain_grace_s, 0.0, faults);
@@ -193,13 +216,24 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
     within("router.limits.requests_max", limits.requests_max.into(), 1..=REQUESTS_MAX, faults);
     let bytes = limits.prompt_bytes_max as u64;
     within("router.limits.prompt_bytes_max", bytes, 1..=PROMPT_BYTES_MAX, faults);
+    lasting("router.registration_hold_s", router.registration_hold_s, TIMEOUT_MIN_S, faults);
+    lasting("router.dns.interval_s", router.dns.interval_s, TIMEOUT_MIN_S, faults);
+    lasting("router.dns.hold_s", router.dns.hold_s, 0.0, faults);
+    let queue = &router.queue;
+    within("router.queue.requests_max", queue.requests_max.into(), 0..=REQUESTS_MAX, faults);
+    within("router.queue.tokens_max", queue.tokens_max, 1..=QUEUE_TOKENS_MAX, faults);
+    within("router.queue.bytes_max", queue.bytes_max as u64, 1..=QUEUE_BYTES_MAX, faults);
+    within("router.queue.key_requests_max", queue.key_requests_max.into(), 1..=REQUESTS_MAX, faults);
+    lasting("router.queue.wait_max_s", queue.wait_max_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.head_timeout_s", router.http.head_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.body_timeout_s", router.http.body_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.write_timeout_s", router.http.write_timeout_s, TIMEOUT_MIN_S, faults);
     lasting("router.http.keep_alive_s", router.http.keep_alive_s, TIMEOUT_MIN_S, faults);
+    lasting("router.connection_age_max_s", router.connection_age_max_s, 0.0, faults);
     lasting("router.resume_grace_s", router.resume_grace_s, 0.0, faults);
     lasting("router.withdraw_grace_s", router.withdraw_grace_s, 0.0, faults);
     lasting("router.drain_grace_s", router.drain_grace_s, 0.0, faults);
+    jwt(&router.jwt, faults);
     let grpc = router.grpc_listen;
     if grpc.port() != 0 && router.http_listen.address() == Some(grpc) {
         faults.push(("router.http_listen", format!("is the same address as router.grpc_listen, {grpc}")));
@@ -208,14 +242,49 @@ fn router(router: &Router, faults: &mut Vec<Fault>) {
         if !is_worker_address(worker) {
             faults.push((
                 "router.workers",
-                format!("{worker:?} is not an address such as http://10.0.0.1:7000"),
+                format!(
+                    "{worker:?} is not an address such as http://10.0.0.1:7000 or dns+http://groups:7000"
+                ),
             ));
         }
     }
 }
 
-/// `http://host:port` or `https://host:port`, nothing after it.
+/// Tokens of anybody for anybody would be no proof of anything.
+fn jwt(jwt: &RouterJwt, faults: &mut Vec<Fault>) {
+    let taken = jwt.jwks_file.is_some();
+    for (key, list) in [("router.jwt.issuers", &jwt.issuers), ("router.jwt.audiences", &jwt.audiences)] {
+        match (taken, list.is_empty()) {
+            (true, true) => faults.push((key, "is needed where router.jwt.jwks_file is set".to_owned())),
+            (false, false) => faults.push((key, "is of no use without router.jwt.jwks_file".to_owned())),
+            (true, false) | (false, true) => {}
+        }
+    }
+    let leeway = jwt.leeway_s.as_secs_f64();
+    if !(0.0..=LEEWAY_MAX_S).contains(&leeway) {
+        let reason = format!("must be between 0 and {LEEWAY_MAX_S} seconds, not {leeway}");
+        faults.push(("router.jwt.leeway_s", reason));
+    }
+    for (key, count) in [
+        ("router.jwt.requests_per_minute", jwt.requests_per_minute),
+        ("router.jwt.tokens_per_minute", jwt.tokens_per_minute),
+        ("router.jwt.concurrency", jwt.concurrency.map(u64::from)),
+    ] {
+        if count == Some(0) {
+            faults.push((key, "must be at least 1; leave the key out for any number".to_owned()));
+        }
+    }
+    if let Some(priority) = jwt.priority_min.filter(|level| !(-PRIORITY_MAX..=PRIORITY_MAX).contains(level)) {
+        let reason = format!("must be between -{PRIORITY_MAX} and {PRIORITY_MAX}, not {priority}");
+        faults.push(("router.jwt.priority_min", reason));
+    }
+}
+
+/// `http://host:port` or `https://host:port`, nothing after it, and `dns+` before it where the host is a name.
 fn is_worker_address(text: &str) -> bool {
+    if let Some(named) = text.strip_prefix("dns+") {
+        return !named.contains(['[', ']']) && is_worker_address(named);
+    }
     let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
     let Some((host, port)) = rest.and_then(|rest| rest.rsplit_once(':')) else {
         return false;

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use security::{ClientTls, ServerTls};
 use types::{TpRank, TpSize};
 
-use crate::tree::{ClusterTls, Settings, Tls};
+use crate::telemetry::Telemetry;
+use crate::tree::{ClusterTls, RouterJwt, Settings, Tls};
 
 fn server_tls(tls: &Tls) -> Option<ServerTls> {
     let (certificate, key) = tls.certificate.clone().zip(tls.key.clone())?;
@@ -34,11 +35,25 @@ impl Settings {
             grpc_listen: router.grpc_listen,
             http_listen: router.http_listen.address(),
             workers: router.workers.clone(),
+            names: router::discovery::Names {
+                interval: router.dns.interval_s,
+                hold: router.dns.hold_s,
+                ..router::discovery::Names::default()
+            },
             model_name: self.model.name.clone(),
             limits: router::Limits {
                 requests_max: router.limits.requests_max,
                 prompt_bytes_max: router.limits.prompt_bytes_max,
+                queue: router::QueueLimits {
+                    requests_max: router.queue.requests_max,
+                    tokens_max: router.queue.tokens_max,
+                    bytes_max: router.queue.bytes_max,
+                    key_requests_max: router.queue.key_requests_max,
+                    wait_max: router.queue.wait_max_s,
+                },
             },
+            registration_hold: router.registration.then_some(router.registration_hold_s),
+            connection_age_max: router.connection_age_max_s,
             resume_grace: router.resume_grace_s,
             http_patience: router::HttpPatience {
                 head: router.http.head_timeout_s,
@@ -51,10 +66,22 @@ impl Settings {
             access: router::Access {
                 tls: server_tls(&router.tls),
                 keys: router.keys_file.clone(),
+                jwt: jwt_rules(&router.jwt),
                 group_tls: self.client_tls(),
                 secret: None,
             },
+            tracing: self.tracing(),
         }
+    }
+
+    /// Which requests are traced: none where nothing is exported.
+    fn tracing(&self) -> router::Tracing {
+        let Telemetry { otlp_endpoint, sample_ratio, follow_callers, record_content, .. } = &self.telemetry;
+        if otlp_endpoint.is_none() {
+            return router::Tracing::default();
+        }
+        let sampling = trace::Sampling { ratio: *sample_ratio, follow_callers: *follow_callers };
+        router::Tracing { sampling, record_content: *record_content }
     }
 
     /// Ranks of each group, in all its sub-groups.
@@ -117,7 +144,32 @@ impl Settings {
             step_timeout: group.step_timeout_s,
             drain_grace: group.drain_grace_s,
             access: worker::Access { tls: server_tls(&group.tls), secret: None },
+            routers: worker::Routers {
+                addresses: group.routers.clone(),
+                advertise: group.advertise.clone(),
+                tls: group.routers_ca.clone().map(|ca| ClientTls {
+                    ca,
+                    identity: group.tls.certificate.clone().zip(group.tls.key.clone()),
+                }),
+            },
             fault_dir: group.fault_dir.clone(),
         }
     }
+}
+
+/// Which tokens a router takes, if any.
+fn jwt_rules(jwt: &RouterJwt) -> Option<security::JwtRules> {
+    Some(security::JwtRules {
+        jwks: jwt.jwks_file.clone()?,
+        issuers: jwt.issuers.clone(),
+        audiences: jwt.audiences.clone(),
+        leeway: jwt.leeway_s,
+        limits_claim: jwt.limits_claim.clone(),
+        limits: security::Limits {
+            requests_per_minute: jwt.requests_per_minute,
+            tokens_per_minute: jwt.tokens_per_minute,
+            concurrency: jwt.concurrency,
+            priority_min: jwt.priority_min,
+        },
+    })
 }

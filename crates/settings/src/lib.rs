@@ -10,8 +10,10 @@ mod error;
 mod layers;
 mod lines;
 mod load;
+mod reload;
 mod schema;
 mod strict;
+mod telemetry;
 mod tree;
 
 pub use convert::RankPlace;
@@ -19,6 +21,9 @@ pub use describe::{Key, Section};
 pub use error::{Complaint, Error, Origin};
 pub use layers::{FILE_BYTES_MAX, Flag, Sources};
 pub use load::Loaded;
+pub use reload::{Changed, Role};
+pub use telemetry::{LogFormat, Telemetry};
 pub use tree::{
-    Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterHttp, RouterLimits, Settings, Tls,
+    Cluster, ClusterTls, Group, HttpListen, Model, Router, RouterDns, RouterHttp, RouterJwt, RouterLimits,
+    RouterQueue, Settings, Tls,
 };

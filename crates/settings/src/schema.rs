@@ -8,6 +8,7 @@ use types::{Dispatch, DispatchChoice, ExpertSharding};
 
 use worker::LoadFormat;
 
+use crate::LogFormat;
 use crate::tree::Settings;
 
 impl Settings {
@@ -52,7 +53,7 @@ fn tidy(value: &mut Value) {
 }
 
 const ADDRESS: &str = r"^(\[[0-9a-fA-F:.]+\]|[0-9]{1,3}(\.[0-9]{1,3}){3}):[0-9]{1,5}$";
-const WORKER: &str = r"^https?://(\[[^\[\]/@ ]+\]|[^\[\]/:@ ]+):[0-9]{1,5}$";
+const WORKER: &str = r"^(dns\+)?https?://(\[[^\[\]/@ ]+\]|[^\[\]/:@ ]+):[0-9]{1,5}$";
 
 fn one_of(names: &[&str]) -> Schema {
     json_schema!({ "type": "string", "enum": names })
@@ -68,6 +69,10 @@ pub(crate) fn preset(_: &mut SchemaGenerator) -> Schema {
 
 pub(crate) fn load_format(_: &mut SchemaGenerator) -> Schema {
     one_of(&[LoadFormat::Checkpoint, LoadFormat::Dummy].map(LoadFormat::name))
+}
+
+pub(crate) fn log_format(_: &mut SchemaGenerator) -> Schema {
+    one_of(&[LogFormat::Human, LogFormat::Json].map(LogFormat::name))
 }
 
 pub(crate) fn device(_: &mut SchemaGenerator) -> Schema {

@@ -91,6 +91,50 @@ pub(crate) mod text_option {
     }
 }
 
+/// Text, but not empty.
+pub(crate) mod text {
+    use super::*;
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+        let text = read_text(from)?;
+        match text.is_empty() {
+            true => Err(D::Error::custom("must not be empty")),
+            false => Ok(text),
+        }
+    }
+}
+
+/// A whole number of either sign that may be left out.
+pub(crate) mod integer_option {
+    use super::*;
+
+    struct Integer;
+
+    impl Visitor<'_> for Integer {
+        type Value = i32;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a whole number")
+        }
+
+        fn visit_i64<E: Error>(self, value: i64) -> Result<i32, E> {
+            i32::try_from(value).map_err(|_| E::custom(format!("{value} is too far from 0")))
+        }
+
+        fn visit_u64<E: Error>(self, value: u64) -> Result<i32, E> {
+            i32::try_from(value).map_err(|_| E::custom(format!("{value} is too large")))
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<i32, E> {
+            text.trim().parse().map_err(|_| E::custom(format!("must be a whole number, not {text:?}")))
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<i32>, D::Error> {
+        from.deserialize_any(Integer).map(Some)
+    }
+}
+
 /// A list of texts; from a variable or flag, separated by commas.
 pub(crate) mod text_list {
     use serde::de::SeqAccess;
@@ -210,6 +254,47 @@ pub(crate) mod truth {
 
     pub(crate) fn serialize<S: Serializer>(value: &bool, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_bool(*value)
+    }
+}
+
+/// A number, whole or not.
+pub(crate) mod fraction {
+    use serde::Serializer;
+
+    use super::*;
+
+    struct Fraction;
+
+    impl Visitor<'_> for Fraction {
+        type Value = f64;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number")
+        }
+
+        fn visit_i64<E: Error>(self, value: i64) -> Result<f64, E> {
+            Ok(value as f64)
+        }
+
+        fn visit_u64<E: Error>(self, value: u64) -> Result<f64, E> {
+            Ok(value as f64)
+        }
+
+        fn visit_f64<E: Error>(self, value: f64) -> Result<f64, E> {
+            Ok(value)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<f64, E> {
+            text.trim().parse().map_err(|_| E::custom(format!("must be a number, not {text:?}")))
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        from.deserialize_any(Fraction)
+    }
+
+    pub(crate) fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_f64(*value)
     }
 }
 

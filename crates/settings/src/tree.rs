@@ -1,6 +1,8 @@
 //! The tree itself. A key is one field: its comment is its description everywhere (`cohort config explain`, the schema,
 //! the reference page), its name ends with the unit, its default is in the `Default` of its struct.
 
+mod jwt;
+
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -15,10 +17,13 @@ use types::{BlockSize, DType, DispatchChoice, ExpertSharding, TpSize};
 use worker::{Device, LoadFormat};
 
 use crate::check::{
-    CONTEXT_MAX, GROUPS_MAX, LAYERS_MAX, PROMPT_BYTES_MAX, REQUESTS_MAX, THREADS_MAX, TIMEOUT_MAX_S,
-    TIMEOUT_MIN_S, TOKENS_MAX,
+    CONTEXT_MAX, GROUPS_MAX, LAYERS_MAX, PROMPT_BYTES_MAX, QUEUE_BYTES_MAX, QUEUE_TOKENS_MAX, REQUESTS_MAX,
+    THREADS_MAX, TIMEOUT_MAX_S, TIMEOUT_MIN_S, TOKENS_MAX,
 };
+use crate::telemetry::Telemetry;
 use crate::{schema, strict};
+
+pub use jwt::RouterJwt;
 
 /// Default of `group.block_size`.
 const BLOCK_TOKENS: u32 = 16;
@@ -35,6 +40,8 @@ pub struct Settings {
     pub group: Group,
     /// What `cohort up` starts on one machine.
     pub cluster: Cluster,
+    /// Logs, and the traces of requests.
+    pub telemetry: Telemetry,
 }
 
 /// `[model]`: what is served.
@@ -92,12 +99,25 @@ pub struct Router {
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::address_or_off")]
     pub http_listen: HttpListen,
-    /// Leaders of the worker groups, as `http://host:port` or `https://host:port`. `cohort up` fills this in.
+    /// Leaders of the worker groups, as `http://host:port` or `https://host:port`; `dns+http://name:port` and
+    /// `dns+https://name:port` stand for every address of a name. May change while serving. `cohort up` fills this in.
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     #[schemars(schema_with = "schema::workers")]
     pub workers: Vec<String>,
+    /// Let groups register here, beside those of the list; they need the cluster's secret.
+    #[serde(with = "strict::truth")]
+    #[schemars(with = "bool")]
+    pub registration: bool,
+    /// How long a group that has registered is remembered without a word of it, in seconds; it says one every two.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub registration_hold_s: Duration,
+    /// How names in `router.workers` are asked for.
+    pub dns: RouterDns,
     /// Bounds of what is let in.
     pub limits: RouterLimits,
+    /// Bounds of what waits to be let in.
+    pub queue: RouterQueue,
     /// Certificates of both listeners.
     pub tls: Tls,
     /// File of the API keys, as `cohort keys new` writes its lines; read again when it changes. Default: no key is asked
@@ -105,8 +125,15 @@ pub struct Router {
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
     pub keys_file: Option<PathBuf>,
+    /// Tokens of an identity provider, taken beside or in place of API keys.
+    pub jwt: RouterJwt,
     /// How long HTTP callers are waited for.
     pub http: RouterHttp,
+    /// How old a gRPC caller's connection may become, in seconds: then its caller is told to open another one (GOAWAY), which
+    /// may reach another router, while what is open on the old one is finished; 0 for any age.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
+    pub connection_age_max_s: Duration,
     /// How long a request that lost its group waits for a group that goes on with it, in seconds; 0 ends it at once.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
@@ -122,11 +149,26 @@ pub struct Router {
     pub drain_grace_s: Duration,
 }
 
+/// `[router.dns]`: how names in `router.workers` are asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterDns {
+    /// Time between two questions, in seconds.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub interval_s: Duration,
+    /// How long a group is kept after the last answer that had its address, in seconds: a name that flaps, or that nobody
+    /// answers for, takes none away before.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = 0, max = TIMEOUT_MAX_S))]
+    pub hold_s: Duration,
+}
+
 /// `[router.limits]`: bounds of what is let in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RouterLimits {
-    /// Requests admitted at once; more are refused with RESOURCE_EXHAUSTED.
+    /// Requests admitted at once; more wait (`router.queue`).
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = REQUESTS_MAX))]
     pub requests_max: u32,
@@ -134,6 +176,33 @@ pub struct RouterLimits {
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = PROMPT_BYTES_MAX))]
     pub prompt_bytes_max: usize,
+}
+
+/// `[router.queue]`: bounds of what waits to be let in when `router.limits.requests_max` are; more are refused with
+/// RESOURCE_EXHAUSTED. API keys take turns, each by the tokens its requests may cost, and priorities go first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterQueue {
+    /// Requests that wait; 0 lets none wait.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 0, max = REQUESTS_MAX))]
+    pub requests_max: u32,
+    /// Tokens that all of them may cost together: their prompts, and all they may generate.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = QUEUE_TOKENS_MAX))]
+    pub tokens_max: u64,
+    /// Bytes of their prompts together.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = QUEUE_BYTES_MAX))]
+    pub bytes_max: usize,
+    /// Requests of one API key that wait.
+    #[serde(deserialize_with = "strict::whole::deserialize")]
+    #[schemars(range(min = 1, max = REQUESTS_MAX))]
+    pub key_requests_max: u32,
+    /// Longest wait, in seconds; then the request is refused.
+    #[serde(with = "strict::seconds")]
+    #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
+    pub wait_max_s: Duration,
 }
 
 /// `[router.tls]` and `[group.tls]`: certificates of listeners, in PEM files that are read again when they change.
@@ -256,6 +325,19 @@ pub struct Group {
     /// meets the others at the first one's port (7070 without one); none is one host. For `cohort group`.
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     pub hosts: Vec<String>,
+    /// Routers at which the leader registers, as `http://host:port` or `https://host:port`; `dns+http://name:port` stands for
+    /// every address of a name. They need `router.registration`.
+    #[serde(deserialize_with = "strict::text_list::deserialize")]
+    #[schemars(schema_with = "schema::workers")]
+    pub routers: Vec<String>,
+    /// Where those routers reach the leader, as `http://host:port` or `https://host:port`. Default: where it listens.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub advertise: Option<String>,
+    /// Authorities that the certificates of `https://` routers must be signed by (PEM). Default: none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub routers_ca: Option<PathBuf>,
     /// Longest wait for all ranks to come together, in seconds.
     #[serde(with = "strict::seconds")]
     #[schemars(with = "f64", range(min = TIMEOUT_MIN_S, max = TIMEOUT_MAX_S))]
@@ -374,10 +456,16 @@ impl Default for Router {
             grpc_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
+            registration: false,
+            registration_hold_s: Duration::from_secs(10),
+            dns: RouterDns::default(),
             limits: RouterLimits::default(),
+            queue: RouterQueue::default(),
             tls: Tls::default(),
             keys_file: None,
+            jwt: RouterJwt::default(),
             http: RouterHttp::default(),
+            connection_age_max_s: Duration::from_secs(1800),
             resume_grace_s: Duration::from_secs(10),
             withdraw_grace_s: Duration::ZERO,
             drain_grace_s: Duration::from_secs(10),
@@ -385,10 +473,25 @@ impl Default for Router {
     }
 }
 
+impl Default for RouterDns {
+    fn default() -> Self {
+        let router::discovery::Names { interval, hold, .. } = router::discovery::Names::default();
+        Self { interval_s: interval, hold_s: hold }
+    }
+}
+
 impl Default for RouterLimits {
     fn default() -> Self {
-        let router::Limits { requests_max, prompt_bytes_max } = router::Limits::default();
+        let router::Limits { requests_max, prompt_bytes_max, .. } = router::Limits::default();
         Self { requests_max, prompt_bytes_max }
+    }
+}
+
+impl Default for RouterQueue {
+    fn default() -> Self {
+        let router::QueueLimits { requests_max, tokens_max, bytes_max, key_requests_max, wait_max } =
+            router::QueueLimits::default();
+        Self { requests_max, tokens_max, bytes_max, key_requests_max, wait_max_s: wait_max }
     }
 }
 
@@ -418,6 +521,9 @@ impl Default for Group {
             waiting_requests_max: 256,
             waiting_tokens_max: 262_144,
             hosts: Vec::new(),
+            routers: Vec::new(),
+            advertise: None,
+            routers_ca: None,
             boot_timeout_s: Duration::from_secs(60),
             metrics_listen: HttpListen::Off,
             tls: Tls::default(),

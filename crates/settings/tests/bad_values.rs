@@ -30,6 +30,7 @@ fn ten_mistakes_list_ten() {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table, which grows with the keys")]
 fn each_bad_value_is_refused_with_its_key() {
     let cases = [
         ("model.dtype = 'f16'", "model.dtype: \"f16\": unknown dtype `f16`; use f32 or bf16"),
@@ -75,8 +76,26 @@ fn each_bad_value_is_refused_with_its_key() {
             "router.http_listen: \"x\": use an address such as 127.0.0.1:8080, or off",
         ),
         (
+            "router.queue.tokens_max = 0",
+            "router.queue.tokens_max: must be between 1 and 17592186044416, not 0",
+        ),
+        (
+            "router.jwt.jwks_file = 'k'\nrouter.jwt.audiences = ['a']",
+            "router.jwt.issuers: is needed where router.jwt.jwks_file is set",
+        ),
+        ("router.jwt.audiences = ['a']", "router.jwt.audiences: is of no use without router.jwt.jwks_file"),
+        ("router.jwt.leeway_s = 601", "router.jwt.leeway_s: must be between 0 and 600 seconds, not 601"),
+        ("router.jwt.concurrency = 0", "router.jwt.concurrency: must be at least 1"),
+        ("router.jwt.limits_claim = ''", "router.jwt.limits_claim: must not be empty"),
+        ("router.jwt.priority_min = 101", "router.jwt.priority_min: must be between -100 and 100, not 101"),
+        ("router.jwt.priority_min = 'x'", "router.jwt.priority_min: must be a whole number, not \"x\""),
+        (
+            "router.queue.wait_max_s = 0",
+            "router.queue.wait_max_s: must be between 0.001 and 86400 seconds, not 0",
+        ),
+        (
             "router.workers = ['a:1']",
-            "router.workers: \"a:1\" is not an address such as http://10.0.0.1:7000",
+            "router.workers: \"a:1\" is not an address such as http://10.0.0.1:7000 or dns+http://groups:7000",
         ),
         ("router.workers = ['http://a:1/x']", "router.workers: \"http://a:1/x\" is not an address"),
         ("router.workers = [1]", "router.workers: invalid type: integer `1`, expected text in quotes"),
@@ -91,6 +110,17 @@ fn each_bad_value_is_refused_with_its_key() {
         (
             "group.metrics_listen = '0.0.0.0:65535'\ncluster.groups = 2",
             "group.metrics_listen: leaves no ports for 2 groups after 65535",
+        ),
+        ("telemetry.log_format = 'xml'", "telemetry.log_format: \"xml\": use human or json"),
+        ("telemetry.sample_ratio = 1.5", "telemetry.sample_ratio: must be between 0 and 1, not 1.5"),
+        ("telemetry.sample_ratio = 'all'", "telemetry.sample_ratio: must be a number, not \"all\""),
+        (
+            "telemetry.otlp_endpoint = 'https://a:1'",
+            "telemetry.otlp_endpoint: \"https://a:1\" is not an address such as http://127.0.0.1:4317",
+        ),
+        (
+            "telemetry.record_content = true",
+            "telemetry.record_content: is of no use without telemetry.otlp_endpoint",
         ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
     ];

@@ -98,7 +98,7 @@ fn every_choice_is_taken_and_an_unknown_one_is_not() {
         assert!(!taken(&key.name, "'something else'"), "{}", key.name);
         checked += 1;
     }
-    assert_eq!(checked, 6);
+    assert_eq!(checked, 7);
 }
 
 #[test]

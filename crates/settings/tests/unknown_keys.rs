@@ -32,7 +32,7 @@ fn an_unknown_variable_is_named_as_it_was_set() {
 fn a_section_given_as_a_value_says_so() {
     assert_eq!(
         wrong("group = 5\n"),
-        ["group: is a section, not a value; set a key in it, such as group.block_size"]
+        ["group: is a section, not a value; set a key in it, such as group.advertise"]
     );
 }
 

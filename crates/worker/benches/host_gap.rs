@@ -63,7 +63,7 @@ fn gaps(running: u32) -> GapSummary {
         scope.spawn(move || steps.run(execute, |job| _ = done.send(job)));
         loop {
             effects.clear();
-            let Ok(()) = pipeline.advance(now(), &mut effects, |_| Ok::<_, std::convert::Infallible>(()));
+            let Ok(()) = pipeline.advance(now(), &mut effects, |_, _| Ok::<_, std::convert::Infallible>(()));
             if pipeline.engine().steps_in_flight() == 0 {
                 break;
             }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use security::{Secret, ServerTls};
+use security::{ClientTls, Secret, ServerTls};
 use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank, TpSize};
 
 /// Where the model runs.
@@ -127,6 +127,19 @@ pub struct Config {
     pub drain_grace: Duration,
     /// Who may call the leader.
     pub access: Access,
+    /// Whom the leader tells that it is there; only read on rank 0.
+    pub routers: Routers,
+}
+
+/// The routers at which a leader registers. The default: none, they have a list of their own.
+#[derive(Debug, Clone, Default)]
+pub struct Routers {
+    /// Each `http://host:port`, or `dns+http://name:port` for every address of a name; `https` likewise.
+    pub addresses: Vec<String>,
+    /// Where they reach the leader, as `http://host:port`; `None` is where it listens.
+    pub advertise: Option<String>,
+    /// The authorities of routers whose address is `https://`.
+    pub tls: Option<ClientTls>,
 }
 
 /// Who may call a leader. The default: everybody.

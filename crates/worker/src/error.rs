@@ -76,6 +76,14 @@ pub enum Error {
         /// The system's words.
         source: std::io::Error,
     },
+    /// Routers are to be told an address that nobody can reach.
+    #[error(
+        "routers cannot reach {address}, where this leader listens: say with group.advertise (--advertise) where they can"
+    )]
+    Advertise {
+        /// The address.
+        address: SocketAddr,
+    },
     /// The system refused a thread or a runtime.
     #[error("cannot start {what}: {source}")]
     Start {

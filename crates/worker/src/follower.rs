@@ -13,6 +13,7 @@ use types::{TokenId, TpRank};
 use crate::device::QueuedTokens;
 use crate::executor::Executor;
 use crate::guide::{Choices, Limit};
+use crate::traced::{Followed as Traced, Note};
 use crate::{Config, Error};
 
 /// The frame that ends a group in good order; no other is empty.
@@ -29,6 +30,8 @@ enum Order {
     /// A step, which in a group of several sub-groups comes with how to sample it.
     Step(StepPlan, Option<Briefing>),
     Activity,
+    /// About a traced request.
+    Note(Note),
     End,
 }
 
@@ -118,6 +121,10 @@ impl Mail {
             self.orders.push_back(if frame == END { Order::End } else { Order::Activity });
             return Ok(());
         }
+        if let Some(note) = Note::decode(&frame) {
+            self.orders.push_back(Order::Note(note));
+            return Ok(());
+        }
         match Frame::decode(&frame).map_err(|source| Error::Engine { rank, source })? {
             Frame::Plan(plan) if self.briefed => self.plan = Some(plan),
             Frame::Plan(plan) => self.orders.push_back(Order::Step(plan, None)),
@@ -168,39 +175,55 @@ pub(crate) fn run(config: &Config, facts: Followed, plans: PlanReceiver) -> Resu
     let rank = config.rank;
     let briefed = engine.data_parallel > 1;
     let mut mail = Mail::open(rank, plans, briefed)?;
-    let mut under_way: Option<QueuedTokens> = None;
-    let mut briefings = Briefed::new(&engine, rank.index() / config.tensor.get());
+    let mut under_way: Option<(QueuedTokens, StepPlan)> = None;
+    let (mut traced, own) = (Traced::default(), rank.index() / config.tensor.get());
+    let mut briefings = Briefed::new(&engine, own);
     loop {
         let order = mail.next(|| match &under_way {
             None => Ok(false),
-            Some(step) if !executor.has_followed(step)? => Ok(true),
+            Some((step, _)) if !executor.has_followed(step)? => Ok(true),
             Some(_) => {
-                under_way.take().map_or(Ok(()), |step| executor.followed(step))?;
+                finish(under_way.take(), (&mut executor, &mut traced))?;
                 Ok(false)
             }
         })?;
         match order {
-            Order::End => return under_way.map_or(Ok(()), |step| executor.followed(step)),
+            Order::End => return finish(under_way, (&mut executor, &mut traced)),
             Order::Activity => drop(executor.activity()?),
+            Order::Note(note) => traced.note(note, |slot| engine.sub_group(slot) == own),
             Order::Step(plan, None) => {
                 if plan.follows_on() && !executor.feeds() {
                     executor.drawn.clone_from(mail.drawn(plan.step() - 1)?);
                 }
+                traced.before(&plan);
                 let forward = executor.begin(&plan)?;
                 // The step before has ended, or ends while this one waits for it.
-                under_way.take().map_or(Ok(()), |before| executor.followed(before))?;
-                under_way = Some(executor.follow(forward)?);
+                finish(under_way.take(), (&mut executor, &mut traced))?;
+                under_way = Some((executor.follow(forward)?, plan));
             }
             Order::Step(plan, Some(briefing)) => {
                 let refuse = |source| Error::Engine { rank, source };
                 let brief = briefings.take(&plan, briefing).map_err(refuse)?;
                 let (step, guided) = (plan.step(), brief.guided);
                 let mut told = Told { mail: &mut mail, step, guided, failed: None };
+                traced.before(&plan);
                 let followed = executor.follow_among(&plan, &brief, &mut told);
                 told.failed.map_or(followed, Err)?;
+                traced.after(&plan);
             }
         }
     }
+}
+
+/// Ends the step that is under way, if one is.
+fn finish(
+    under_way: Option<(QueuedTokens, StepPlan)>,
+    (executor, traced): (&mut Executor, &mut Traced),
+) -> Result<(), Error> {
+    let Some((step, plan)) = under_way else { return Ok(()) };
+    executor.followed(step)?;
+    traced.after(&plan);
+    Ok(())
 }
 
 /// A follower that has booted.

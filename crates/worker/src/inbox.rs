@@ -1,5 +1,6 @@
 //! What the engine thread is told, and where its answers go.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Instant;
 
@@ -9,6 +10,7 @@ use proto::Failure;
 use proto::worker::GenerateChunk;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
+use trace::Span;
 
 use crate::guide::Guide;
 use crate::pipeline::Job;
@@ -62,6 +64,16 @@ pub(crate) struct Submission {
     pub(crate) key: u64,
     /// One for each of its sequences; empty when they may draw what they like.
     pub(crate) guides: Vec<Guide>,
+    /// Whose it is.
+    pub(crate) asker: Asker,
+}
+
+/// What a request is called in logs and traces.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Asker {
+    /// The id that its caller and the router know it by; empty for the group's own.
+    pub(crate) request: Arc<str>,
+    pub(crate) span: Span,
 }
 
 /// The way in, for any number of threads.

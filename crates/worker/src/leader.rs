@@ -17,12 +17,13 @@ use types::{GenerationSpec, Micros, SeqId, TokenId, TpRank, TpSize};
 use crate::flight::FlightRecorder;
 use crate::follower::{ACTIVITY, END};
 use crate::guide::Guides;
-use crate::inbox::{Inbox, Message, Outlet, Submission};
+use crate::inbox::{Asker, Inbox, Message, Outlet, Submission};
 use crate::metrics::EngineCounters;
 use crate::numerics::Numerics;
 use crate::pipeline::{Pipeline, Steps};
 use crate::state::{State, StatePublisher};
 use crate::streams::Streams;
+use crate::traced::Notes;
 use crate::{Config, Error, GapSummary, Report, Reporter};
 
 /// How often the thread that watches the followers looks whether it is still needed.
@@ -117,6 +118,20 @@ fn answer(askers: &mut Vec<oneshot::Sender<Vec<Activity>>>, ranks: &[Activity]) 
     }
 }
 
+/// Tells the followers which slots belong to traced requests, if any do.
+fn note(notes: &mut Notes, effects: &[Effect], open: &Streams, (plans, frame): (&Plans, &mut Vec<u8>)) {
+    notes.take(
+        effects,
+        |seq| open.traced(seq),
+        |note| {
+            if let Err(error) = plans.send(frame, |frame| note.encode(frame)) {
+                // The next plan finds it out too, and ends the group.
+                tracing::debug!(%error, "followers were not told of a trace");
+            }
+        },
+    );
+}
+
 /// Everything the engine thread owns.
 pub(crate) struct Leader {
     rank: TpRank,
@@ -127,6 +142,7 @@ pub(crate) struct Leader {
     counters: EngineCounters,
     clock: Instant,
     open: Streams,
+    notes: Notes,
     guides: Arc<Guides>,
     next_id: u64,
     frame: Vec<u8>,
@@ -178,6 +194,7 @@ impl Leader {
             counters: seat.counters,
             clock: Instant::now(),
             open: Streams::new(Arc::clone(&seat.guides)),
+            notes: Notes::default(),
             guides: seat.guides,
             next_id: 0,
             briefings,
@@ -218,7 +235,14 @@ impl Leader {
                 options: engine::RequestOptions::default(),
             };
             let sink = sink.clone();
-            self.submit(Submission { request, deadline: None, sink, key: 0, guides: Vec::new() });
+            self.submit(Submission {
+                request,
+                deadline: None,
+                sink,
+                key: 0,
+                guides: Vec::new(),
+                asker: Asker::default(),
+            });
         }
         self.turn()?;
         while self.is_busy() && self.wait()? {
@@ -295,8 +319,11 @@ impl Leader {
         self.cancel_abandoned();
         self.ask()?;
         let now = self.now();
-        let Self { pipeline, plans, effects, frame, briefings, guides, .. } = self;
-        let send = |step: &Step| plans.step(frame, step, (&mut *briefings, &**guides));
+        let Self { pipeline, plans, effects, frame, briefings, guides, open, notes, .. } = self;
+        let send = |step: &Step, effects: &[Effect]| {
+            note(notes, effects, open, (plans, frame));
+            plans.step(frame, step, (&mut *briefings, &**guides))
+        };
         let sent = pipeline.advance(now, effects, send);
         self.deliver();
         sent
@@ -375,14 +402,14 @@ impl Leader {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { mut request, deadline, sink, key, guides } = submission;
+        let Submission { mut request, deadline, sink, key, guides, asker } = submission;
         request.deadline = deadline.map(|at| at.saturating_duration_since(self.clock).into());
         self.counters.submitted(request.prompt.len());
         let seq = SeqId(self.next_id);
         self.next_id += u64::from(request.generation.sequences());
-        self.open.open(seq..SeqId(self.next_id), request.options.first_stream, key, &sink);
+        self.open.open(seq..SeqId(self.next_id), request.options.first_stream, (key, &asker), &sink);
         for (own, guide) in (seq.0..).map(SeqId).zip(guides) {
-            self.guides.open(own, guide);
+            self.guides.open(own, guide, Arc::clone(&asker.request));
         }
         self.apply(Event::Submit { seq, request });
     }
@@ -402,6 +429,9 @@ impl Leader {
 
     /// Passes effects on to the streams they belong to.
     fn deliver(&mut self) {
+        let Self { notes, effects, open, plans, frame, .. } = self;
+        note(notes, effects, open, (plans, frame));
+        notes.delivered();
         for effect in self.effects.drain(..) {
             self.counters.count(&effect);
             self.open.deliver(effect);

@@ -21,15 +21,17 @@ mod metrics;
 mod numerics;
 mod pipeline;
 mod pulse;
+mod registrar;
 mod report;
 mod run;
 mod server;
 mod service;
 mod state;
 mod streams;
+mod traced;
 
 pub use capacity::{Capacity, CollectiveCosts, GroupShape, KvCosts, Memory, RankBytes};
-pub use config::{Access, Config, Device, Limits, LoadFormat};
+pub use config::{Access, Config, Device, Limits, LoadFormat, Routers};
 pub use device::{StepBounds, cuda_options};
 pub use error::Error;
 pub use fit::{Memory as RankMemory, Part};

@@ -100,7 +100,8 @@ impl Pipeline {
         self.engine.apply(event, now, effects);
     }
 
-    /// Plans as many steps as may be in flight and can be planned now. Each is shown to `send`, then given to the executor.
+    /// Plans as many steps as may be in flight and can be planned now. Each is shown to `send`, with the effects that have come
+    /// up so far, then given to the executor.
     ///
     /// # Errors
     /// What `send` says.
@@ -108,7 +109,7 @@ impl Pipeline {
         &mut self,
         now: Micros,
         effects: &mut Vec<Effect>,
-        mut send: impl FnMut(&Step) -> Result<(), E>,
+        mut send: impl FnMut(&Step, &[Effect]) -> Result<(), E>,
     ) -> Result<(), E> {
         self.rested |= self.engine.is_idle();
         while let Some(mut job) = self.spare.pop() {
@@ -119,7 +120,7 @@ impl Pipeline {
             }
             self.flight.planned(&job.step.plan, &self.engine.load(), begun.elapsed(), now);
             job.follows = !std::mem::take(&mut self.rested);
-            send(&job.step)?;
+            send(&job.step, effects)?;
             // An executor that is gone says so on its own way.
             let _ = self.jobs.send(Work::Run(job));
         }

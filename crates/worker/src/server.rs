@@ -20,8 +20,9 @@ use crate::flight::FlightRecorder;
 use crate::guide::Kitchen;
 use crate::inbox::Inbox;
 use crate::metrics::{self, Metrics};
+use crate::registrar::Registrar;
 use crate::service::Service;
-use crate::state::StatePublisher;
+use crate::state::{Standing, StatePublisher};
 use crate::{Config, Error, boot};
 
 /// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
@@ -31,8 +32,10 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_GRACE: Duration = Duration::from_secs(1);
 /// Threads for gRPC; tokens are computed elsewhere.
 const IO_THREADS: usize = 1;
-/// What health is reported for: the server as a whole and the service, SERVING while requests are taken.
-const SERVING_NAMES: [&str; 2] = ["", "cohort.worker.v1.Worker"];
+/// A name whose health is SERVING while requests are taken.
+const SERVICE_NAME: &str = "cohort.worker.v1.Worker";
+/// The server as a whole: SERVING while requests are taken and a router sends them.
+const READY_NAME: &str = "";
 /// A name whose health is SERVING for as long as this process answers, whatever phase it is in: for liveness probes.
 const LIVE_NAME: &str = "live";
 
@@ -78,6 +81,9 @@ impl GrpcServer {
                 watchers_door.watch();
                 metrics::serve(incoming(into_tokio(listener), watchers_door), served.0, served.1).await;
             });
+        }
+        if let Some(registrar) = Registrar::new(config, address, &state)? {
+            runtime.spawn(registrar.keep_registering());
         }
         let kitchen = Arc::new(Kitchen::new(config.model.clone()));
         let service = Service {
@@ -148,17 +154,22 @@ async fn serve(
     closing: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    let mut states = state.subscribe();
+    let (mut states, mut standings) = (state.subscribe(), state.standing());
     reporter.set_service_status(LIVE_NAME, ServingStatus::Serving).await;
     tokio::spawn(async move {
         loop {
             let phase = states.borrow_and_update().phase;
             let serving = phase == i32::from(proto::worker::Phase::Serving);
-            let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-            for name in SERVING_NAMES {
+            let acknowledged = *standings.borrow_and_update() == Standing::Acknowledged;
+            for (name, serving) in [(SERVICE_NAME, serving), (READY_NAME, serving && acknowledged)] {
+                let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
                 reporter.set_service_status(name, status).await;
             }
-            if states.changed().await.is_err() {
+            let changed = tokio::select! {
+                changed = states.changed() => changed,
+                changed = standings.changed() => changed,
+            };
+            if changed.is_err() {
                 return;
             }
         }

@@ -8,20 +8,22 @@ use engine::{PrefixReuse, RequestOptions};
 use futures::{Stream, StreamExt};
 use proto::worker::worker_server::Worker;
 use proto::worker::{
-    CancelRequest, CancelResponse, GenerateChunk, GenerateRequest, GetActivityRequest, GetStepsRequest,
-    GroupActivity, StepRecords, WatchRequest, WorkerState,
+    AcknowledgeRequest, AcknowledgeResponse, CancelRequest, CancelResponse, GenerateChunk, GenerateRequest,
+    GetActivityRequest, GetStepsRequest, GroupActivity, StepRecords, WatchRequest, WorkerState,
 };
 use proto::{Failure, GenerationFields, Phase, RETRY_AFTER, Violation};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
+use trace::{Kind, Parent, Span, TRACEPARENT, TRACESTATE};
 use types::{GenerationSpec, Priority, TokenId};
 
 use crate::activity::Plan;
 use crate::flight::{FlightRecorder, STEPS_KEPT};
 use crate::guide::{Guidance, Guide, Kitchen};
-use crate::inbox::{Inbox, Message, Submission};
+use crate::inbox::{Asker, Inbox, Message, Submission};
 use crate::metrics::{Asked, Metered, Metrics};
 use crate::state::StatePublisher;
 use crate::{activity, chunk};
@@ -68,6 +70,15 @@ impl Worker for Service {
         Ok(Response::new(Box::pin(states)))
     }
 
+    async fn acknowledge(
+        &self,
+        request: Request<AcknowledgeRequest>,
+    ) -> Result<Response<AcknowledgeResponse>, Status> {
+        let AcknowledgeRequest { router_id, refusal } = request.into_inner();
+        self.state.acknowledged(&router_id, &refusal);
+        Ok(Response::new(AcknowledgeResponse {}))
+    }
+
     async fn get_activity(
         &self,
         _request: Request<GetActivityRequest>,
@@ -97,6 +108,7 @@ impl Worker for Service {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = proto::timeout(request.metadata())?;
+        let span = span(request.metadata());
         let mut request = request.into_inner();
         let facts = self.serving()?.model.unwrap_or_default();
         let vocab_size = facts.vocab_size;
@@ -109,7 +121,9 @@ impl Worker for Service {
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
         let key = request.key;
+        let asker = Asker { request: std::mem::take(&mut request.request_id).into(), span };
         let asked = Asked {
+            asker: asker.clone(),
             prompt_tokens: request.prompt.len(),
             max_tokens: generation.max_tokens(),
             sequences: generation.sequences(),
@@ -125,7 +139,7 @@ impl Worker for Service {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let guides = guidance.map_or_else(|| Ok(Vec::new()), |guidance| guides(&guidance, &request))?;
         self.inbox
-            .submit(Submission { request, deadline, sink, key, guides })
+            .submit(Submission { request, deadline, sink, key, guides, asker })
             .inspect_err(|failure| self.metrics.rejected(failure))?;
         Ok(Response::new(Metered::new(ReceiverStream::new(stream), Arc::clone(&self.metrics), asked)))
     }
@@ -134,6 +148,15 @@ impl Worker for Service {
         let CancelRequest { key, index } = request.into_inner();
         self.inbox.cancel(key, index);
         Ok(Response::new(CancelResponse {}))
+    }
+}
+
+/// The span of a request, when the router says that it is traced.
+fn span(headers: &MetadataMap) -> Span {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    match Parent::read(text(TRACEPARENT), text(TRACESTATE)).filter(Parent::is_sampled) {
+        Some(parent) => Span::begin("generate", Kind::Server, Some(&parent)),
+        None => Span::none(),
     }
 }
 

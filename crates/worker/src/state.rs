@@ -46,9 +46,32 @@ impl State {
     }
 }
 
+/// What routers have made of this group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// None has said anything.
+    Unknown,
+    /// One sends requests; the word of one that comes after it takes nothing back.
+    Acknowledged,
+    /// None does, for this reason.
+    Refused(String),
+}
+
+impl Standing {
+    /// In a few words, for whoever probes.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::Unknown => "no router has come yet".to_owned(),
+            Self::Acknowledged => "acknowledged".to_owned(),
+            Self::Refused(why) => format!("refused: {why}"),
+        }
+    }
+}
+
 /// Publishes the state to every router that watches.
 pub(crate) struct StatePublisher {
     sender: watch::Sender<WorkerState>,
+    standing: watch::Sender<Standing>,
     last_load: Mutex<Option<Instant>>,
 }
 
@@ -56,7 +79,34 @@ impl StatePublisher {
     pub(crate) fn new() -> Self {
         let phase = worker::Phase::Starting.into();
         let sender = watch::Sender::new(WorkerState { phase, percent: 0, model: None, load: None });
-        Self { sender, last_load: Mutex::new(None) }
+        Self { sender, standing: watch::Sender::new(Standing::Unknown), last_load: Mutex::new(None) }
+    }
+
+    /// A router has said what it makes of this group.
+    pub(crate) fn acknowledged(&self, router: &str, refusal: &str) {
+        let new = match refusal {
+            "" => Standing::Acknowledged,
+            why => Standing::Refused(why.to_owned()),
+        };
+        self.standing.send_if_modified(|standing| {
+            let changed = *standing != new && *standing != Standing::Acknowledged;
+            if changed {
+                match &new {
+                    Standing::Refused(why) => {
+                        tracing::error!(%router, %why, "a router does not use this group")
+                    }
+                    Standing::Acknowledged | Standing::Unknown => {
+                        tracing::info!(%router, "a router uses this group")
+                    }
+                }
+                *standing = new;
+            }
+            changed
+        });
+    }
+
+    pub(crate) fn standing(&self) -> watch::Receiver<Standing> {
+        self.standing.subscribe()
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<WorkerState> {

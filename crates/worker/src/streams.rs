@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use engine::{Effect, Finish};
 use proto::Failure;
+use trace::Parent;
 use types::SeqId;
 
 use crate::chunk::{self, Origin};
 use crate::guide::Guides;
-use crate::inbox::Sink;
+use crate::inbox::{Asker, Sink};
 use crate::numerics::Numerics;
+use crate::traced::Stages;
 
 /// Open sequences. Bounded by the engine's queue and batch.
 pub(crate) struct Streams {
@@ -28,6 +30,20 @@ struct Open {
     origin: Origin,
     /// What its request is called by a cancel; 0 for nothing.
     key: u64,
+    request: Arc<str>,
+    /// Of a request that is traced.
+    stages: Option<Box<Stages>>,
+}
+
+impl Open {
+    /// Nobody waits for it any more.
+    fn abandoned(&self, seq: SeqId) -> SeqId {
+        tracing::debug!(request = &*self.request, "its caller left");
+        if let Some(stages) = &self.stages {
+            stages.failed("ABANDONED", "nobody waits for it any more");
+        }
+        seq
+    }
 }
 
 impl Streams {
@@ -36,11 +52,19 @@ impl Streams {
     }
 
     /// Opens the stream of a request's sequences, which are numbered from `first_stream` on.
-    pub(crate) fn open(&mut self, sequences: Range<SeqId>, first_stream: u32, key: u64, sink: &Sink) {
+    pub(crate) fn open(
+        &mut self,
+        sequences: Range<SeqId>,
+        first_stream: u32,
+        (key, asker): (u64, &Asker),
+        sink: &Sink,
+    ) {
         for (index, id) in (0..).zip(sequences.start.0..sequences.end.0) {
             // A first stream too high is for the engine to refuse.
             let origin = Origin::new(first_stream.saturating_add(index));
-            self.open.insert(SeqId(id), Open { sink: sink.clone(), origin, key });
+            let stages = Stages::queued(&asker.span, origin.index());
+            let (sink, request) = (sink.clone(), Arc::clone(&asker.request));
+            self.open.insert(SeqId(id), Open { sink, origin, key, request, stages });
         }
     }
 
@@ -49,6 +73,11 @@ impl Streams {
         let named = |open: &Open| key != 0 && open.key == key && open.origin.index() == index;
         let seq = self.open.iter().find(|(_, open)| named(open)).map(|(&seq, _)| seq)?;
         self.open.remove(&seq).map(|_| seq)
+    }
+
+    /// What a traced sequence belongs to.
+    pub(crate) fn traced(&self, seq: SeqId) -> Option<Parent> {
+        self.open.get(&seq)?.stages.as_ref()?.parent()
     }
 
     pub(crate) fn explain_with(&mut self, numerics: Option<Numerics>) {
@@ -62,7 +91,7 @@ impl Streams {
     /// Forgets the sequences nobody waits for any more, and names them.
     pub(crate) fn take_abandoned(&mut self) -> impl Iterator<Item = SeqId> + use<> {
         let closed = self.open.iter().filter(|(_, open)| open.sink.is_closed());
-        let gone: Vec<SeqId> = closed.map(|(&seq, _)| seq).collect();
+        let gone: Vec<SeqId> = closed.map(|(&seq, open)| open.abandoned(seq)).collect();
         self.open.retain(|_, open| !open.sink.is_closed());
         gone.into_iter()
     }
@@ -71,7 +100,10 @@ impl Streams {
     pub(crate) fn deliver(&mut self, effect: Effect) {
         match effect {
             Effect::Token { seq, token, logprob } => {
-                if let Some(Open { sink, origin, .. }) = self.open.get_mut(&seq) {
+                if let Some(Open { sink, origin, stages, .. }) = self.open.get_mut(&seq) {
+                    if let Some(stages) = stages {
+                        stages.drew();
+                    }
                     let _ = sink.try_send(Ok(chunk::token(origin, token, logprob.as_ref())));
                 }
             }
@@ -82,15 +114,28 @@ impl Streams {
                     });
                 }
             }
-            Effect::Started { seq, cached_tokens } => {
+            Effect::Started { seq, cached_tokens, .. } => {
                 if let Some(open) = self.open.get_mut(&seq) {
                     open.origin.started(cached_tokens);
+                    if let Some(stages) = &mut open.stages {
+                        stages.started(cached_tokens);
+                    }
                 }
             }
-            Effect::Preempted { seq } => tracing::info!(%seq, "preempted for lack of KV blocks"),
-            Effect::Finished { seq, finish, .. } => {
+            Effect::Preempted { seq } => {
+                let open = self.open.get_mut(&seq);
+                let request = open.as_ref().map(|open| Arc::clone(&open.request));
+                tracing::info!(request = request.as_deref(), "preempted for lack of KV blocks");
+                if let Some(stages) = open.and_then(|open| open.stages.as_mut()) {
+                    stages.preempted();
+                }
+            }
+            Effect::Finished { seq, finish, usage } => {
                 self.guides.close(seq);
-                if let Some(Open { sink, origin, .. }) = self.open.remove(&seq) {
+                if let Some(Open { sink, origin, stages, .. }) = self.open.remove(&seq) {
+                    if let Some(stages) = stages {
+                        stages.finished(finish, &usage);
+                    }
                     let end = match (finish, &self.numerics) {
                         (Finish::NotANumber, Some(numerics)) => Err(numerics.failure()),
                         _ => chunk::finish(&origin, finish),
@@ -100,8 +145,12 @@ impl Streams {
             }
             Effect::Refused { seq, refusal } => {
                 self.guides.close(seq);
-                if let Some(Open { sink, .. }) = self.open.remove(&seq) {
-                    let _ = sink.try_send(Err(chunk::refusal(&refusal).into()));
+                if let Some(Open { sink, stages, .. }) = self.open.remove(&seq) {
+                    let failure = chunk::refusal(&refusal);
+                    if let Some(stages) = stages {
+                        stages.failed(failure.reason(), &failure.to_string());
+                    }
+                    let _ = sink.try_send(Err(failure.into()));
                 }
             }
         }
@@ -109,7 +158,10 @@ impl Streams {
 
     /// Ends every open request with the same status.
     pub(crate) fn end_all(&mut self, why: &Failure) {
-        for (_, Open { sink, .. }) in std::mem::take(&mut self.open) {
+        for (_, Open { sink, stages, .. }) in std::mem::take(&mut self.open) {
+            if let Some(stages) = stages {
+                stages.failed(why.reason(), &why.to_string());
+            }
             let _ = sink.try_send(Err(why.to_status()));
         }
     }

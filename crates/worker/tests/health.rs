@@ -5,6 +5,8 @@ mod support;
 
 use std::net::SocketAddr;
 
+use proto::worker::AcknowledgeRequest;
+use proto::worker::worker_client::WorkerClient;
 use support::{Rank, config};
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
@@ -20,6 +22,24 @@ fn health(runtime: &Runtime, address: SocketAddr, service: &str) -> ServingStatu
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         HealthClient::new(channel).check(request).await.unwrap().into_inner().status()
     })
+}
+
+/// Says what a router makes of a leader.
+fn acknowledge(runtime: &Runtime, address: SocketAddr, refusal: &str) {
+    let request = AcknowledgeRequest { router_id: "a router".to_owned(), refusal: refusal.to_owned() };
+    runtime.block_on(async {
+        let mut client = WorkerClient::connect(format!("http://{address}")).await.unwrap();
+        client.acknowledge(request).await.unwrap();
+    });
+}
+
+fn wait_until_serving(runtime: &Runtime, address: SocketAddr) {
+    runtime.block_on(async {
+        let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        let request = HealthCheckRequest { service: String::new() };
+        let mut states = HealthClient::new(channel).watch(request).await.unwrap().into_inner();
+        while states.message().await.unwrap().unwrap().status() != ServingStatus::Serving {}
+    });
 }
 
 fn runtime() -> Runtime {
@@ -39,9 +59,16 @@ fn a_leader_that_waits_for_its_ranks_is_live_and_not_ready() {
     assert_eq!(health(&runtime, address, ""), ServingStatus::NotServing);
     let follower = Rank::start(Config { rendezvous: meeting, ..config(1, 2) });
     leader.ready();
-    for name in ["live", "", "cohort.worker.v1.Worker"] {
+    for name in ["live", "cohort.worker.v1.Worker"] {
         assert_eq!(health(&runtime, address, name), ServingStatus::Serving, "{name:?}");
     }
+    assert_eq!(health(&runtime, address, ""), ServingStatus::NotServing, "no router has come");
+    acknowledge(&runtime, address, "it serves another model");
+    assert_eq!(health(&runtime, address, ""), ServingStatus::NotServing, "it was refused");
+    acknowledge(&runtime, address, "");
+    wait_until_serving(&runtime, address);
+    acknowledge(&runtime, address, "another router knows it not");
+    assert_eq!(health(&runtime, address, ""), ServingStatus::Serving, "the first one uses it still");
     leader.shutdown.cancel();
     leader.end().unwrap();
     follower.end().unwrap();

@@ -70,7 +70,7 @@ fn the_next_step_is_planned_and_sent_while_one_runs() {
     let executor = Controlled::start("controlled", steps);
     let (mut effects, mut sent) = (Vec::new(), Vec::new());
     pipeline.apply(submit(1, 4), Micros(0), &mut effects);
-    let Ok(()) = pipeline.advance(Micros(0), &mut effects, |step| {
+    let Ok(()) = pipeline.advance(Micros(0), &mut effects, |step, _| {
         sent.push(step.plan.step());
         Ok::<_, Infallible>(())
     });
@@ -91,7 +91,7 @@ fn a_rest_is_not_counted_as_a_gap() {
     for seq in 1..4 {
         pipeline.apply(submit(seq, 2), Micros(0), &mut effects);
         loop {
-            let Ok(()) = pipeline.advance(Micros(0), &mut effects, |_| Ok::<_, Infallible>(()));
+            let Ok(()) = pipeline.advance(Micros(0), &mut effects, |_, _| Ok::<_, Infallible>(()));
             if pipeline.engine().steps_in_flight() == 0 {
                 break;
             }

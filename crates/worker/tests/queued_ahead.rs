@@ -239,7 +239,7 @@ fn run(ahead: bool, cancels: bool) -> (Told, usize) {
                 let seq = SeqId(choices.below(submitted as usize) as u64);
                 pipeline.apply(Event::Cancel(seq), Micros(0), &mut effects);
             }
-            let Ok(()) = pipeline.advance(Micros(0), &mut effects, |_| Ok::<_, Infallible>(()));
+            let Ok(()) = pipeline.advance(Micros(0), &mut effects, |_, _| Ok::<_, Infallible>(()));
             told.take(&mut effects);
             if pipeline.engine().steps_in_flight() == 0 {
                 if submitted == REQUESTS {
@@ -350,7 +350,7 @@ fn two_steps() -> (Pipeline, Steps, Arc<FlightRecorder>) {
         GenerationSpec { max_tokens: Some(9), ..GenerationSpec::default() }.validate(0, VOCABULARY).unwrap();
     request.prompt.truncate(1);
     pipeline.apply(Event::Submit { seq: SeqId(1), request }, Micros(0), &mut effects);
-    let Ok(()) = pipeline.advance(Micros(0), &mut effects, |_| Ok::<_, Infallible>(()));
+    let Ok(()) = pipeline.advance(Micros(0), &mut effects, |_, _| Ok::<_, Infallible>(()));
     assert_eq!(pipeline.engine().steps_in_flight(), 2);
     pipeline.pause();
     (pipeline, steps, flight)

@@ -97,20 +97,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- /* What the configuration says of Secrets, under the paths where they are mounted. */ -}}
 {{- define "cohort.securityConfig" -}}
 {{- $tls := .Values.security.tls -}}
-{{- if include "cohort.routerTls" . }}
+{{- if or (include "cohort.routerTls" .) .Values.security.keys.secretName .Values.security.jwt.secretName }}
 router:
+  {{- if include "cohort.routerTls" . }}
   tls:
     certificate: /etc/cohort-router-tls/tls.crt
     key: /etc/cohort-router-tls/tls.key
     {{- if $tls.router.requireClients }}
     client_ca: /etc/cohort-router-tls/ca.crt
     {{- end }}
+  {{- end }}
   {{- if .Values.security.keys.secretName }}
   keys_file: /etc/cohort-keys/{{ .Values.security.keys.key }}
   {{- end }}
-{{- else if .Values.security.keys.secretName }}
-router:
-  keys_file: /etc/cohort-keys/{{ .Values.security.keys.key }}
+  {{- if .Values.security.jwt.secretName }}
+  jwt:
+    jwks_file: /etc/cohort-jwt/{{ .Values.security.jwt.key }}
+  {{- end }}
 {{- end }}
 {{- if include "cohort.groupTls" . }}
 group:
@@ -138,7 +141,7 @@ cluster:
 {{- $root := index . 0 -}}
 {{- $secrets := list -}}
 {{- if eq (index . 1) "router" -}}
-{{- $secrets = list (list "router-tls" (include "cohort.routerTls" $root)) (list "at-groups-tls" (include "cohort.routerAtGroupsTls" $root)) (list "keys" $root.Values.security.keys.secretName) -}}
+{{- $secrets = list (list "router-tls" (include "cohort.routerTls" $root)) (list "at-groups-tls" (include "cohort.routerAtGroupsTls" $root)) (list "keys" $root.Values.security.keys.secretName) (list "jwt" $root.Values.security.jwt.secretName) -}}
 {{- else -}}
 {{- $secrets = list (list "group-tls" (include "cohort.groupTls" $root)) -}}
 {{- end -}}
@@ -168,14 +171,27 @@ cluster:
 {{- end }}
 {{- end -}}
 
-{{- /* Where the leaders of all groups listen. */ -}}
+{{- /* Where the leaders of all groups listen: every address of their service, or the names of their pods. */ -}}
 {{- define "cohort.workers" -}}
 {{- $service := include "cohort.groups" . -}}
+{{- $scheme := ternary "https" "http" (ne (include "cohort.groupTls" .) "") -}}
+{{- if eq (include "cohort.discovery" .) "dns" }}
+- dns+{{ $scheme }}://{{ $service }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.groups.port }}
+{{- else }}
 {{- $scaled := .Values.groups.autoscaling -}}
 {{- $groups := ternary $scaled.maxReplicas .Values.groups.replicas $scaled.enabled | int -}}
 {{- range $index := until $groups }}
-- {{ ternary "https" "http" (ne (include "cohort.groupTls" $) "") }}://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
+- {{ $scheme }}://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* How routers find groups. The service of a LeaderWorkerSet has the pods of all ranks, so its leaders go by name. */ -}}
+{{- define "cohort.discovery" -}}
+{{- if and (eq .Values.groups.discovery "dns") (eq .Values.groups.kind "leaderworkerset") -}}
+{{- fail "groups.discovery is dns, and the service of a LeaderWorkerSet has the pods of all ranks; set it to names" -}}
+{{- end -}}
+{{- default (ternary "dns" "names" (eq .Values.groups.kind "statefulset")) .Values.groups.discovery -}}
 {{- end -}}
 
 {{- /* The cluster file: the given tree, and what the chart knows better. */ -}}
@@ -194,6 +210,10 @@ cluster:
 {{- $config = mergeOverwrite $config (dict "model" (dict "path" $path)) -}}
 {{- end -}}
 {{- $config = mergeOverwrite $config (include "cohort.securityConfig" . | fromYaml) -}}
+{{- $jwt := ($config.router.jwt | default dict) -}}
+{{- if and .Values.security.jwt.secretName (not (and $jwt.issuers $jwt.audiences)) -}}
+{{- fail "security.jwt.secretName needs config.router.jwt.issuers and config.router.jwt.audiences: tokens of anybody for anybody prove nothing" -}}
+{{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
 

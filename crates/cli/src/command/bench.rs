@@ -8,6 +8,7 @@ mod leader;
 mod load;
 mod machine;
 mod ops;
+mod overload;
 mod router;
 mod stats;
 mod steps;
@@ -26,6 +27,7 @@ pub use floor::Floor;
 pub use load::Random;
 pub use machine::TargetArgs;
 pub use ops::KernelsArgs;
+pub use overload::OverloadArgs;
 pub use router::RouterArgs;
 pub use stats::{GroupTraffic, Measured, Percentiles, Summary};
 pub use steps::{DecodeArgs, PrefillArgs};
@@ -77,6 +79,8 @@ pub enum What {
     Collectives(CollectivesArgs),
     /// What a router adds to a leader that answers at once; needs no cluster
     Router(RouterArgs),
+    /// How soon a full router says no; needs no cluster
+    Overload(OverloadArgs),
 }
 
 /// Flags of `cohort bench serve`.
@@ -123,6 +127,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Some(What::Collectives(group)) => return collectives::run(group),
         Some(What::Serve(serve)) => serve,
         Some(What::Router(own)) => return router::run(own),
+        Some(What::Overload(own)) => return overload::run(own),
         None => &args.serve,
     };
     let plan = load::Plan::try_from(args)?;

@@ -235,8 +235,14 @@ fn flag_of(key: &str) -> Option<String> {
     let tls = || settings::Tls { certificate: file(), key: file(), client_ca: file() };
     (settings.router.tls, settings.group.tls) = (tls(), tls());
     (settings.router.keys_file, settings.cluster.secret_file) = (file(), file());
+    let jwt = &mut settings.router.jwt;
+    (jwt.jwks_file, jwt.issuers, jwt.audiences) = (file(), vec![String::new()], vec![String::new()]);
+    (jwt.requests_per_minute, jwt.tokens_per_minute) = (Some(1), Some(1));
+    (jwt.concurrency, jwt.priority_min) = (Some(1), Some(0));
     settings.cluster.tls = settings::ClusterTls { ca: file(), certificate: file(), key: file() };
     settings.group.fault_dir = Some("DIR".into());
+    settings.group.routers = vec!["URL".to_owned()];
+    (settings.group.advertise, settings.group.routers_ca) = (Some("URL".to_owned()), file());
     let groups: [&dyn ConfigFlags; 4] = [
         &args::ModelFlags::from(&settings),
         &args::ComputeFlags::from(&settings),

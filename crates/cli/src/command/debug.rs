@@ -1,5 +1,6 @@
 //! `cohort debug`: what a running worker counts and remembers.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::bail;
@@ -13,19 +14,20 @@ use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::out::say;
 use crate::table::{Align, Table};
-use crate::{client, identity};
+use crate::{client, identity, run_dir};
 
 /// Longest wait for an answer, which comes between two steps.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 const MORE: &str = "\
 A group's leader says where it listens when it starts, and `cohort bench` needs only the router.
-The variable COHORT_CLUSTER_SECRET holds the cluster's secret, where it has one.
+Leaders of this user's `cohort up` are found, with their secret, in $XDG_RUNTIME_DIR/cohort, or in cohort-UID beside
+temporary files; for others the variable COHORT_CLUSTER_SECRET holds the cluster's secret, where it has one.
 
 Examples:
-  cohort debug expert-load --worker http://127.0.0.1:7000 > load.json
+  cohort debug steps --last 20
   cohort debug collectives --worker http://127.0.0.1:7000
-  cohort debug steps --worker http://127.0.0.1:7000 --last 20";
+  cohort debug expert-load --worker http://127.0.0.1:7000 > load.json";
 
 /// Flags of `cohort debug`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -50,9 +52,9 @@ pub enum What {
 /// Whom to ask.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct WorkerArgs {
-    /// Where the group's leader listens for routers
+    /// Where the group's leader listens for routers [default: the only one that `cohort up` runs here]
     #[arg(long, value_name = "URL")]
-    pub worker: String,
+    pub worker: Option<String>,
 }
 
 /// Flags of `cohort debug collectives`.
@@ -107,10 +109,32 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 async fn connect(args: &WorkerArgs) -> anyhow::Result<WorkerClient<Identified>> {
-    let channel = client::channel_of("--worker", &args.worker).await?;
-    let badge = Badge::new(identity::from_variable()?.as_ref());
+    let url = match &args.worker {
+        Some(url) => url.clone(),
+        None => only_leader(&run_dir::leaders())?,
+    };
+    let channel = client::channel_of("--worker", &url).await?;
+    let told = identity::from_variable()?;
+    let address = url.rsplit_once("://").map_or(url.as_str(), |(_, address)| address).trim_end_matches('/');
+    let secret = told.or_else(|| run_dir::secret_of(address.parse().ok()?));
+    let badge = Badge::new(secret.as_ref());
     let worker = WorkerClient::with_interceptor(channel, badge);
     Ok(worker.max_decoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+/// The leader to ask when none was named.
+fn only_leader(leaders: &[SocketAddr]) -> anyhow::Result<String> {
+    let named = |leader: &SocketAddr| format!("--worker http://{leader}");
+    match leaders {
+        [] => {
+            bail!("no cohort up of this user runs here; name a group's leader with --worker http://HOST:PORT")
+        }
+        [leader] => Ok(format!("http://{leader}")),
+        several => {
+            let all: Vec<String> = several.iter().map(named).collect();
+            bail!("there are several leaders here; name one:\n  {}", all.join("\n  "))
+        }
+    }
 }
 
 async fn steps(args: &StepsArgs) -> anyhow::Result<Vec<StepRecord>> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use proto::v1::{ChatMessage, ChatPrompt, GenerateRequest, Sampling, Stopping, generate_request};
 use settings::{HttpListen, Settings};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use types::{Bytes, DType, TpSize};
 use worker::Device;
@@ -60,9 +60,10 @@ struct Answered {
 pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     let started = Instant::now();
     let stop = signals::stop_token(false)?;
-    let settings = settings()?;
+    let mut settings = settings()?;
     // Its processes are stopped in the middle of nothing: that they miss each other then is no trouble.
-    let log = super::quiet(log, "error");
+    settings.telemetry = super::quiet(&log.telemetry(), "error");
+    let settings = Mutex::new(settings);
     let paint = Paint::stdout();
     say!(
         "{}  one router and {RANKS} tensor-parallel CPU workers serve {}",
@@ -74,7 +75,8 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         let facts = Arc::new(Mutex::new(Facts::default()));
         let noted = Arc::clone(&facts);
         let mut up = Some(up);
-        let cluster = up::supervise(&settings, &log, &stop, move |happening| {
+        let (_, unchanged) = mpsc::channel(1);
+        let cluster = up::supervise(&settings, &stop, unchanged, move |happening| {
             note(&mut noted.lock().unwrap_or_else(PoisonError::into_inner), &happening);
             if let Happening::Up(serving) = happening
                 && let Some(up) = up.take()
@@ -119,7 +121,7 @@ fn note(facts: &mut Facts, happening: &Happening) {
         Happening::Said { line: Line { pid, rank: Some(rank), event: Event::Loaded(loaded) }, .. } => {
             facts.ranks.insert(*rank, (*pid, loaded.resident));
         }
-        Happening::Said { .. } | Happening::Up(_) | Happening::Restarting { .. } => {}
+        Happening::Said { .. } | Happening::Up(_) | Happening::Restarting { .. } | Happening::Left(_) => {}
     }
 }
 

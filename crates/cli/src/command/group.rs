@@ -1,21 +1,30 @@
 //! `cohort group`: the ranks of one worker group on this machine.
 
+use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use settings::Settings;
+use settings::{Loaded, Settings};
+use tokio::sync::mpsc;
 
 use super::worker;
-use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy};
+use crate::args::{
+    self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy, TraceFlags,
+};
 use crate::hosts::Host;
 use crate::identity;
 use crate::progress::Progress;
+use crate::reload::{self, Outcome, Watched};
 use crate::report::{self, Event, Line};
 use crate::supervisor::group::{self, Group};
-use crate::supervisor::{Spec, lifeline, signals};
+use crate::supervisor::signals::Asked;
+use crate::supervisor::{Order, Spec, lifeline, signals};
+use crate::telemetry::{self, Role};
 
 /// Any free port of this machine only.
 const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+/// Orders held while one is passed on.
+const ORDERS_MAX: usize = 16;
 /// What the leader may need beyond its own grace to close its streams and end.
 const LEADER_SLACK: Duration = Duration::from_secs(2);
 
@@ -68,6 +77,9 @@ pub struct Args {
     /// Bounds of the group.
     #[command(flatten)]
     pub group: GroupFlags,
+    /// What is traced.
+    #[command(flatten)]
+    pub trace: TraceFlags,
     /// Started by a supervisor: reports go to stdout as JSON lines, and the end of stdin ends this process
     #[arg(long, hide = true)]
     pub supervised: bool,
@@ -86,8 +98,18 @@ impl Args {
         argv.extend(self.model.to_argv());
         argv.extend(self.compute.to_argv());
         argv.extend(self.group.to_argv());
+        argv.extend(self.trace.to_argv());
         argv.extend(self.supervised.then(|| "--supervised".to_owned()));
         argv
+    }
+
+    /// The configuration as it is now.
+    fn load(&self, log: &LogFlags) -> Result<Loaded, settings::Error> {
+        args::load_traced(
+            StartedBy::supervised(self.supervised),
+            &self.file,
+            &[&HostsFlag(&self.hosts), &self.model, &self.compute, &self.group, &self.trace, log],
+        )
     }
 
     /// What the `index`th supervised group of these settings is started with.
@@ -102,6 +124,7 @@ impl Args {
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
             group: GroupFlags { metrics_listen, ..GroupFlags::from(settings) },
+            trace: TraceFlags::from(settings),
             supervised: true,
         }
     }
@@ -117,6 +140,7 @@ impl Args {
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
             group: GroupFlags::from(settings),
+            trace: TraceFlags::from(settings),
             supervised: true,
         }
     }
@@ -129,17 +153,24 @@ pub(crate) fn stop_grace(settings: &Settings) -> Duration {
 
 /// Runs the group until it is told to stop or a rank ends.
 pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
+    let (orders, given) = mpsc::channel(ORDERS_MAX);
     if args.supervised {
-        lifeline::hold()?;
+        let orders = orders.clone();
+        lifeline::hold(move |order| {
+            lifeline::obey(order.clone());
+            if orders.try_send(order).is_err() {
+                tracing::warn!("an order was lost: others wait to be passed on");
+            }
+        })?;
     }
-    let stop = signals::stop_token(args.supervised)?;
-    let settings = args::load(
-        StartedBy::supervised(args.supervised),
-        &args.file,
-        &[&HostsFlag(&args.hosts), &args.model, &args.compute, &args.group],
-    )?;
-    let secret = identity::secret(&settings, StartedBy::supervised(args.supervised))?;
-    let log = log.to_argv();
+    let Asked { stop, reload } = signals::stop_and_reload(args.supervised)?;
+    // Before it is read: what changes in between is then seen as a change.
+    let watched = Watched::new(&args.file.config, reload);
+    let loaded = args.load(log)?;
+    let settings = &loaded.settings;
+    let _telemetry = telemetry::start(&settings.telemetry, &Role::tool(), super::SERVICE_LEVEL);
+    let secret = identity::secret(settings, StartedBy::supervised(args.supervised))?;
+    let log_flags = LogFlags::from(&settings.telemetry).to_argv();
     let host = Host::find(&settings.group.hosts, args.host_index, |name| std::env::var(name).ok())?;
     let size = settings.ranks();
     let ranks = host.as_ref().map_or(Ok(0..size.get()), |host| host.ranks(size))?;
@@ -149,26 +180,56 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         leader_grace: settings.group.drain_grace_s + LEADER_SLACK,
         silence_max: settings.group.step_timeout_s.max(group::SILENCE_MIN),
         spec: |rank, rendezvous| {
-            let mut rank = args.rank(&settings, rank, rendezvous);
+            let mut rank = args.rank(settings, rank, rendezvous);
             if let Some(host) = &host {
                 spread(&mut rank, host, ranks.len())?;
             }
             let mut argv = rank.to_argv();
-            argv.extend_from_slice(&log);
+            argv.extend_from_slice(&log_flags);
             Spec::own(argv, secret.clone())
         },
     };
     super::runtime()?.block_on(async {
         if args.supervised {
-            return group::run(&group, &stop, |line| report::say(&line)).await;
+            return group::run(&group, &stop, given, |line| report::say(&line)).await;
         }
         let mut progress = Progress::new(1);
-        group::run(&group, &stop, |line| {
+        let running = group::run(&group, &stop, given, |line| {
             progress.report(0, &line);
             tell(&progress, &line);
-        })
-        .await
+        });
+        tokio::select! {
+            ended = running => ended,
+            never = keep_reloading((args, log), watched, &loaded, &orders) => match never {},
+        }
     })
+}
+
+/// Logs what the configuration says as it changes; all else of a group needs a restart, which is said.
+async fn keep_reloading(
+    (args, log): (&Args, &LogFlags),
+    mut watched: Watched,
+    loaded: &Loaded,
+    orders: &mpsc::Sender<Order>,
+) -> Infallible {
+    let mut running = loaded.clone();
+    loop {
+        watched.changed().await;
+        match reload::judge(&running, args.load(log), settings::Role::Group) {
+            Outcome::Same => {
+                tracing::info!("the configuration was read again: no key of a group has changed")
+            }
+            Outcome::Refused(why) => tracing::error!("{}", reload::refusal(&why)),
+            Outcome::Applied(changed, new) => {
+                let order = Order::Log { level: new.settings.telemetry.log_level.clone() };
+                lifeline::obey(order.clone());
+                // The other end lives as long as this function.
+                let _ = orders.send(order).await;
+                tracing::info!("the configuration has changed: {}", reload::listed(&changed));
+                running = *new;
+            }
+        }
+    }
 }
 
 /// Makes a rank one of a group that spans hosts, with `here` ranks on this one.
@@ -198,6 +259,7 @@ fn tell(progress: &Progress, line: &Line) {
         | Event::Alive
         | Event::Ready { .. }
         | Event::Serving(_)
+        | Event::Configured { .. }
         | Event::Failed { .. } => {}
     }
 }

@@ -20,6 +20,7 @@ use clap::{Parser, Subcommand};
 use tokio::runtime::Runtime;
 
 use crate::args::LogFlags;
+use crate::telemetry::{self, Role};
 
 const MORE: &str = "\
 Start with:
@@ -78,6 +79,9 @@ impl Command {
     /// # Errors
     /// Whatever ended it other than success or an order to stop.
     pub fn run(self, log: &LogFlags) -> anyhow::Result<()> {
+        // A command with a configuration starts it by that.
+        let _tools = (!self.is_configured())
+            .then(|| telemetry::start(&log.telemetry(), &Role::tool(), self.log_level_default()));
         match self {
             Self::Demo(args) => demo::run(&args, log),
             Self::Up(args) => up::run(&args, log),
@@ -90,10 +94,15 @@ impl Command {
             Self::Debug(args) => debug::run(&args),
             Self::Kernels(args) => kernels::run(&args),
             Self::Keys(args) => keys::run(&args),
-            Self::Router(args) => router::run(&args),
+            Self::Router(args) => router::run(&args, log),
             Self::Group(args) => group::run(&args, log),
-            Self::Worker(args) => worker::run(&args),
+            Self::Worker(args) => worker::run(&args, log),
         }
+    }
+
+    /// Whether logs and traces are what a configuration says, and not flags alone.
+    const fn is_configured(&self) -> bool {
+        matches!(self, Self::Up(_) | Self::Router(_) | Self::Group(_) | Self::Worker(_))
     }
 
     /// Whether a supervisor started this process and reads its reports.
@@ -121,7 +130,7 @@ impl Command {
     #[must_use]
     pub fn log_level_default(&self) -> &'static str {
         match self {
-            Self::Router(_) | Self::Group(_) | Self::Worker(_) => "info",
+            Self::Router(_) | Self::Group(_) | Self::Worker(_) => SERVICE_LEVEL,
             Self::Demo(_)
             | Self::Up(_)
             | Self::Generate(_)
@@ -132,16 +141,21 @@ impl Command {
             | Self::Debug(_)
             | Self::Kernels(_)
             | Self::Keys(_)
-            | Self::Plan(_) => "warn",
+            | Self::Plan(_) => TOOL_LEVEL,
         }
     }
 }
 
-/// The level children log at: what the user asked for, else `level`, so that bars and answers stay readable.
-fn quiet(log: &LogFlags, level: &str) -> LogFlags {
-    let asked = log.log_level.is_some() || std::env::var_os("RUST_LOG").is_some();
-    let log_level = if asked { log.log_level.clone() } else { Some(level.into()) };
-    LogFlags { log_level, ..log.clone() }
+/// What a service logs unless the user says otherwise.
+const SERVICE_LEVEL: &str = "info";
+/// What `cohort up` and tools log.
+const TOOL_LEVEL: &str = "warn";
+
+/// What children log: what the user asked for, else `level`, so that bars and answers stay readable.
+fn quiet(telemetry: &settings::Telemetry, level: &str) -> settings::Telemetry {
+    let asked = telemetry.log_level.is_some() || std::env::var_os("RUST_LOG").is_some();
+    let log_level = if asked { telemetry.log_level.clone() } else { Some(level.to_owned()) };
+    settings::Telemetry { log_level, ..telemetry.clone() }
 }
 
 /// Threads for talking and supervising; models compute in threads of their own.

@@ -1,23 +1,30 @@
 //! `cohort up`: a whole cluster on this machine.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use security::Secret;
-use settings::Settings;
+use security::{KeyFile, Secret};
+use settings::{Complaint, Loaded, Settings};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{demo, group, router};
 use crate::args::{
     self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, RouterFlags, StartedBy,
+    TraceFlags,
 };
 use crate::progress::Progress;
-use crate::report::Serving;
+use crate::reload::{self, Outcome, Watched};
+use crate::report::{Event, Serving};
+use crate::run_dir::RunDir;
 use crate::style::Paint;
-use crate::supervisor::cluster::{self, Cluster, Happening, Member};
+use crate::supervisor::cluster::{self, Cluster, Happening, Member, Size};
+use crate::supervisor::signals::Asked;
 use crate::supervisor::{Spec, signals};
+use crate::telemetry::{self, Role};
 use crate::{client, embedded, identity};
 
 /// What a member may need beyond its own graces to end.
@@ -26,6 +33,8 @@ const SUPERVISOR_SLACK: Duration = Duration::from_secs(1);
 const MORE: &str = "\
 Without --model the embedded demo model is served. Groups and routers that die are restarted.
 Ctrl-C stops everything once open requests are finished; a second Ctrl-C ends at once.
+A cluster file that changes is read again, and so it is on SIGHUP: cluster.groups, router.limits, router.http,
+router.keys_file, telemetry.log_level and the router's graces change while requests run; what needs a restart is refused.
 
 Examples:
   cohort up --tensor-parallel 2
@@ -53,6 +62,9 @@ pub struct Args {
     /// Where it is served.
     #[command(flatten)]
     pub router: RouterFlags,
+    /// What is traced.
+    #[command(flatten)]
+    pub trace: TraceFlags,
 }
 
 /// The number of groups as a group of flags of its own: only this subcommand takes it.
@@ -69,14 +81,33 @@ impl ConfigFlags for GroupsFlag {
     }
 }
 
+impl Args {
+    /// The configuration as it is now.
+    fn load(&self, log: &LogFlags) -> Result<Loaded, settings::Error> {
+        args::load_traced(
+            StartedBy::User,
+            &self.file,
+            &[
+                &GroupsFlag(self.groups),
+                &self.model,
+                &self.compute,
+                &self.group,
+                &self.router,
+                &self.trace,
+                log,
+            ],
+        )
+    }
+}
+
 /// Runs the cluster until it is told to stop.
 pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
-    let stop = signals::stop_token(false)?;
-    let settings = args::load(
-        StartedBy::User,
-        &args.file,
-        &[&GroupsFlag(args.groups), &args.model, &args.compute, &args.group, &args.router],
-    )?;
+    let Asked { stop, reload } = signals::stop_and_reload(false)?;
+    // Before it is read: what changes in between is then seen as a change.
+    let watched = Watched::new(&args.file.config, reload);
+    let loaded = args.load(log)?;
+    let mut settings = loaded.settings.clone();
+    let _telemetry = telemetry::start(&settings.telemetry, &Role::tool(), super::TOOL_LEVEL);
     if !settings.group.hosts.is_empty() {
         let hosts = settings.group.hosts.len();
         bail!(
@@ -84,48 +115,122 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
         );
     }
     let encrypted = settings.router.tls.certificate.is_some();
-    let log = super::quiet(log, "warn");
+    settings.telemetry = super::quiet(&settings.telemetry, super::TOOL_LEVEL);
     super::runtime()?.block_on(async {
         let display = Arc::new(Display::new(&settings));
         tokio::spawn(say_stopping(stop.clone(), Arc::clone(&display)));
-        supervise(&settings, &log, &stop, |happening| match happening {
+        let current = Mutex::new(settings);
+        let (sizes, resized) = mpsc::channel(1);
+        let supervised = supervise(&current, &stop, resized, |happening| match happening {
             Happening::Up(serving) => {
                 _ = tokio::spawn(tell_when_serving(serving, encrypted, Arc::clone(&display)))
             }
             other => display.show(other),
-        })
-        .await
+        });
+        tokio::select! {
+            ended = supervised => ended,
+            never = keep_reloading((args, log), watched, (loaded, &current), &sizes, &display) => match never {},
+        }
     })
 }
 
-/// Runs a cluster of these settings until `stop`; `on` hears what happens.
+/// Goes on with the configuration as it changes. What is not used is said, and all stays as it was.
+async fn keep_reloading(
+    (args, log): (&Args, &LogFlags),
+    mut watched: Watched,
+    (mut running, current): (Loaded, &Mutex<Settings>),
+    sizes: &mpsc::Sender<Size>,
+    display: &Display,
+) -> Infallible {
+    loop {
+        watched.changed().await;
+        match reload::judge(&running, args.load(log).and_then(usable), settings::Role::Up) {
+            Outcome::Same => {
+                display.print(&display.paint.dim("the configuration was read again: no key has changed"))
+            }
+            Outcome::Refused(why) => display.print(&display.paint.bad(reload::refusal(&why))),
+            Outcome::Applied(changed, new) => {
+                telemetry::set_level(&new.settings.telemetry);
+                let mut settings = new.settings.clone();
+                settings.telemetry = super::quiet(&settings.telemetry, super::TOOL_LEVEL);
+                let size = size(&settings);
+                *current.lock().unwrap_or_else(PoisonError::into_inner) = settings;
+                // The other end lives as long as this function.
+                let _ = sizes.send(size).await;
+                let text = format!("the configuration has changed: {}", reload::listed(&changed));
+                display.print(&display.paint.good(text));
+                running = *new;
+            }
+        }
+    }
+}
+
+/// Looks at what a router would read, before it is asked to go on with it.
+fn usable(loaded: Loaded) -> Result<Loaded, settings::Error> {
+    match loaded.settings.router.keys_file.as_deref().map(KeyFile::open) {
+        None | Some(Ok(_)) => Ok(loaded),
+        Some(Err(error)) => {
+            let key = "router.keys_file";
+            let (origin, reason) = (loaded.origin(key), error.to_string());
+            Err(settings::Error::Invalid(vec![Complaint { origin, key: key.to_owned(), reason }]))
+        }
+    }
+}
+
+/// How large a cluster of these settings is.
+fn size(settings: &Settings) -> Size {
+    let grace = group::stop_grace(settings).max(router::stop_grace(settings)) + SUPERVISOR_SLACK;
+    Size { groups: settings.cluster.groups, grace, log_level: settings.telemetry.log_level.clone() }
+}
+
+/// Runs a cluster of the `current` settings until `stop`, and goes on with changed ones after each of `sizes`; `on` hears
+/// what happens.
 pub(crate) async fn supervise(
-    settings: &Settings,
-    log: &LogFlags,
+    current: &Mutex<Settings>,
     stop: &CancellationToken,
+    sizes: mpsc::Receiver<Size>,
     on: impl FnMut(Happening),
 ) -> anyhow::Result<()> {
-    let log = log.to_argv();
+    let mut on = on;
+    let settings = || current.lock().unwrap_or_else(PoisonError::into_inner).clone();
     // Whoever else runs on this machine reaches its ports too.
-    let secret = match identity::secret(settings, StartedBy::User)? {
-        Some(secret) => secret,
-        None => Secret::random()?,
+    let secret = match identity::secret(&settings(), StartedBy::User)? {
+        Some(secret) => (secret, None),
+        // Nobody else is told this one.
+        None => (Secret::random()?, run_dir()),
     };
+    let (secret, mut run_dir) = secret;
     let own = |mut argv: Vec<String>| {
-        argv.extend_from_slice(&log);
+        argv.extend(LogFlags::from(&settings().telemetry).to_argv());
         Spec::own(argv, Some(secret.clone()))
     };
     let cluster = Cluster {
-        groups: settings.cluster.groups,
-        grace: group::stop_grace(settings).max(router::stop_grace(settings)) + SUPERVISOR_SLACK,
+        size: size(&settings()),
         group: |index, listen: Option<SocketAddr>| {
-            own(group::Args::supervised(settings, index, listen).to_argv())
+            own(group::Args::supervised(&settings(), index, listen).to_argv())
         },
         router: |leaders: &[SocketAddr], served: Option<Serving>| {
-            own(router::Args::supervised(settings, leaders, served).to_argv())
+            own(router::Args::supervised(&settings(), leaders, served).to_argv())
         },
     };
-    cluster::run(&cluster, stop, on).await
+    let left = secret.clone();
+    cluster::run(&cluster, stop, sizes, move |happening| {
+        if let (Some(directory), Happening::Said { member: Member::Group(_), line }) = (&mut run_dir, &happening)
+            && let Event::Listening { address } = line.event
+            && let Err(error) = directory.note(address, &left)
+        {
+            tracing::warn!(%error, directory = %directory.path().display(), "cohort debug will need the secret");
+        }
+        on(happening);
+    })
+    .await
+}
+
+/// Where the secret is left for `cohort debug`.
+fn run_dir() -> Option<RunDir> {
+    RunDir::open()
+        .inspect_err(|error| tracing::warn!(%error, "cohort debug will not find the cluster's secret"))
+        .ok()
 }
 
 async fn say_stopping(stop: CancellationToken, display: Arc<Display>) {
@@ -185,6 +290,10 @@ impl Display {
                 }
                 let text = format!("{member} {why}; starting it again in {} ms", after.as_millis());
                 self.print(&self.paint.bad(text));
+            }
+            Happening::Left(index) => {
+                self.progress().forget(index);
+                self.print(&self.paint.dim(format!("group {index} has left")));
             }
             Happening::Said { member: Member::Router, .. } | Happening::Started { .. } | Happening::Up(_) => {
             }

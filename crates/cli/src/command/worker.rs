@@ -11,10 +11,13 @@ use tokio_util::sync::CancellationToken;
 use types::TpRank;
 use worker::{Report, Reporter};
 
-use crate::args::{self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, ModelFlags, StartedBy};
+use crate::args::{
+    self, ComputeFlags, ConfigFlags, FileFlag, GroupFlags, LogFlags, ModelFlags, StartedBy, TraceFlags,
+};
 use crate::progress::Progress;
 use crate::report::{self, Event, Line, Throttle};
 use crate::supervisor::{lifeline, signals};
+use crate::telemetry::{self, Role};
 use crate::{embedded, identity};
 
 /// Any free port of this machine only.
@@ -52,6 +55,9 @@ pub struct Args {
     /// Bounds of the group.
     #[command(flatten)]
     pub group: GroupFlags,
+    /// What is traced.
+    #[command(flatten)]
+    pub trace: TraceFlags,
     /// Started by a supervisor: reports go to stdout as JSON lines, and the end of stdin ends this process
     #[arg(long, hide = true)]
     pub supervised: bool,
@@ -70,23 +76,25 @@ impl Args {
         argv.extend(self.model.to_argv());
         argv.extend(self.compute.to_argv());
         argv.extend(self.group.to_argv());
+        argv.extend(self.trace.to_argv());
         argv.extend(self.supervised.then(|| "--supervised".to_owned()));
         argv
     }
 }
 
 /// Runs the rank until it is told to stop.
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
     if args.supervised {
-        lifeline::hold()?;
+        lifeline::hold(lifeline::obey)?;
     }
     let stop = signals::stop_token(args.supervised)?;
     let settings = args::load(
         StartedBy::supervised(args.supervised),
         &args.file,
-        &[&args.model, &args.compute, &args.group],
+        &[&args.model, &args.compute, &args.group, &args.trace, log],
     )?;
     let rank = TpRank::new(args.rank, settings.ranks())?;
+    let _telemetry = telemetry::start(&settings.telemetry, &Role::rank(rank), super::SERVICE_LEVEL);
     if !rank.is_leader() && args.rendezvous.port() == 0 && args.leader.is_none() {
         bail!("{rank} needs --rendezvous with the address that rank 0 listens at");
     }
@@ -155,6 +163,7 @@ fn tell(progress: &Progress, rank: TpRank, event: &Event) {
         | Event::Loaded(_)
         | Event::Alive
         | Event::Serving(_)
+        | Event::Configured { .. }
         | Event::Failed { .. } => {}
     }
 }

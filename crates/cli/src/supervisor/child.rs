@@ -9,14 +9,18 @@ use std::time::Duration;
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
 use security::{SECRET_VARIABLE, Secret};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::{mpsc, watch};
+use tokio_util::task::AbortOnDropHandle;
 
+use super::orders::Order;
 use crate::report::{Event, Line};
 
 /// Longest report line, in bytes; a longer one is cut and not understood.
 const LINE_BYTES_MAX: u64 = 64 << 10;
+/// Orders held for a child that does not read them; further ones are lost.
+const ORDERS_MAX: usize = 16;
 /// How long to read on after the child's end: what it said last lies in the pipe, but a process it left behind may
 /// hold the pipe open.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -121,6 +125,7 @@ fn signal_name(signal: i32) -> &'static str {
 pub struct Handle {
     pid: u32,
     stop: watch::Sender<Option<Duration>>,
+    orders: mpsc::Sender<Order>,
 }
 
 impl Handle {
@@ -138,6 +143,15 @@ impl Handle {
             first
         });
     }
+
+    /// Tells the child something, and whether it was passed on. One that does not listen is not waited for.
+    pub fn order(&self, order: Order) -> bool {
+        let passed = self.orders.try_send(order).is_ok();
+        if !passed {
+            tracing::warn!(pid = self.pid, "an order was lost: the process does not read what it is told");
+        }
+        passed
+    }
 }
 
 /// Starts a child; everything it says and its end arrive at `updates` with `key`.
@@ -151,7 +165,7 @@ pub fn spawn<K: Copy + Send + 'static>(
 ) -> anyhow::Result<Handle> {
     let mut child = Command::new(&spec.program)
         .args(&spec.args)
-        .envs(spec.secret.iter().map(|secret| (SECRET_VARIABLE, secret.expose())))
+        .envs(spec.secret.iter().map(|secret| (SECRET_VARIABLE, secret.expose_all())))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
@@ -159,22 +173,34 @@ pub fn spawn<K: Copy + Send + 'static>(
         .with_context(|| format!("start {}", spec.program.display()))?;
     let pid = child.id().context("a child that was just started has a process id")?;
     let stdout = child.stdout.take().context("a child's stdout was asked for as a pipe")?;
-    let (stop, orders) = watch::channel(None);
-    tokio::spawn(follow(child, pid, stdout, orders, (key, updates)));
-    Ok(Handle { pid, stop })
+    // Held until the child is gone: closing it is what tells the child to end. `wait` would close it at once.
+    let stdin = child.stdin.take().context("a child's stdin was asked for as a pipe")?;
+    let (orders, given) = mpsc::channel(ORDERS_MAX);
+    let lifeline = AbortOnDropHandle::new(tokio::spawn(hold(stdin, given)));
+    let (stop, stops) = watch::channel(None);
+    tokio::spawn(follow((child, lifeline), pid, stdout, stops, (key, updates)));
+    Ok(Handle { pid, stop, orders })
 }
 
 type Listener<K> = (K, mpsc::Sender<(K, Update)>);
 
+/// Writes orders down a lifeline, and holds it until this is aborted.
+async fn hold(mut stdin: ChildStdin, mut orders: mpsc::Receiver<Order>) {
+    while let Some(order) = orders.recv().await {
+        if let Err(error) = stdin.write_all(&order.to_line()).await {
+            tracing::debug!(%error, "an order did not arrive");
+        }
+    }
+    std::future::pending().await
+}
+
 async fn follow<K: Copy + Send + 'static>(
-    mut child: Child,
+    (mut child, lifeline): (Child, AbortOnDropHandle<()>),
     pid: u32,
     stdout: ChildStdout,
     mut orders: watch::Receiver<Option<Duration>>,
     (key, updates): Listener<K>,
 ) {
-    // Held until the child is gone: closing it is what tells the child to end. `wait` would close it at once.
-    let lifeline = child.stdin.take();
     let mut reader = tokio::spawn(read(stdout, (key, updates.clone())));
     let (status, told) = wait(&mut child, pid, &mut orders).await;
     drop(lifeline);

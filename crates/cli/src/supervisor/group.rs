@@ -13,6 +13,7 @@ use types::TpSize;
 use worker::ALIVE_INTERVAL;
 
 use super::child::{self, Exit, Handle, Spec, Update};
+use super::orders::Order;
 use crate::report::{Event, Line};
 
 /// How long ranks may take to stop once the leader is gone or another rank has failed: they have nothing to finish.
@@ -49,13 +50,15 @@ struct Ranks<'a, F> {
     hung: Option<u32>,
 }
 
-/// Runs a group until it is told to stop or a rank ends. `on` hears every report, with its rank.
+/// Runs a group until it is told to stop or a rank ends. `on` hears every report, with its rank; `orders` are passed on to all
+/// ranks.
 ///
 /// # Errors
 /// Names the rank that ended although nobody asked it to, and how it ended, once all others are gone too.
 pub async fn run<F>(
     group: &Group<F>,
     stop: &CancellationToken,
+    mut orders: mpsc::Receiver<Order>,
     mut on: impl FnMut(Line),
 ) -> anyhow::Result<()>
 where
@@ -83,6 +86,7 @@ where
         tokio::select! {
             () = stop.cancelled(), if !ranks.stopping => ranks.stop(),
             _ = beat.tick() => ranks.beat(),
+            Some(order) = orders.recv() => ranks.running.values().for_each(|rank| _ = rank.order(order.clone())),
             Some((rank, update)) = inbox.recv() => match update {
                 Update::Said(mut line) => {
                     if let Event::Rendezvous { address } = line.event {

@@ -156,7 +156,7 @@ impl Driver {
     /// How many tokens were there already each time `seq` started.
     pub fn cached(&self, seq: u64) -> Vec<u32> {
         let starts = self.effects.iter().filter_map(|effect| match effect {
-            Effect::Started { seq: s, cached_tokens } if s.0 == seq => Some(*cached_tokens),
+            Effect::Started { seq: s, cached_tokens, .. } if s.0 == seq => Some(*cached_tokens),
             _ => None,
         });
         starts.collect()

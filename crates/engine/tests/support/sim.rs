@@ -404,7 +404,7 @@ impl World {
                     self.watched.remove(&seq);
                     self.open.remove(&seq);
                 }
-                Effect::Started { seq, cached_tokens } => self.started(seq, cached_tokens),
+                Effect::Started { seq, cached_tokens, .. } => self.started(seq, cached_tokens),
                 Effect::PromptLogprobs { seq, logprobs } => {
                     let one = self.open(seq);
                     assert!(one.tokens.is_empty(), "before the first token");

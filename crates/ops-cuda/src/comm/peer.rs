@@ -37,7 +37,7 @@ const FIRST_CALL: u32 = (1 << 31) - 32;
 
 /// Words of the page-locked memory.
 const GIVE_UP: usize = 0;
-const CALLS_DONE: usize = 1;
+const CALLS_BEGUN: usize = 1;
 const WAITED_FOR: usize = 2;
 const HOST_BYTES: usize = 4096;
 /// Words of the card's own memory: calls, blocks that arrived, whether the line is over.
@@ -60,7 +60,7 @@ impl Slots {
         device.zero(buffer.address(), all)?;
         device.upload(state.address(), &[FIRST_CALL, 0, 0])?;
         let host = Pinned::new(HOST_BYTES)?;
-        host.word(CALLS_DONE).store(FIRST_CALL, Ordering::Relaxed);
+        host.word(CALLS_BEGUN).store(FIRST_CALL, Ordering::Relaxed);
         Ok(Self { buffer, state, host })
     }
 
@@ -249,9 +249,9 @@ impl Peer {
         self.slots.host.word(GIVE_UP).store(1, Ordering::Release);
     }
 
-    /// Sums that the card has ended since the line was made.
-    pub(crate) fn done(&self) -> u32 {
-        self.slots.host.word(CALLS_DONE).load(Ordering::Acquire).wrapping_sub(FIRST_CALL)
+    /// Sums that the card has begun since the line was made.
+    pub(crate) fn begun(&self) -> u32 {
+        self.slots.host.word(CALLS_BEGUN).load(Ordering::Acquire).wrapping_sub(FIRST_CALL)
     }
 
     /// The rank whose part a card was waiting for when it gave up.

@@ -110,7 +110,7 @@ impl Watch {
         queued.drain(..done);
         events.rotate_left(done);
         if let Some(peer) = &self.peer {
-            self.passed.set(peer.done());
+            self.passed.set(peer.begun());
         }
     }
 
@@ -166,7 +166,7 @@ impl Watch {
                 Some(peer) => format!(
                     "{} number {} of a recorded step (the first is the embedding's, and each layer has one)",
                     Op::AllReduce,
-                    peer.done().wrapping_sub(self.passed.get()).saturating_add(1)
+                    peer.begun().wrapping_sub(self.passed.get()).max(1)
                 ),
                 None => "the collectives of a recorded step".to_owned(),
             },

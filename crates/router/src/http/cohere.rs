@@ -81,7 +81,7 @@ async fn answer(shared: &Arc<Shared>, request: Request, id: &mut String) -> Resu
     let answer = shared.generate(call, request).await.map_err(named)?;
     let view = View::new(id.clone(), show, tokenizer);
     if stream {
-        return respond(view, answer.into_stream(), shared.http_patience.quiet).await;
+        return respond(view, answer.into_stream(), shared.tuning.get().http_patience.quiet).await;
     }
     let mut whole = answer.collect().await.map_err(named)?;
     Ok(Json(view.whole(whole.pop().unwrap_or_default())).into_response())

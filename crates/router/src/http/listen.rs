@@ -31,13 +31,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub(crate) async fn serve(
     (listener, acceptor): (TcpListener, Acceptor),
     routes: Router,
-    patience: HttpPatience,
+    patience: impl Fn() -> HttpPatience,
     refuse: CancellationToken,
 ) {
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().max_buf_size(HEADER_BYTES_MAX as usize);
-    // The time of a head begins when the connection waits for it, so it bounds the silence between requests too.
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(patience.head).keep_alive(true);
+    builder.http1().timer(TokioTimer::new()).keep_alive(true);
     let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
@@ -61,7 +60,10 @@ pub(crate) async fn serve(
                 }
             },
         };
-        let (builder, routes, acceptor) = (builder.clone(), routes.clone(), acceptor.clone());
+        let (mut builder, routes, acceptor) = (builder.clone(), routes.clone(), acceptor.clone());
+        let patience = patience();
+        // It begins when the connection waits for a head, so it bounds the silence between requests too.
+        builder.http1().header_read_timeout(patience.head);
         let watcher = graceful.watcher();
         tokio::spawn(async move {
             match acceptor.accept(stream).await {

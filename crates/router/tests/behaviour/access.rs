@@ -17,14 +17,14 @@ use crate::support::{
 };
 
 /// A file of keys, and the keys.
-struct KeyRing {
-    file: tempfile::NamedTempFile,
-    keys: Vec<String>,
+pub(crate) struct KeyRing {
+    pub(crate) file: tempfile::NamedTempFile,
+    pub(crate) keys: Vec<String>,
 }
 
 impl KeyRing {
     /// One key for each of these bounds.
-    fn new(limits: &[Limits]) -> Self {
+    pub(crate) fn new(limits: &[Limits]) -> Self {
         let keys: Vec<String> = limits.iter().map(|_| generate_key().unwrap()).collect();
         let mut file = tempfile::NamedTempFile::new().unwrap();
         for (index, (key, limits)) in keys.iter().zip(limits).enumerate() {
@@ -41,19 +41,19 @@ impl KeyRing {
     }
 }
 
-fn with_key<T>(message: T, key: &str) -> Request<T> {
+pub(crate) fn with_key<T>(message: T, key: &str) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
     request
 }
 
-async fn chat_with(router: &TestRouter, headers: &str) -> Answer {
+pub(crate) async fn chat_with(router: &TestRouter, headers: &str) -> Answer {
     let headers = format!("Content-Type: application/json\r\n{headers}");
     let body = chat_body("hello", json!({ "max_tokens": 2 })).to_string();
     receive(send(router, "/v1/chat/completions", &headers, body.as_bytes()).await).await
 }
 
-fn refusal(result: Result<Vec<v1::GenerateResponse>, Status>) -> (Code, Failure) {
+pub(crate) fn refusal(result: Result<Vec<v1::GenerateResponse>, Status>) -> (Code, Failure) {
     let status = result.unwrap_err();
     (status.code(), failure(&status))
 }

@@ -1,12 +1,12 @@
 use proto::Failure;
-use router::{Config, Limits};
+use router::{Config, Limits, QueueLimits};
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::support::{Leader, TestRouter, all, answer, config, demo_files, failure, from_text, soon};
 
 async fn one_at_a_time(leader: &Leader) -> TestRouter {
-    let limits = Limits { requests_max: 1, ..Limits::default() };
+    let limits = Limits { requests_max: 1, queue: QueueLimits::NONE, ..Limits::default() };
     let router = TestRouter::start(Config { limits, ..config(&[&leader.address]) }, demo_files()).await;
     router.wait_for(ServingStatus::Serving).await;
     router

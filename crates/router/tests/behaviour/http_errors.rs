@@ -193,7 +193,8 @@ async fn a_body_above_the_limit_is_refused_before_it_is_read() {
 #[tokio::test]
 async fn a_full_router_says_when_to_come_back() {
     let mut leader = Leader::serving().await;
-    let limits = router::Limits { requests_max: 1, ..router::Limits::default() };
+    let limits =
+        router::Limits { requests_max: 1, queue: router::QueueLimits::NONE, ..router::Limits::default() };
     let router =
         TestRouter::start(router::Config { limits, ..config(&[&leader.address]) }, demo_files()).await;
     router.wait_for(tonic_health::pb::health_check_response::ServingStatus::Serving).await;

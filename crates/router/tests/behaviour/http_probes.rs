@@ -51,5 +51,5 @@ async fn the_model_is_listed_as_openai_lists_models() {
     assert_eq!(get(&router, "/v1/models/demo").await, (200, model.clone()));
     assert_eq!(get(&router, "/v1/models/other").await.0, 404);
     assert_eq!(get(&router, "/ping").await.0, 200);
-    assert_eq!(get(&router, "/load").await, (200, json!({ "server_load": 0, "resumed": 0 })));
+    assert_eq!(get(&router, "/load").await, (200, json!({ "server_load": 0, "waiting": 0, "resumed": 0 })));
 }

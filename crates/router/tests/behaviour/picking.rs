@@ -2,14 +2,19 @@
 
 use std::time::{Duration, Instant};
 
-use router::affinity::{Affinity, Chain, LINK_TOKENS};
+use router::affinity::{Affinity, Chain, HALF_LIFE, LINK_TOKENS};
 use router::breaker::{Breaker, RetryBudget};
 use router::pick::{Candidate, Why, choose};
 
 use crate::support::{Leader, Random, TestRouter, all, answer, from_ids};
 
-fn candidate(eligible: bool, in_flight: usize, reported: u64) -> Candidate {
-    Candidate { eligible, in_flight, reported, known_tokens: 0 }
+fn candidate(eligible: bool, in_flight: usize, others: usize) -> Candidate {
+    Candidate { eligible, in_flight, others, known_tokens: 0 }
+}
+
+/// Where nothing is drawn: there are two groups at most.
+fn none_drawn(_: usize) -> usize {
+    panic!("two groups are compared as they are")
 }
 
 fn knowing(known_tokens: usize, in_flight: usize) -> Candidate {
@@ -17,18 +22,61 @@ fn knowing(known_tokens: usize, in_flight: usize) -> Candidate {
 }
 
 #[test]
-fn the_least_loaded_eligible_group_is_picked() {
+fn the_less_loaded_of_two_eligible_groups_is_picked() {
     let table: [(&[Candidate], Option<usize>); 6] = [
         (&[], None),
         (&[candidate(false, 0, 0)], None),
-        (&[candidate(true, 2, 0), candidate(true, 1, 9)], Some(1)),
-        (&[candidate(true, 1, 5), candidate(true, 1, 4)], Some(1)),
+        (&[candidate(true, 2, 0), candidate(true, 1, 9)], Some(0)),
+        (&[candidate(true, 2, 4), candidate(true, 5, 0)], Some(1)),
         (&[candidate(true, 1, 5), candidate(true, 1, 5)], Some(0)),
         (&[candidate(false, 0, 0), candidate(true, 7, 7)], Some(1)),
     ];
     for (candidates, expected) in table {
-        assert_eq!(choose(candidates), expected.map(|index| (index, Why::LeastLoaded)), "{candidates:?}");
+        let chosen = choose(candidates, none_drawn);
+        assert_eq!(chosen, expected.map(|index| (index, Why::LeastLoaded)), "{candidates:?}");
     }
+}
+
+#[test]
+fn of_many_groups_two_different_ones_are_drawn_and_the_less_loaded_is_picked() {
+    let groups: Vec<Candidate> = (0..4).map(|load| candidate(load != 1, load, 0)).collect();
+    // Of the eligible ones: 0, 2 and 3.
+    for (draws, expected) in [([0, 0], 0), ([1, 1], 2), ([2, 1], 2), ([2, 0], 0), ([1, 0], 0)] {
+        let mut bounds = Vec::new();
+        let draw = |bound| {
+            bounds.push(bound);
+            draws[bounds.len() - 1]
+        };
+        assert_eq!(choose(&groups, draw), Some((expected, Why::LeastLoaded)), "{draws:?}");
+        assert_eq!(bounds, [3, 2]);
+    }
+}
+
+#[test]
+fn two_choices_keep_many_groups_even() {
+    for seed in 0..8 {
+        let mut random = Random::seeded(seed);
+        let mut groups = vec![candidate(true, 0, 0); 16];
+        for _ in 0..16_000 {
+            let (index, _) = choose(&groups, |count| random.below(count)).unwrap();
+            groups[index].in_flight += 1;
+        }
+        let most = groups.iter().map(|group| group.in_flight).max().unwrap();
+        // One choice at random would leave the fullest some 60 above the mean of 1000.
+        assert!(most <= 1008, "{groups:?}");
+    }
+}
+
+#[test]
+fn routers_that_see_the_same_reports_do_not_all_pick_the_same_group() {
+    let mut random = Random::seeded(3);
+    let mut groups = vec![candidate(true, 0, 5); 8];
+    groups[6].others = 0;
+    let picked: Vec<usize> =
+        (0..800).map(|_| choose(&groups, |count| random.below(count)).unwrap().0).collect();
+    let idle = picked.iter().filter(|&&index| index == 6).count();
+    // It is one of the two drawn for a quarter of the routers.
+    assert!((150..250).contains(&idle), "{idle}");
 }
 
 #[test]
@@ -41,10 +89,11 @@ fn a_group_that_knows_the_prompt_is_picked_unless_it_has_much_more_to_do() {
         (&[knowing(16, 0), knowing(16, 1)], (0, Why::LeastLoaded)),
     ];
     for (candidates, expected) in table {
-        assert_eq!(choose(candidates), Some(expected), "{candidates:?}");
+        // The first two of three are drawn.
+        assert_eq!(choose(candidates, |_| 0), Some(expected), "{candidates:?}");
     }
     let gone = Candidate { eligible: false, ..knowing(64, 0) };
-    assert_eq!(choose(&[gone, knowing(0, 3)]), Some((1, Why::LeastLoaded)));
+    assert_eq!(choose(&[gone, knowing(0, 3)], none_drawn), Some((1, Why::LeastLoaded)));
 }
 
 #[test]
@@ -70,14 +119,14 @@ fn what_is_known_is_the_longest_common_beginning_with_anything_sent_there() {
                 })
                 .collect();
             let chain = Chain::of(&prompt, b"");
-            assert_eq!(affinity.known(&chain, 3), expected, "{prompt:?} after {sent:?}");
-            assert_eq!(affinity.known(&Chain::of(&prompt, b"salt"), 3), [0; 3], "salts share nothing");
+            assert_eq!(affinity.known(&chain, 3, now), expected, "{prompt:?} after {sent:?}");
+            assert_eq!(affinity.known(&Chain::of(&prompt, b"salt"), 3, now), [0; 3], "salts share nothing");
             let group = random.below(3);
             affinity.learn(&chain, group, now);
             sent.push((group, prompt));
         }
         affinity.forget(1);
-        let known = sent.iter().map(|(_, prompt)| affinity.known(&Chain::of(prompt, b""), 3)[1]);
+        let known = sent.iter().map(|(_, prompt)| affinity.known(&Chain::of(prompt, b""), 3, now)[1]);
         assert_eq!(known.sum::<usize>(), 0);
     }
 }
@@ -87,12 +136,43 @@ fn what_was_not_sent_for_long_is_forgotten() {
     let now = Instant::now();
     let mut affinity = Affinity::new(now);
     let (old, other) = (Chain::of(&[1; LINK_TOKENS], b""), Chain::of(&[2; LINK_TOKENS], b""));
+    let later = |seconds| now + Duration::from_secs(seconds);
     affinity.learn(&old, 0, now);
-    affinity.learn(&other, 0, now + Duration::from_secs(301));
-    assert_eq!(affinity.known(&old, 1), [LINK_TOKENS]);
-    affinity.learn(&other, 0, now + Duration::from_secs(602));
-    assert_eq!(affinity.known(&old, 1), [0]);
-    assert_eq!(affinity.known(&other, 1), [LINK_TOKENS]);
+    affinity.learn(&other, 0, later(901));
+    assert_eq!(affinity.known(&old, 1, now), [LINK_TOKENS]);
+    affinity.learn(&other, 0, later(1802));
+    assert_eq!(affinity.known(&old, 1, now), [0]);
+    assert_eq!(affinity.known(&other, 1, later(1802)), [LINK_TOKENS]);
+}
+
+#[test]
+fn what_was_sent_is_worth_less_with_time_and_all_of_it_when_it_is_sent_again() {
+    let now = Instant::now();
+    let mut affinity = Affinity::new(now);
+    let prompt: Vec<u32> = (0..4 * LINK_TOKENS as u32).collect();
+    let (whole, beginning) = (Chain::of(&prompt, b""), Chain::of(&prompt[..2 * LINK_TOKENS], b""));
+    affinity.learn(&whole, 0, now);
+    let at = |halves| now + HALF_LIFE * halves;
+    assert_eq!(affinity.known(&whole, 1, at(0)), [64]);
+    assert_eq!(affinity.known(&whole, 1, at(1)), [32]);
+    assert_eq!(affinity.known(&whole, 1, at(2)), [16]);
+    affinity.learn(&beginning, 0, at(1));
+    assert_eq!(affinity.known(&whole, 1, at(1)), [32 + 16]);
+    affinity.learn(&whole, 1, at(1));
+    assert_eq!(affinity.known(&whole, 2, at(1)), [48, 64]);
+}
+
+#[test]
+fn a_node_remembers_the_groups_that_were_sent_it_last() {
+    let start = Instant::now();
+    let mut affinity = Affinity::new(start);
+    let chain = Chain::of(&[1; LINK_TOKENS], b"");
+    for group in 0..100 {
+        affinity.learn(&chain, group, start + Duration::from_millis(group as u64));
+    }
+    let known = affinity.known(&chain, 100, start + Duration::from_millis(100));
+    let remembered: Vec<usize> = (0..100).filter(|&group| known[group] > 0).collect();
+    assert_eq!(remembered, (92..100).collect::<Vec<usize>>());
 }
 
 #[test]

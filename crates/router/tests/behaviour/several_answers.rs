@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use proto::{v1, worker};
-use router::{Config, Limits};
+use router::{Config, Limits, QueueLimits};
 use serde_json::json;
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -102,7 +102,7 @@ async fn cached_tokens_are_in_the_usage() {
 #[tokio::test]
 async fn each_answer_takes_a_place() {
     let mut leader = Leader::serving().await;
-    let limits = Limits { requests_max: 3, ..Limits::default() };
+    let limits = Limits { requests_max: 3, queue: QueueLimits::NONE, ..Limits::default() };
     let router = TestRouter::start(Config { limits, ..config(&[&leader.address]) }, demo_files()).await;
     router.wait_for(ServingStatus::Serving).await;
     assert_eq!(fields(&all(&router, asking(4)).await.unwrap_err()), ["sampling.n"]);

@@ -11,7 +11,7 @@ use proto::v1::cohort_client::CohortClient;
 use proto::worker::worker_server::{Worker, WorkerServer};
 use proto::{Failure, Phase, v1, worker};
 use router::text::Tokenizer;
-use router::{Bound, Config, Limits, ModelFiles};
+use router::{Bound, Change, Config, Limits, ModelFiles};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -145,6 +145,7 @@ struct Service {
     states: watch::Receiver<worker::WorkerState>,
     opened: mpsc::UnboundedSender<Open>,
     cancelled: mpsc::UnboundedSender<worker::CancelRequest>,
+    acknowledged: mpsc::UnboundedSender<String>,
     refusal: Arc<Refusal>,
 }
 
@@ -158,6 +159,15 @@ impl Worker for Service {
     async fn watch(&self, _: Request<worker::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let states = futures::StreamExt::map(WatchStream::new(self.states.clone()), Ok);
         Ok(Response::new(Box::pin(states)))
+    }
+
+    async fn acknowledge(
+        &self,
+        request: Request<worker::AcknowledgeRequest>,
+    ) -> Result<Response<worker::AcknowledgeResponse>, Status> {
+        // Nobody may care.
+        let _ = self.acknowledged.send(request.into_inner().refusal);
+        Ok(Response::new(worker::AcknowledgeResponse {}))
     }
 
     async fn get_activity(
@@ -219,7 +229,8 @@ pub(crate) fn still_leader(first: worker::WorkerState) -> impl Worker {
     std::mem::forget(states);
     let (opened, _) = mpsc::unbounded_channel();
     let (cancelled, _) = mpsc::unbounded_channel();
-    Service { states: seen, opened, cancelled, refusal: Arc::default() }
+    let (acknowledged, _) = mpsc::unbounded_channel();
+    Service { states: seen, opened, cancelled, acknowledged, refusal: Arc::default() }
 }
 
 /// A leader in its own runtime, so that [`Leader::kill`] cuts its connections as the death of a process would.
@@ -229,6 +240,8 @@ pub(crate) struct Leader {
     pub(crate) opened: mpsc::UnboundedReceiver<Open>,
     /// Single sequences that were cancelled.
     pub(crate) cancelled: mpsc::UnboundedReceiver<worker::CancelRequest>,
+    /// What routers made of it: empty where they use it, else why not.
+    pub(crate) acknowledged: mpsc::UnboundedReceiver<String>,
     refusal: Arc<Refusal>,
     runtime: Option<tokio::runtime::Runtime>,
 }
@@ -249,11 +262,13 @@ impl Leader {
         let (states, states_seen) = watch::channel(first);
         let (opened_at, opened) = mpsc::unbounded_channel();
         let (cancelled_at, cancelled) = mpsc::unbounded_channel();
+        let (acknowledged_at, acknowledged) = mpsc::unbounded_channel();
         let refusal = Arc::<Refusal>::default();
         let service = Service {
             states: states_seen,
             opened: opened_at,
             cancelled: cancelled_at,
+            acknowledged: acknowledged_at,
             refusal: Arc::clone(&refusal),
         };
         let (tell, told) = oneshot::channel();
@@ -264,7 +279,7 @@ impl Leader {
             server.serve_with_incoming(TcpIncoming::from(listener)).await.unwrap();
         });
         let address = format!("http://{}", soon(told).await.unwrap());
-        Self { address, states, opened, cancelled, refusal, runtime: Some(runtime) }
+        Self { address, states, opened, cancelled, acknowledged, refusal, runtime: Some(runtime) }
     }
 
     /// The next request that reaches it.
@@ -319,6 +334,7 @@ impl Drop for Leader {
 pub(crate) struct TestRouter {
     pub(crate) bound: Bound,
     pub(crate) shutdown: CancellationToken,
+    changes: mpsc::Sender<Change>,
     pub(crate) served: JoinHandle<Result<(), router::Error>>,
 }
 
@@ -328,11 +344,15 @@ pub(crate) fn any_port() -> SocketAddr {
 
 pub(crate) fn config(workers: &[&str]) -> Config {
     Config {
+        tracing: router::Tracing::default(),
         grpc_listen: any_port(),
         http_listen: Some(any_port()),
         workers: workers.iter().map(|&address| address.to_owned()).collect(),
+        names: router::discovery::Names::default(),
+        registration_hold: None,
         model_name: None,
         limits: Limits::default(),
+        connection_age_max: Duration::ZERO,
         resume_grace: Duration::ZERO,
         http_patience: router::HttpPatience::default(),
         withdraw_grace: Duration::ZERO,
@@ -363,8 +383,16 @@ impl TestRouter {
         let shutdown = CancellationToken::new();
         let (tell, told) = oneshot::channel();
         let bound = move |bound| tell.send(bound).unwrap();
-        let served = tokio::spawn(router::serve(config, files, bound, shutdown.clone()));
-        Self { bound: soon(told).await.unwrap(), shutdown, served }
+        let (changes, changed) = mpsc::channel(1);
+        let served = tokio::spawn(router::serve_changing(config, files, bound, shutdown.clone(), changed));
+        Self { bound: soon(told).await.unwrap(), shutdown, changes, served }
+    }
+
+    /// Tells it to go on with another configuration.
+    pub(crate) async fn change(&self, config: Config) -> Result<(), router::Error> {
+        let (answer, answered) = oneshot::channel();
+        self.changes.send(Change { config, answer }).await.unwrap();
+        soon(answered).await.unwrap()
     }
 
     pub(crate) async fn channel(&self) -> Channel {

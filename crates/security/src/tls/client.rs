@@ -52,10 +52,16 @@ impl Dialer {
     /// A channel to an `https://host:port` endpoint that connects when it is used, and again when it must.
     #[must_use]
     pub fn channel(&self, endpoint: &Endpoint) -> Channel {
-        let dialer = self.clone();
+        self.channel_certified(endpoint, None)
+    }
+
+    /// As [`Dialer::channel`], to a peer whose certificate has this name instead of the endpoint's host.
+    #[must_use]
+    pub fn channel_certified(&self, endpoint: &Endpoint, name: Option<&str>) -> Channel {
+        let (dialer, name) = (self.clone(), name.map(str::to_owned));
         let connector = tower::service_fn(move |uri: Uri| {
-            let dialer = dialer.clone();
-            async move { dialer.connect(&uri).await.map(TokioIo::new) }
+            let (dialer, name) = (dialer.clone(), name.clone());
+            async move { dialer.connect_certified(&uri, name.as_deref()).await.map(TokioIo::new) }
         });
         endpoint.connect_with_connector_lazy(connector)
     }
@@ -65,9 +71,13 @@ impl Dialer {
     /// # Errors
     /// What TCP or the handshake failed of; the peer is named.
     pub async fn connect(&self, uri: &Uri) -> io::Result<TlsStream<TcpStream>> {
+        self.connect_certified(uri, None).await
+    }
+
+    async fn connect_certified(&self, uri: &Uri, name: Option<&str>) -> io::Result<TlsStream<TcpStream>> {
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
         let port = uri.port_u16().unwrap_or(443);
-        let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        let name = ServerName::try_from(name.unwrap_or(host).to_owned()).map_err(io::Error::other)?;
         let tcp = TcpStream::connect((host, port)).await?;
         tcp.set_nodelay(true)?;
         let handshake = TlsConnector::from(self.0.get()).connect(name, tcp).await;

@@ -39,7 +39,8 @@ impl Choices for &Guides {
             Ok(Choice::Any) => Limit::None,
             Ok(Choice::Of(mask)) => Limit::To(mask),
             Err(error) => {
-                tracing::warn!(seq = %work.seq, %error, "a sequence is ended");
+                let request = self.request(work.seq);
+                tracing::warn!(request = request.as_deref(), %error, "a sequence is ended");
                 Limit::Nothing
             }
         }

@@ -16,10 +16,13 @@ const WAITING_MAX: usize = 1024;
 /// Threads are few: a mask takes far less time than a step of a real model, and the model has better use for cores.
 const THREADS_MAX: usize = 4;
 
+/// A guide, and what the request is called that it belongs to.
+type Asked = (Arc<Guide>, Arc<str>);
+
 /// Guides by their sequence.
 #[derive(Debug)]
 pub(crate) struct Guides {
-    open: RwLock<HashMap<SeqId, Arc<Guide>>>,
+    open: RwLock<HashMap<SeqId, Asked>>,
     work: SyncSender<Arc<Guide>>,
     ready: AtomicU64,
     late: AtomicU64,
@@ -42,10 +45,10 @@ impl Guides {
     }
 
     /// Takes the guide of a sequence that is about to be submitted, and works ahead for its first token.
-    pub(crate) fn open(&self, seq: SeqId, guide: Guide) {
+    pub(crate) fn open(&self, seq: SeqId, guide: Guide, request: Arc<str>) {
         let guide = Arc::new(guide);
         let _ = self.work.try_send(Arc::clone(&guide));
-        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(seq, guide);
+        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(seq, (guide, request));
     }
 
     /// Forgets the guide of a sequence that has ended.
@@ -61,7 +64,16 @@ impl Guides {
     }
 
     fn get(&self, seq: SeqId) -> Option<Arc<Guide>> {
-        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&seq).cloned()
+        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&seq).map(|(guide, _)| Arc::clone(guide))
+    }
+
+    /// What the request of `seq` is called, if it is guided.
+    pub(crate) fn request(&self, seq: SeqId) -> Option<Arc<str>> {
+        self.open
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&seq)
+            .map(|(_, request)| Arc::clone(request))
     }
 
     /// What `seq` may draw behind `position` tokens of output.

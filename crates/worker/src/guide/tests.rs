@@ -69,7 +69,7 @@ fn sequences_without_a_guide_may_draw_anything() {
     let guides = Guides::start().unwrap();
     let seq = types::SeqId(3);
     assert_eq!(guides.choice(seq, 5).unwrap(), Choice::Any);
-    guides.open(seq, thinking(0, true).resume(&[]).unwrap());
+    guides.open(seq, thinking(0, true).resume(&[]).unwrap(), "r".into());
     assert_eq!(guides.choice(seq, 0).unwrap(), the_end());
     guides.close(seq);
     assert_eq!(guides.choice(seq, 0).unwrap(), Choice::Any);

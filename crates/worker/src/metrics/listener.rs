@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio_stream::StreamExt;
 
 use super::Metrics;
-use crate::state::StatePublisher;
+use crate::state::{Standing, StatePublisher};
 
 /// What the OpenMetrics text format is called.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -49,7 +49,7 @@ where
 }
 
 /// Serves `/metrics`, `/livez` (this process answers), `/startupz` (it listens, with phase and percent) and `/readyz` (it
-/// takes requests) for as long as the process lives.
+/// takes requests, and a router sends them) for as long as the process lives.
 pub(crate) async fn serve(
     connections: impl tokio_stream::Stream<Item = io::Result<Stream>> + Send + 'static,
     metrics: Arc<Metrics>,
@@ -81,14 +81,16 @@ async fn startupz(State(watched): State<Watched>) -> Json<Value> {
 
 async fn readyz(State(watched): State<Watched>) -> (StatusCode, Json<Value>) {
     let (phase, progress) = watched.progress();
-    let code = if phase == Phase::Serving { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, progress)
+    let acknowledged = *watched.state.standing().borrow() == Standing::Acknowledged;
+    let ready = phase == Phase::Serving && acknowledged;
+    (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, progress)
 }
 
 impl Watched {
     fn progress(&self) -> (Phase, Json<Value>) {
         let state = self.state.subscribe().borrow().clone();
         let phase = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
-        (phase, Json(json!({ "phase": phase.name(), "percent": state.percent })))
+        let router = self.state.standing().borrow().describe();
+        (phase, Json(json!({ "phase": phase.name(), "percent": state.percent, "router": router })))
     }
 }

@@ -12,10 +12,12 @@ use proto::worker::{FinishReason, GenerateChunk};
 use tonic::Status;
 
 use super::{Finished, Metrics, Rejected};
+use crate::inbox::Asker;
 
 /// What a request asked for, as far as it is counted.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Asked {
+    pub(crate) asker: Asker,
     pub(crate) prompt_tokens: usize,
     pub(crate) max_tokens: u32,
     pub(crate) sequences: u32,
@@ -102,6 +104,8 @@ impl<S> Metered<S> {
 
     fn failed(&mut self, status: &Status) {
         let failure = Failure::from_status(status);
+        let kind = failure.as_ref().map_or("INTERNAL", Failure::reason);
+        self.asked.asker.span.fail(kind, status.message());
         if self.tokens == 0
             && let Some(failure) = &failure
         {
@@ -115,6 +119,19 @@ impl<S> Metered<S> {
         if std::mem::replace(&mut self.over, true) {
             return;
         }
+        let Asker { request, span } = &self.asked.asker;
+        tracing::debug!(request = &**request, finished_reason, tokens = self.tokens, "ended");
+        for (key, tokens) in [
+            ("gen_ai.usage.input_tokens", self.asked.prompt_tokens as i64),
+            ("gen_ai.usage.prompt_tokens", self.asked.prompt_tokens as i64),
+            ("gen_ai.usage.output_tokens", self.tokens as i64),
+            ("gen_ai.usage.completion_tokens", self.tokens as i64),
+        ] {
+            span.set(key, tokens);
+        }
+        span.set("gen_ai.request.id", request.to_string());
+        span.set("gen_ai.latency.e2e", self.arrived.elapsed().as_secs_f64());
+        span.set_all("gen_ai.response.finish_reasons", [finished_reason]);
         let requests = &self.metrics.requests;
         requests.finished.get_or_create(&Finished { finished_reason }).inc();
         requests.whole.observe(self.arrived.elapsed().as_secs_f64());

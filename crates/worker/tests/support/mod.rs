@@ -59,6 +59,7 @@ pub(crate) fn config(rank: u32, size: u32) -> Config {
         fault_dir: None,
         drain_grace: Duration::from_secs(30),
         access: worker::Access::default(),
+        routers: worker::Routers::default(),
     }
 }
 

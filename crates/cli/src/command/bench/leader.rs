@@ -84,6 +84,13 @@ impl Worker for Service {
         Ok(Response::new(Box::pin(states)))
     }
 
+    async fn acknowledge(
+        &self,
+        _: Request<worker::AcknowledgeRequest>,
+    ) -> Result<Response<worker::AcknowledgeResponse>, Status> {
+        Ok(Response::new(worker::AcknowledgeResponse {}))
+    }
+
     /// Nothing: it computes nothing.
     async fn get_activity(
         &self,

@@ -29,13 +29,13 @@ use crate::supervisor::{Handle, Spec, Update, child};
 use crate::table::{Align, Table};
 
 /// The leader claims this many tokens, more than any tokenizer has.
-const VOCAB_SIZE: u32 = 1 << 20;
+pub(super) const VOCAB_SIZE: u32 = 1 << 20;
 /// Streams that are opened at once.
 const OPENING: usize = 64;
 /// Streams on one connection.
 const STREAMS_A_CONNECTION: usize = 500;
 /// Longest a router may take to stop.
-const STOP_GRACE: Duration = Duration::from_secs(2);
+pub(super) const STOP_GRACE: Duration = Duration::from_secs(2);
 /// Ticks of the process times the kernel reports, a second.
 const TICKS: f64 = 100.0;
 const PAGE_BYTES: u64 = 4096;
@@ -98,24 +98,34 @@ struct Report {
 }
 
 /// A router in a process of its own, so that its memory and time can be told from ours.
-struct Router {
-    handle: Handle,
-    server: String,
+pub(super) struct Router {
+    pub(super) handle: Handle,
+    pub(super) server: String,
     _updates: mpsc::Receiver<((), Update)>,
 }
 
 impl Router {
     async fn start(args: &RouterArgs, leader: &NullLeader) -> anyhow::Result<Self> {
+        let requests_max = args.streams.max(args.fan_streams).saturating_add(1024);
+        Self::start_with(args.model.as_deref(), &[format!("--requests-max={requests_max}")], leader).await
+    }
+
+    /// One with these flags in front of a leader.
+    pub(super) async fn start_with(
+        model: Option<&str>,
+        flags: &[String],
+        leader: &NullLeader,
+    ) -> anyhow::Result<Self> {
         let mut argv = vec![
             "router".to_owned(),
             "--supervised".to_owned(),
             "--log-level=error".to_owned(),
             "--grpc-listen=127.0.0.1:0".to_owned(),
             "--http-listen=off".to_owned(),
-            format!("--requests-max={}", args.streams.max(args.fan_streams).saturating_add(1024)),
             format!("--workers=http://{}", leader.address),
         ];
-        argv.extend(args.model.iter().map(|dir| format!("--model={dir}")));
+        argv.extend_from_slice(flags);
+        argv.extend(model.map(|dir| format!("--model={dir}")));
         let (send, mut updates) = mpsc::channel(16);
         let handle = child::spawn(&Spec::own(argv, None)?, (), send)?;
         loop {
@@ -201,14 +211,14 @@ async fn measure(args: &RouterArgs) -> anyhow::Result<Report> {
 }
 
 /// A chat prompt of a given length.
-struct Question {
+pub(super) struct Question {
     text: String,
     tokens: usize,
 }
 
 impl Question {
     /// Words until the rendered chat has `tokens` tokens.
-    async fn of(mut client: Client, tokens: u32) -> anyhow::Result<Self> {
+    pub(super) async fn of(mut client: Client, tokens: u32) -> anyhow::Result<Self> {
         const SENTENCE: &str =
             "The trait Iterator has a method that returns the next value of the sequence, or None. ";
         let mut text = String::new();
@@ -230,7 +240,7 @@ impl Question {
         ChatPrompt { messages: vec![message], ..ChatPrompt::default() }
     }
 
-    fn request(&self, number: u32, max_tokens: u32) -> GenerateRequest {
+    pub(super) fn request(&self, number: u32, max_tokens: u32) -> GenerateRequest {
         GenerateRequest {
             prompt: Some(generate_request::Prompt::Chat(self.chat(number))),
             stopping: Some(Stopping { max_tokens: Some(max_tokens), ..Stopping::default() }),

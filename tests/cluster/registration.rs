@@ -1,0 +1,111 @@
+//! A router without a list, and groups that register at it: processes that nobody supervises together.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use proto::v1::GetModelInfoRequest;
+use proto::v1::cohort_client::CohortClient;
+use rustix::process::{Pid, Signal, kill_process};
+use tonic::transport::Channel;
+
+use crate::support::{cohort, tokens};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A process, and what it says on stderr line by line; killed when dropped.
+struct Process {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Process {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (tell, lines) = channel();
+        std::thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
+        Self { child, lines }
+    }
+
+    /// The first line from now on with this text.
+    fn says(&self, text: &str) -> String {
+        loop {
+            let line = self.lines.recv_timeout(PATIENCE);
+            let line = line.unwrap_or_else(|error| panic!("waiting for {text:?}: {error}"));
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
+    fn stop(mut self) {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+fn router() -> (Process, String) {
+    let mut command = cohort(&["router", "--registration", "--grpc-listen=127.0.0.1:0", "--http-listen=off"]);
+    command.env("COHORT_CLUSTER_SECRET", SECRET);
+    let router = Process::start(command);
+    let line = router.says("serving gRPC at ");
+    let address = line.split("serving gRPC at ").nth(1).unwrap().trim().to_owned();
+    (router, format!("http://{address}"))
+}
+
+fn group(router: &str, secret: &str, flags: &[&str]) -> Process {
+    let routers = format!("--routers={router}");
+    let mut command = cohort(&[&["group", "--device=cpu", &routers], flags].concat());
+    command.env("COHORT_CLUSTER_SECRET", secret);
+    Process::start(command)
+}
+
+/// Waits until so many groups take requests.
+async fn groups_ready(client: &mut CohortClient<Channel>, groups: u32) {
+    loop {
+        let info = client.get_model_info(GetModelInfoRequest {}).await.map(tonic::Response::into_inner);
+        if info.is_ok_and(|info| (info.groups, info.groups_ready) == (groups, groups)) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[test]
+fn groups_register_serve_and_leave_and_strangers_are_refused() {
+    let (_router, url) = router();
+    let (one, other) = (group(&url, SECRET, &[]), group(&url, SECRET, &[]));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let within = |what: std::pin::Pin<Box<dyn Future<Output = ()> + '_>>| {
+        runtime.block_on(async { tokio::time::timeout(PATIENCE, what).await.expect("in time") });
+    };
+    let mut client = runtime.block_on(CohortClient::connect(url.clone())).unwrap();
+    one.says("a router uses this group");
+    other.says("a router uses this group");
+    within(Box::pin(groups_ready(&mut client, 2)));
+    within(Box::pin(async {
+        let answer = client.generate_once(tokens(&[5, 600], 3)).await.unwrap().into_inner();
+        assert_eq!(answer.token_ids.len(), 3);
+    }));
+    let stranger = group(&url, &"x".repeat(32), &[]);
+    stranger.says("its secret was not shown, or is another one");
+    let unlike = group(&url, SECRET, &["--model-name=other"]);
+    assert!(unlike.says("a router does not use this group").contains("model other, where the cluster has"));
+    // It drains, says so, and is forgotten a while after it has ended.
+    other.stop();
+    within(Box::pin(groups_ready(&mut client, 1)));
+    within(Box::pin(async {
+        client.generate_once(tokens(&[5, 600], 3)).await.unwrap();
+    }));
+}
