@@ -26,7 +26,7 @@ const LAST_WORD: Duration = Duration::from_millis(100);
 pub(crate) struct Watch {
     communicator: RefCell<Communicator>,
     peer: Option<Rc<Peer>>,
-    /// Sums of the cards' own line that were done when the card was last waited for.
+    /// Sums of the cards' own line that had begun when the card was last waited for.
     passed: Cell<u32>,
     line: RefCell<Box<dyn Collective<[f32]>>>,
     step: Duration,
