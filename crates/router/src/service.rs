@@ -1,10 +1,10 @@
 //! The gRPC service `cohort.v1.Cohort`.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
+use futures::stream::{self, BoxStream};
 use proto::v1::cohort_server::Cohort;
 use proto::worker::GetActivityRequest;
 use proto::{Failure, Prompt, v1};
@@ -19,6 +19,9 @@ pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Longest wait for a group to say what it did: it answers between two steps.
 const ACTIVITY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Longest the head of an answer waits for its first message.
+const HEAD_PATIENCE: Duration = Duration::from_millis(2);
 
 /// Answers the calls; all state is shared.
 #[derive(Debug, Clone)]
@@ -118,6 +121,14 @@ fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, St
     }
 }
 
+/// Waits a moment for the first message, so that it travels with the head of the answer and its caller is woken once.
+async fn with_head<T: Send + 'static>(mut messages: BoxStream<'static, T>) -> BoxStream<'static, T> {
+    match tokio::time::timeout(HEAD_PATIENCE, messages.next()).await {
+        Ok(first) => stream::iter(first).chain(messages).boxed(),
+        Err(_) => messages,
+    }
+}
+
 /// The answers in one message: the first with the others in it.
 fn as_one(answers: Vec<v1::GenerateOnceResponse>) -> v1::GenerateOnceResponse {
     let mut answers = answers.into_iter();
@@ -127,7 +138,7 @@ fn as_one(answers: Vec<v1::GenerateOnceResponse>) -> v1::GenerateOnceResponse {
 
 #[tonic::async_trait]
 impl Cohort for Service {
-    type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
+    type GenerateStream = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
 
     async fn generate(
         &self,
@@ -136,11 +147,14 @@ impl Cohort for Service {
         let call = call(&request, &request.get_ref().request_id)?;
         let result = self.shared.generate(call.clone(), request.into_inner()).await;
         let labelled = call.clone();
-        let stream = result.map(|answer| {
-            let stream = answer.into_stream();
-            let stream = stream.map(move |message| message.map_err(|failure| labelled.status(&failure)));
-            Box::pin(stream) as Self::GenerateStream
-        });
+        let stream = match result {
+            Ok(answer) => {
+                let stream = answer.into_stream();
+                let stream = stream.map(move |message| message.map_err(|failure| labelled.status(&failure)));
+                Ok(with_head(Box::pin(stream)).await)
+            }
+            Err(failure) => Err(failure),
+        };
         respond(&call, stream)
     }
 
