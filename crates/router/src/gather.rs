@@ -1,9 +1,9 @@
 //! A connection whose writes of one turn leave together.
 //!
 //! HTTP/2 flushes behind every frame of some size: the head of a request and its message are one write and its end another,
-//! an answer of one message takes two or three. Each costs a system call and wakes whoever reads. Here a flush waits until
-//! the connection's task has its next turn, which is behind the tasks that are ready now, and what they have to say goes
-//! along.
+//! an answer of one message takes two or three. Each costs a system call and wakes whoever reads. Here a flush waits for
+//! the next turns of the connection's task, which are behind the tasks that are ready now, for as long as each of them
+//! brings more: what those tasks have to say goes along.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -15,6 +15,8 @@ use tonic::transport::server::Connected;
 
 /// Bytes that wait at most; more are written at once.
 const BYTES_MAX: usize = 64 << 10;
+/// Turns that bytes wait at most.
+const TURNS_MAX: u32 = 4;
 /// Flushes that wait at most: a turn that never reads would otherwise keep bytes back.
 const FLUSHES_MAX: u32 = 8;
 /// An empty buffer keeps no more than this.
@@ -29,11 +31,14 @@ pub(crate) struct Gathered<S> {
     done: usize,
     /// Flushes that wait.
     flushes: u32,
+    /// Turns that they have waited, and the bytes there were at the last of them.
+    turns: u32,
+    seen: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Gathered<S> {
     pub(crate) const fn new(inner: S) -> Self {
-        Self { inner, bytes: Vec::new(), done: 0, flushes: 0 }
+        Self { inner, bytes: Vec::new(), done: 0, flushes: 0, turns: 0, seen: 0 }
     }
 
     /// Writes what waits.
@@ -46,7 +51,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Gathered<S> {
         }
         self.bytes.clear();
         self.bytes.shrink_to(BYTES_KEPT);
-        (self.done, self.flushes) = (0, 0);
+        (self.done, self.flushes, self.turns, self.seen) = (0, 0, 0, 0);
         Pin::new(&mut self.inner).poll_flush(cx)
     }
 
@@ -66,10 +71,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Gathered<S> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         // A turn of an HTTP/2 connection begins with reading.
-        if self.flushes > 0
-            && let Poll::Ready(Err(error)) = self.drain(cx)
-        {
-            return Poll::Ready(Err(error));
+        if self.flushes > 0 {
+            if self.bytes.len() > self.seen && self.turns < TURNS_MAX && self.done == 0 {
+                self.seen = self.bytes.len();
+                self.turns += 1;
+                cx.waker().wake_by_ref();
+            } else if let Poll::Ready(Err(error)) = self.drain(cx) {
+                return Poll::Ready(Err(error));
+            }
         }
         Pin::new(&mut self.inner).poll_read(cx, buf)
     }
@@ -127,12 +136,21 @@ impl Connected for Gathered<Stream> {
 mod tests {
     use std::future::poll_fn;
 
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     use super::*;
 
+    /// A turn that finds nothing to read.
+    async fn turn(of: &mut Gathered<DuplexStream>) {
+        let mut bytes = [0; 8];
+        let nothing = poll_fn(|cx| {
+            Poll::Ready(Pin::new(&mut *of).poll_read(cx, &mut ReadBuf::new(&mut bytes)).is_pending())
+        });
+        assert!(nothing.await);
+    }
+
     #[tokio::test]
-    async fn what_is_flushed_leaves_with_the_next_turn() {
+    async fn what_is_flushed_leaves_when_a_turn_brings_no_more() {
         let (ours, mut theirs) = duplex(1024);
         let mut ours = Gathered::new(ours);
         ours.write_all(b"head").await.unwrap();
@@ -145,14 +163,15 @@ mod tests {
             Poll::Ready(Pin::new(&mut theirs).poll_read(cx, &mut buf).is_pending())
         });
         assert!(nothing.await);
-        // The next turn reads first.
-        let turn = poll_fn(|cx| {
-            let mut buf = ReadBuf::new(&mut read);
-            Poll::Ready(Pin::new(&mut ours).poll_read(cx, &mut buf).is_pending())
-        });
-        assert!(turn.await);
+        // Each turn reads first. One that brings nothing ends the wait.
+        for more in [&b", "[..], b"and its end", b""] {
+            turn(&mut ours).await;
+            ours.write_all(more).await.unwrap();
+            ours.flush().await.unwrap();
+        }
+        turn(&mut ours).await;
         let length = theirs.read(&mut read).await.unwrap();
-        assert_eq!(&read[..length], b"head and more");
+        assert_eq!(&read[..length], b"head and more, and its end");
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ use futures::stream::{self, BoxStream};
 use proto::v1::cohort_server::Cohort;
 use proto::worker::GetActivityRequest;
 use proto::{Failure, Prompt, v1};
+use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 use types::TokenId;
 
@@ -19,9 +20,6 @@ pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Longest wait for a group to say what it did: it answers between two steps.
 const ACTIVITY_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Longest the head of an answer waits for its first message.
-const HEAD_PATIENCE: Duration = Duration::from_millis(2);
 
 /// Answers the calls; all state is shared.
 #[derive(Debug, Clone)]
@@ -41,13 +39,13 @@ impl Service {
         Ok(v1::TokenizeResponse { token_ids: ids.into_iter().map(|id| id.0).collect(), rendered })
     }
 
-    fn detokenize(&self, request: v1::DetokenizeRequest) -> Result<v1::DetokenizeResponse, Failure> {
-        let _permit = self.shared.permit()?;
-        let tokenizer = self.shared.text("Detokenize")?.tokenizer();
+    async fn detokenize(&self, request: v1::DetokenizeRequest) -> Result<v1::DetokenizeResponse, Failure> {
+        let permit = self.shared.permit()?;
+        let text = self.shared.text("Detokenize")?;
         let ids: Vec<TokenId> = request.token_ids.into_iter().map(TokenId).collect();
         let (_, facts) = self.shared.served()?;
         facts.check_ids("token_ids", &ids)?;
-        Ok(v1::DetokenizeResponse { text: tokenizer.decode(&ids, request.keep_special_tokens) })
+        Ok(v1::DetokenizeResponse { text: text.detokenize(ids, request.keep_special_tokens, permit).await? })
     }
 
     fn model_info(&self) -> Result<v1::GetModelInfoResponse, Failure> {
@@ -121,11 +119,16 @@ fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, St
     }
 }
 
-/// Waits a moment for the first message, so that it travels with the head of the answer and its caller is woken once.
-async fn with_head<T: Send + 'static>(mut messages: BoxStream<'static, T>) -> BoxStream<'static, T> {
-    match tokio::time::timeout(HEAD_PATIENCE, messages.next()).await {
-        Ok(first) => stream::iter(first).chain(messages).boxed(),
-        Err(_) => messages,
+/// Waits until a group has taken the request: a first message that comes with that travels with the head of the answer, and
+/// its caller is woken once.
+async fn with_head<T: Send + 'static>(
+    mut messages: BoxStream<'static, T>,
+    taken: &Notify,
+) -> BoxStream<'static, T> {
+    tokio::select! {
+        biased;
+        first = messages.next() => stream::iter(first).chain(messages).boxed(),
+        () = taken.notified() => messages,
     }
 }
 
@@ -149,9 +152,10 @@ impl Cohort for Service {
         let labelled = call.clone();
         let stream = match result {
             Ok(answer) => {
+                let taken = answer.taken();
                 let stream = answer.into_stream();
                 let stream = stream.map(move |message| message.map_err(|failure| labelled.status(&failure)));
-                Ok(with_head(Box::pin(stream)).await)
+                Ok(with_head(Box::pin(stream), &taken).await)
             }
             Err(failure) => Err(failure),
         };
@@ -203,6 +207,8 @@ impl Cohort for Service {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
-        respond(&call(&request, "")?, self.detokenize(request.into_inner()))
+        let call = call(&request, "")?;
+        let result = call.within(self.detokenize(request.into_inner())).await;
+        respond(&call, result)
     }
 }

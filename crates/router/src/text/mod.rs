@@ -35,6 +35,9 @@ pub const IN_PLACE_MESSAGES_MAX: usize = 32;
 /// Words of such a chat that the tokenizer may have to be asked about; each takes it some 10 µs.
 pub const IN_PLACE_STRANGERS_MAX: usize = 8;
 
+/// Tokens that are made text where their request is handled: some 30 µs of work.
+pub const IN_PLACE_TOKENS_MAX: usize = 4 << 10;
+
 /// A prompt whose tokenizing has begun.
 #[derive(Debug)]
 pub enum Begun {
@@ -172,6 +175,29 @@ impl Text {
         // The template has written the special tokens, BOS included.
         let ids = self.tokenizer.encode(&rendered, false).map_err(of_chat)?;
         Ok((rendered, ids))
+    }
+
+    /// The text of `ids`, as [`Tokenizer::decode`]: where it is called when they are few, else on a thread that may block,
+    /// which holds `permit`.
+    ///
+    /// # Errors
+    /// [`Failure::Internal`] when that thread failed.
+    pub async fn detokenize(
+        &self,
+        ids: Vec<TokenId>,
+        keep_special: bool,
+        permit: impl Send + 'static,
+    ) -> Result<String, Failure> {
+        if ids.len() <= IN_PLACE_TOKENS_MAX {
+            return Ok(self.tokenizer.decode(&ids, keep_special));
+        }
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let work = tokio::task::spawn_blocking(move || {
+            let text = tokenizer.decode(&ids, keep_special);
+            drop(permit);
+            text
+        });
+        work.await.map_err(|error| Failure::Internal { why: format!("detokenizing failed: {error}") })
     }
 
     fn render(&self, chat: &Chat) -> Result<String, Failure> {
