@@ -50,6 +50,7 @@ fn a_cluster_behind_certificates_and_keys_serves_those_who_have_them() {
     fs::write(dir.path().join("keys.toml"), line).unwrap();
     let file = |name: &str| dir.path().join(name).display().to_string();
     let mut cluster = Cluster::up(&[
+        "--http-listen=127.0.0.1:0",
         &format!("--tls-certificate={}", file("router.crt")),
         &format!("--tls-key={}", file("router.key")),
         &format!("--tls-client-ca={}", file("ca.crt")),
@@ -70,6 +71,38 @@ fn a_cluster_behind_certificates_and_keys_serves_those_who_have_them() {
     let refused = asked("cohort-other");
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && said.contains("UNAUTHENTICATED"), "{said}");
+
+    // The same over HTTP, whose flags come before the variables.
+    let server = cluster.http().replace("http://", "https://");
+    let body = "{\"prompt\": \"Hi\", \"max_tokens\": 2}";
+    let line = format!(
+        "{{\"custom_id\": \"a\", \"method\": \"POST\", \"url\": \"/v1/completions\", \"body\": {body}}}\n"
+    );
+    fs::write(file("in.jsonl"), line).unwrap();
+    let batch = |out: &str, flags: &[&str], key: &str| {
+        let (input, out) = (file("in.jsonl"), file(out));
+        let args = ["batch", &input, &out, "--server", &server, "--retries", "0", "--json"];
+        let output = cohort(&[&args, flags].concat()).env("COHORT_API_KEY", key).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (text(&output.stdout), text(&output.stderr))
+    };
+    let (ca, certificate, own) = (file("ca.crt"), file("caller.crt"), file("caller.key"));
+    let all = ["--ca", &ca, "--certificate", &certificate, "--certificate-key", &own];
+    let (said, errors) = batch("good.jsonl", &all, &key);
+    assert!(said.contains("\"answered\":1"), "{said}{errors}");
+    assert!(fs::read_to_string(file("good.jsonl")).unwrap().contains("\"status_code\":200"));
+    for (out, flags, key) in [("wrong.jsonl", &all[..], "cohort-other"), ("bare.jsonl", &all[..2], &key)] {
+        let (said, errors) = batch(out, flags, key);
+        assert!(said.contains("\"refused\":1"), "{said}{errors}");
+        assert!(fs::read_to_string(file(out)).unwrap().contains("\"status_code\":401"));
+    }
+    let (_, errors) = batch("none.jsonl", &[], &key);
+    assert!(errors.contains("--ca") && errors.contains("COHORT_CA_FILE"), "{errors}");
+    let other = tempfile::tempdir().unwrap();
+    certificates(other.path(), &[]);
+    let stranger = other.path().join("ca.crt").display().to_string();
+    let (_, errors) = batch("none.jsonl", &["--ca", &stranger], &key);
+    assert!(errors.contains("TLS with 127.0.0.1"), "{errors}");
 }
 
 #[test]

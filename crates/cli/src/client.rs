@@ -24,11 +24,49 @@ pub(crate) const SERVER_DEFAULT: &str = "http://127.0.0.1:50051";
 
 /// A client of the public API.
 pub(crate) type Client = CohortClient<Identified>;
-/// The variables that say who calls, and whom to believe. Not flags: a command line is for everybody to read.
+/// The variables that say who calls, and whom to believe. A key has no flag: a command line is for everybody to read.
 const KEY_VARIABLE: &str = "COHORT_API_KEY";
 const CA_VARIABLE: &str = "COHORT_CA_FILE";
 const CERTIFICATE_VARIABLE: &str = "COHORT_CERTIFICATE_FILE";
 const CERTIFICATE_KEY_VARIABLE: &str = "COHORT_CERTIFICATE_KEY_FILE";
+
+/// Flags that say how an `https://` server is called. Without them the variables of the same purpose are looked at.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+#[command(next_help_heading = "For https:// servers")]
+pub struct TlsFlags {
+    /// Authority that signed the server's certificate, PEM [default: $COHORT_CA_FILE]
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Certificate to show to a server that asks for one, PEM [default: $COHORT_CERTIFICATE_FILE]
+    #[arg(long, value_name = "FILE", requires = "certificate_key")]
+    pub certificate: Option<PathBuf>,
+    /// The certificate's key, PEM [default: $COHORT_CERTIFICATE_KEY_FILE]
+    #[arg(long, value_name = "FILE", requires = "certificate")]
+    pub certificate_key: Option<PathBuf>,
+}
+
+impl TlsFlags {
+    /// What makes connections to `server`, named by `flag`, for the protocols `alpn`.
+    ///
+    /// # Errors
+    /// When no authority is named, or what is wrong with a file.
+    pub(crate) fn dialer(
+        &self,
+        (flag, server): (&str, &str),
+        alpn: &'static [&'static [u8]],
+    ) -> anyhow::Result<Dialer> {
+        let file =
+            |of: &Option<PathBuf>, name| of.clone().or_else(|| std::env::var_os(name).map(PathBuf::from));
+        let ca = file(&self.ca, CA_VARIABLE).with_context(|| {
+            format!(
+                "{flag} {server}: name the file of the authority to believe with --ca, or in {CA_VARIABLE}"
+            )
+        })?;
+        let certificate = file(&self.certificate, CERTIFICATE_VARIABLE);
+        let identity = certificate.zip(file(&self.certificate_key, CERTIFICATE_KEY_VARIABLE));
+        Ok(Dialer::new(&ClientTls { ca, identity }, alpn)?)
+    }
+}
 
 /// The address under which a server bound to `bound` is reached from this machine.
 pub(crate) fn reachable(bound: SocketAddr) -> SocketAddr {
@@ -42,17 +80,22 @@ pub(crate) fn reachable(bound: SocketAddr) -> SocketAddr {
 
 /// A channel to `server`, given as `http://host:port`, `https://host:port` or `host:port`.
 pub(crate) async fn channel(server: &str) -> anyhow::Result<Channel> {
-    channel_of("--server", server).await
+    channel_with(server, &TlsFlags::default()).await
 }
 
-/// As [`channel`], for another flag than `--server`.
-pub(crate) async fn channel_of(flag: &str, server: &str) -> anyhow::Result<Channel> {
+/// As [`channel`], with a caller's flags.
+pub(crate) async fn channel_with(server: &str, tls: &TlsFlags) -> anyhow::Result<Channel> {
+    channel_of(("--server", server), tls).await
+}
+
+/// As [`channel_with`], for another flag than `--server`.
+pub(crate) async fn channel_of((flag, server): (&str, &str), tls: &TlsFlags) -> anyhow::Result<Channel> {
     let address = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
     let endpoint = Endpoint::from_shared(address.clone())
         .map_err(|error| anyhow!("{flag} {server}: {error}; use an address such as {SERVER_DEFAULT}"))?;
     let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
     match endpoint.uri().scheme_str() {
-        Some("https") => return Ok(dialer(flag, server)?.channel(&endpoint)),
+        Some("https") => return Ok(tls.dialer((flag, server), &[b"h2"])?.channel(&endpoint)),
         Some("http") => {}
         _ => bail!("{flag} {server}: http:// and https:// are spoken"),
     }
@@ -60,15 +103,6 @@ pub(crate) async fn channel_of(flag: &str, server: &str) -> anyhow::Result<Chann
         .connect()
         .await
         .with_context(|| format!("nothing answers at {address}; is a cluster up? (cohort up)"))
-}
-
-fn dialer(flag: &str, server: &str) -> anyhow::Result<Dialer> {
-    let file = |name| std::env::var_os(name).map(PathBuf::from);
-    let ca = file(CA_VARIABLE).with_context(|| {
-        format!("{flag} {server}: name the file of the authority to believe in {CA_VARIABLE}")
-    })?;
-    let identity = file(CERTIFICATE_VARIABLE).zip(file(CERTIFICATE_KEY_VARIABLE));
-    Ok(Dialer::new(&ClientTls { ca, identity }, &[b"h2"])?)
 }
 
 /// The key this user calls with, if there is one.

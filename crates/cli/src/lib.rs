@@ -4,7 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line talks to its terminal")]
 
 pub mod args;
-mod client;
+pub mod client;
 pub mod command;
 mod embedded;
 pub mod generation;

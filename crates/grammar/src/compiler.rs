@@ -19,6 +19,19 @@ use crate::{Error, Matcher, Refused, TokenTable};
 /// Begins a token that is not text, in the compiler's alphabet. No text has this byte.
 const MARK: u8 = 0xFF;
 
+/// Kinds of tokens, each a part of the next that contains it, which are allowed together where a grammar's terminal allows
+/// all of them: blanks, and pieces of a JSON string up to a length. Near the end of a string of bounded length a mask is
+/// the faster the closer one of the lengths is to what is left of it; each of them is a trie more that is made with a compiler.
+const SLICES: [&str; 7] = [
+    r"[\x20\x0A\x0D\x09]+",
+    r#"[^"\\\x00-\x1F\x7F]{1,3}"#,
+    r#"[^"\\\x00-\x1F\x7F]{1,6}"#,
+    r#"[^"\\\x00-\x1F\x7F]{1,10}"#,
+    r#"[^"\\\x00-\x1F\x7F]{1,16}"#,
+    r#"[^"\\\x00-\x1F\x7F]{1,30}"#,
+    r#"[^"\\\x00-\x1F\x7F]+"#,
+];
+
 /// Compiles grammars for one vocabulary.
 pub struct Compiler {
     factory: ParserFactory,
@@ -43,7 +56,7 @@ impl Compiler {
         let eos: Vec<u32> = eos.iter().map(|id| id.0).collect();
         let trie = TokTrie::from(&TokRxInfo::new(vocab_size, first.0), &words).with_eos_tokens(&eos);
         let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-        let slices = llguidance::earley::SlicedBiasComputer::general_slices();
+        let slices = SLICES.map(str::to_owned);
         let mut factory = ParserFactory::new(&tokens, InferenceCapabilities::default(), &slices)
             .map_err(|error| refuse(error.to_string()))?;
         factory.quiet();

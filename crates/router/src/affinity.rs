@@ -5,10 +5,10 @@
 //! The memory is a prefix tree whose nodes are named by the hash of the way to them, so that it needs no pointers: a
 //! prompt's way through it is its [`Chain`].
 
-use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
+use ahash::{HashMap, HashMapExt};
 use smallvec::SmallVec;
 
 /// Tokens of one link of a chain: short enough for short prompts, long enough that few are kept.

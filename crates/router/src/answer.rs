@@ -5,6 +5,7 @@ use std::sync::Arc;
 use futures::stream::{SelectAll, unfold};
 use futures::{Stream, StreamExt};
 use proto::{Failure, v1, worker};
+use tokio::sync::Notify;
 use types::TokenId;
 
 use crate::call::Call;
@@ -22,6 +23,8 @@ pub(crate) struct Answer {
     counted: Counted,
     work: Work,
     permit: Option<Permit>,
+    /// Told when a group has taken the request.
+    taken: Arc<Notify>,
 }
 
 /// What is generated for a request.
@@ -47,9 +50,16 @@ impl Answer {
         permit: Permit,
     ) -> Self {
         let (placed, replay) = way;
+        let taken = placed.taken();
         let streams = Some(SelectAll::from_iter([replay.start(placed)]));
         let sequences = assemblers.map(|assembler| Sequence { assembler, tokens: Vec::new() }).collect();
-        Self { call, counted, work: Work { streams, sequences, replay }, permit: Some(permit) }
+        Self { call, counted, work: Work { streams, sequences, replay }, permit: Some(permit), taken }
+    }
+
+    /// Told when a group has taken the request, at the latest with its first message; not before the messages are asked
+    /// for.
+    pub(crate) fn taken(&self) -> Arc<Notify> {
+        Arc::clone(&self.taken)
     }
 
     /// The messages, the last of each answer with `finish`, or a failure.

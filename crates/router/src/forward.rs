@@ -7,6 +7,7 @@ use std::sync::Arc;
 use futures::stream::{once, unfold};
 use futures::{Stream, StreamExt};
 use proto::{Failure, GenerationFields, RETRY_AFTER, worker};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Status, Streaming};
@@ -26,6 +27,7 @@ pub(crate) struct Placed {
     request: Arc<worker::GenerateRequest>,
     prompt: Chain,
     trail: Trail,
+    taken: Arc<Notify>,
 }
 
 /// What a group generates for a request, until all its sequences have ended or it broke. Dropping it cancels the
@@ -91,12 +93,17 @@ impl Placed {
         };
         let place = groups.place(&mut tried, &prompt).ok_or_else(|| groups.progress().refusal())?;
         let (groups, request, trail) = (Arc::clone(groups), Arc::clone(request), trail.clone());
-        Ok(Self { groups, place, tried, request, prompt, trail })
+        Ok(Self { groups, place, tried, request, prompt, trail, taken: Arc::default() })
     }
 
     /// The group it is to be sent to.
     pub(crate) fn address(&self) -> &str {
         self.place.group().address()
+    }
+
+    /// Told when a group has taken the request.
+    pub(crate) fn taken(&self) -> Arc<Notify> {
+        Arc::clone(&self.taken)
     }
 
     /// Sends the request and passes its chunks on; nothing is sent before they are asked for.
@@ -118,7 +125,7 @@ impl Placed {
             let group = self.place.index();
             let span = self.trail.attempt(self.place.group().address(), &self.request);
             let headers = |headers: &mut MetadataMap| self.trail.tell(&span, headers);
-            let refused = match attempt(self.place, &self.request, deadline, headers).await {
+            let refused = match attempt(self.place, &self.request, deadline, headers, &self.taken).await {
                 Ok((place, first, chunks)) => {
                     self.groups.tried(group, true);
                     let open = sequences.len();
@@ -157,6 +164,7 @@ async fn attempt(
     request: &worker::GenerateRequest,
     deadline: Option<Instant>,
     headers: impl FnOnce(&mut MetadataMap),
+    taken: &Notify,
 ) -> Result<(InFlight, worker::GenerateChunk, Streaming<worker::GenerateChunk>), Refused> {
     let mut request = Request::new(request.clone());
     if let Some(deadline) = deadline {
@@ -167,6 +175,7 @@ async fn attempt(
     let group = place.group().address();
     let answer = place.group().client().generate(request).await;
     let mut chunks = answer.map_err(|status| Refused::new(&status, group))?.into_inner();
+    taken.notify_one();
     match chunks.message().await {
         Ok(Some(first)) => Ok((place, first, chunks)),
         Ok(None) => Err(Refused { failure: lost(group, ENDED_EARLY), try_elsewhere: true, lost: true }),

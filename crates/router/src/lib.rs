@@ -15,6 +15,7 @@ mod error;
 pub mod fair;
 mod forward;
 mod gate;
+mod gather;
 mod http;
 mod metrics;
 pub mod pick;

@@ -16,7 +16,7 @@ use crate::metrics::{Counted, Metrics};
 use crate::resume::Replay;
 use crate::room::Places;
 use crate::running::Running;
-use crate::text::{Text, Vocabulary, Wanted};
+use crate::text::{Begun, Text, Vocabulary, Wanted};
 use crate::trail::{Traced, Tracing};
 use crate::tuned::Tuning;
 use crate::workers::{Facts, Groups};
@@ -216,7 +216,7 @@ impl Shared {
         Ok((name, facts))
     }
 
-    /// Renders and tokenizes on a thread that may block; `permit` bounds how many do so at once.
+    /// Renders and tokenizes: what is long on a thread that may block, of which `permit` bounds how many do so at once.
     ///
     /// # Errors
     /// [`Failure::NoTokenizer`] and what [`Text::tokenize`] refuses.
@@ -231,10 +231,14 @@ impl Shared {
             Prompt::Chat(_) => "chat",
         };
         self.check_length(&prompt)?;
-        let text = self.text(needed_for)?.clone();
-        let permit = Arc::clone(permit);
+        let text = self.text(needed_for)?;
+        let rest = match text.begin(prompt)? {
+            Begun::Whole(whole) => return Ok(whole),
+            Begun::Part(rest) => rest,
+        };
+        let (text, permit) = (text.clone(), Arc::clone(permit));
         let work = tokio::task::spawn_blocking(move || {
-            let result = text.tokenize(prompt);
+            let result = text.finish(rest);
             drop(permit);
             result
         });

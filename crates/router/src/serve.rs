@@ -1,9 +1,11 @@
 //! A router's life: bind, serve, withdraw, drain.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::{Stream, StreamExt};
 use proto::v1::cohort_server::CohortServer;
 use proto::vllm::control_server::ControlServer;
 use proto::vllm::inference_server::InferenceServer;
@@ -24,6 +26,7 @@ use crate::call::random_u64;
 use crate::config::Access;
 use crate::discovery::Discovery;
 use crate::gate::{Callers, Gate, GateLayer};
+use crate::gather::Gathered;
 use crate::metrics::Metrics;
 use crate::pipeline::Shared;
 use crate::registry::Desk;
@@ -255,9 +258,16 @@ async fn serve_grpc(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?)
         .add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?)
-        .serve_with_incoming_shutdown(incoming(listener, door), refuse.cancelled_owned())
+        .serve_with_incoming_shutdown(gathered(incoming(listener, door)), refuse.cancelled_owned())
         .await
         .map_err(|error| broken(error.to_string()))
+}
+
+/// Connections that write once a turn.
+fn gathered(
+    streams: impl Stream<Item = io::Result<security::Stream>> + Send,
+) -> impl Stream<Item = io::Result<Gathered<security::Stream>>> + Send {
+    streams.map(|stream| stream.map(Gathered::new))
 }
 
 async fn serve_http(

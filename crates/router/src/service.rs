@@ -1,13 +1,14 @@
 //! The gRPC service `cohort.v1.Cohort`.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
+use futures::stream::{self, BoxStream};
 use proto::v1::cohort_server::Cohort;
 use proto::worker::GetActivityRequest;
 use proto::{Failure, Prompt, v1};
+use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 use types::TokenId;
 
@@ -38,13 +39,13 @@ impl Service {
         Ok(v1::TokenizeResponse { token_ids: ids.into_iter().map(|id| id.0).collect(), rendered })
     }
 
-    fn detokenize(&self, request: v1::DetokenizeRequest) -> Result<v1::DetokenizeResponse, Failure> {
-        let _permit = self.shared.permit()?;
-        let tokenizer = self.shared.text("Detokenize")?.tokenizer();
+    async fn detokenize(&self, request: v1::DetokenizeRequest) -> Result<v1::DetokenizeResponse, Failure> {
+        let permit = self.shared.permit()?;
+        let text = self.shared.text("Detokenize")?;
         let ids: Vec<TokenId> = request.token_ids.into_iter().map(TokenId).collect();
         let (_, facts) = self.shared.served()?;
         facts.check_ids("token_ids", &ids)?;
-        Ok(v1::DetokenizeResponse { text: tokenizer.decode(&ids, request.keep_special_tokens) })
+        Ok(v1::DetokenizeResponse { text: text.detokenize(ids, request.keep_special_tokens, permit).await? })
     }
 
     fn model_info(&self) -> Result<v1::GetModelInfoResponse, Failure> {
@@ -118,6 +119,19 @@ fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, St
     }
 }
 
+/// Waits until a group has taken the request: a first message that comes with that travels with the head of the answer, and
+/// its caller is woken once.
+async fn with_head<T: Send + 'static>(
+    mut messages: BoxStream<'static, T>,
+    taken: &Notify,
+) -> BoxStream<'static, T> {
+    tokio::select! {
+        biased;
+        first = messages.next() => stream::iter(first).chain(messages).boxed(),
+        () = taken.notified() => messages,
+    }
+}
+
 /// The answers in one message: the first with the others in it.
 fn as_one(answers: Vec<v1::GenerateOnceResponse>) -> v1::GenerateOnceResponse {
     let mut answers = answers.into_iter();
@@ -127,7 +141,7 @@ fn as_one(answers: Vec<v1::GenerateOnceResponse>) -> v1::GenerateOnceResponse {
 
 #[tonic::async_trait]
 impl Cohort for Service {
-    type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
+    type GenerateStream = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
 
     async fn generate(
         &self,
@@ -136,11 +150,15 @@ impl Cohort for Service {
         let call = call(&request, &request.get_ref().request_id)?;
         let result = self.shared.generate(call.clone(), request.into_inner()).await;
         let labelled = call.clone();
-        let stream = result.map(|answer| {
-            let stream = answer.into_stream();
-            let stream = stream.map(move |message| message.map_err(|failure| labelled.status(&failure)));
-            Box::pin(stream) as Self::GenerateStream
-        });
+        let stream = match result {
+            Ok(answer) => {
+                let taken = answer.taken();
+                let stream = answer.into_stream();
+                let stream = stream.map(move |message| message.map_err(|failure| labelled.status(&failure)));
+                Ok(with_head(Box::pin(stream), &taken).await)
+            }
+            Err(failure) => Err(failure),
+        };
         respond(&call, stream)
     }
 
@@ -189,6 +207,8 @@ impl Cohort for Service {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
-        respond(&call(&request, "")?, self.detokenize(request.into_inner()))
+        let call = call(&request, "")?;
+        let result = call.within(self.detokenize(request.into_inner())).await;
+        respond(&call, result)
     }
 }

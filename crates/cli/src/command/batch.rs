@@ -3,6 +3,7 @@
 mod lines;
 mod output;
 mod send;
+mod wire;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::client;
 use crate::out::say;
 use crate::supervisor::signals;
 use crate::table::{Align, Table};
@@ -41,6 +43,9 @@ pub struct Args {
     /// The router's HTTP address
     #[arg(long, value_name = "URL", default_value = SERVER_DEFAULT)]
     pub server: String,
+    /// How it is called.
+    #[command(flatten)]
+    pub tls: client::TlsFlags,
     /// Requests in flight at once
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub in_flight: u32,
@@ -71,7 +76,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let Ok(timeout) = Duration::try_from_secs_f64(args.timeout) else {
         bail!("--timeout {}: must be a number of seconds of at least 0", args.timeout);
     };
-    let sender = send::Sender::new(&args.server, args.retries, timeout)?;
+    let sender = send::Sender::new((&args.server, &args.tls), args.retries, timeout)?;
     let checked = Checked::read(&args.input)?;
     let output = Output::open(&args.output)?;
     if let Some(stranger) = output.done().iter().find(|id| !checked.ids().contains(*id)) {
@@ -92,7 +97,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let counts = Counts { before, ..counts };
     print(args, &counts, total, started.elapsed())?;
     if let Some(why) = failed {
-        bail!("{why}; the answers so far are kept, the same command goes on");
+        bail!("{why:#}; the answers so far are kept, the same command goes on");
     }
     if counts.answered + counts.refused + counts.before < total {
         bail!("stopped; the same command goes on");

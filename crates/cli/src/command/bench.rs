@@ -89,6 +89,9 @@ pub struct ServeArgs {
     /// The router's gRPC address
     #[arg(long, value_name = "URL", default_value = client::SERVER_DEFAULT)]
     pub server: String,
+    /// How it is called.
+    #[command(flatten)]
+    pub tls: client::TlsFlags,
     /// Requests in flight at once (closed loop)
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "rate", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub clients: u32,
@@ -144,7 +147,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 async fn measure(args: &ServeArgs, plan: load::Plan) -> anyhow::Result<Summary> {
-    let mut client = client::client(client::channel(&args.server).await?);
+    let mut client = client::client(client::channel_with(&args.server, &args.tls).await?);
     let info =
         client.get_model_info(GetModelInfoRequest {}).await.map_err(|status| client::explain(&status))?;
     let info = info.into_inner();

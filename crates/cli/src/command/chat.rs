@@ -1,13 +1,16 @@
 //! `cohort chat`: a conversation in the terminal.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{self, BufRead, IsTerminal, Write};
 use std::str::FromStr;
+use std::thread;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use proto::v1::{ChatMessage, ChatPrompt, GenerateRequest, GenerateResponse, Response, generate_request};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 use tonic::Streaming;
 
-use crate::client;
+use crate::client::{self, Client};
 use crate::generation::GenerationFlags;
 use crate::style::Paint;
 
@@ -16,7 +19,8 @@ While chatting:
   /reset          forget the conversation
   /system TEXT    set the system message (nothing: remove it) and start anew
   /params         show the parameters; /params temperature=0 top_p=0.9 changes them
-  /quit           leave, as does the end of the input";
+  /quit           leave, as does the end of the input (ctrl-D)
+ctrl-C ends an answer; what was said of it stays in the conversation.";
 /// What `/params` knows.
 const PARAMETERS: [&str; 10] = [
     "temperature",
@@ -30,6 +34,8 @@ const PARAMETERS: [&str; 10] = [
     "max_tokens",
     "reasoning",
 ];
+/// What ctrl-C says when there is no answer to end.
+const HOW_TO_LEAVE: &str = "/quit or ctrl-D leaves";
 /// Why a line that begins with `/` was not understood.
 const COMMANDS: &str = "commands are /reset, /system TEXT, /params [NAME=VALUE …] and /quit";
 
@@ -40,6 +46,9 @@ pub struct Args {
     /// The router's gRPC address
     #[arg(long, value_name = "URL", default_value = client::SERVER_DEFAULT)]
     pub server: String,
+    /// How it is called.
+    #[command(flatten)]
+    pub tls: client::TlsFlags,
     /// Name of the model [default: whatever is served]
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     pub model: String,
@@ -185,60 +194,134 @@ fn message(role: &str, content: &str) -> ChatMessage {
 
 /// Chats until the input ends.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let terminal = std::io::stdin().is_terminal();
-    let mut session = Session {
+    let session = Session {
         turns: Vec::new(),
         system: args.system.clone(),
         reasoning: args.reasoning,
         asked: args.generation.to_request()?,
     };
-    let runtime = super::runtime()?;
-    let mut client = client::client(runtime.block_on(client::channel(&args.server))?);
-    let paint = Paint::stdout();
-    if terminal {
-        println!("{}", paint.dim(MORE));
+    super::runtime()?.block_on(async {
+        let client = client::client(client::channel_with(&args.server, &args.tls).await?);
+        let terminal = io::stdin().is_terminal();
+        Conversation {
+            client,
+            session,
+            terminal,
+            paint: Paint::stdout(),
+            interrupts: Interrupts::of(terminal)?,
+        }
+        .run(&args.model)
+        .await
+    })
+}
+
+/// Ctrl-C, where a person sits at the terminal; a script it ends.
+struct Interrupts(Option<Signal>);
+
+impl Interrupts {
+    fn of(terminal: bool) -> anyhow::Result<Self> {
+        let signal = terminal.then(|| signal(SignalKind::interrupt())).transpose();
+        Ok(Self(signal.context("listen for ctrl-C")?))
     }
-    let mut input = std::io::stdin().lock();
-    loop {
-        if terminal {
-            print!("{} ", paint.accent(">"));
-            std::io::stdout().flush()?;
-        }
-        let mut line = String::new();
-        if input.read_line(&mut line)? == 0 {
-            return Ok(());
-        }
-        let question = match session.take(&line) {
-            Ok(Line::Empty) => continue,
-            Ok(Line::Quit) => return Ok(()),
-            Ok(Line::Done(told)) => {
-                println!("{}", paint.dim(told));
-                continue;
-            }
-            Ok(Line::Say(question)) => question,
-            Err(wrong) => {
-                eprintln!("{}", Paint::stderr().bad(wrong));
-                continue;
-            }
-        };
-        let request = session.request(&args.model, &question);
-        let answer = runtime.block_on(async {
-            let stream = client.generate(request).await.map_err(|status| client::explain(&status))?;
-            show(stream.into_inner(), paint).await
-        });
-        match answer {
-            Ok(answer) => session.answered(&question, answer),
-            // A person may go on with another question; a script should hear of it.
-            Err(error) if terminal => eprintln!("{}", Paint::stderr().bad(format!("{error:#}"))),
-            Err(error) => return Err(error),
+
+    async fn next(&mut self) {
+        match &mut self.0 {
+            Some(signal) => _ = signal.recv().await,
+            None => std::future::pending().await,
         }
     }
 }
 
-/// Prints an answer as it comes, reasoning dimmed, and returns it.
-async fn show(mut stream: Streaming<GenerateResponse>, paint: Paint) -> anyhow::Result<ChatMessage> {
-    let mut answer = ChatMessage { role: "assistant".to_owned(), ..ChatMessage::default() };
-    let mut stdout = std::io::stdout();
+/// A conversation at a terminal, or one that a script leads.
+struct Conversation {
+    client: Client,
+    session: Session,
+    terminal: bool,
+    paint: Paint,
+    interrupts: Interrupts,
+}
+
+impl Conversation {
+    async fn run(mut self, model: &str) -> anyhow::Result<()> {
+        let paint = self.paint;
+        if self.terminal {
+            println!("{}", paint.dim(MORE));
+        }
+        let mut lines = lines()?;
+        while let Some(line) = self.line(&mut lines).await? {
+            match self.session.take(&line) {
+                Ok(Line::Empty) => {}
+                Ok(Line::Quit) => return Ok(()),
+                Ok(Line::Done(told)) => println!("{}", paint.dim(told)),
+                Ok(Line::Say(question)) => match self.answer(model, &question).await {
+                    Ok(answer) => self.session.answered(&question, answer),
+                    // A person may go on with another question; a script should hear of it.
+                    Err(error) if self.terminal => eprintln!("{}", Paint::stderr().bad(format!("{error:#}"))),
+                    Err(error) => return Err(error),
+                },
+                Err(wrong) => eprintln!("{}", Paint::stderr().bad(wrong)),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next line; `None` at the end of the input.
+    async fn line(
+        &mut self,
+        lines: &mut mpsc::Receiver<io::Result<String>>,
+    ) -> anyhow::Result<Option<String>> {
+        loop {
+            if self.terminal {
+                print!("{} ", self.paint.accent(">"));
+                io::stdout().flush()?;
+            }
+            tokio::select! {
+                line = lines.recv() => return line.transpose().context("read a line"),
+                // The terminal has forgotten what was typed of the line.
+                () = self.interrupts.next() => println!("\n{}", self.paint.dim(HOW_TO_LEAVE)),
+            }
+        }
+    }
+
+    /// Shows the answer to a question as it comes, until it ends or is interrupted, and returns it.
+    async fn answer(&mut self, model: &str, question: &str) -> anyhow::Result<ChatMessage> {
+        let mut answer = ChatMessage { role: "assistant".to_owned(), ..ChatMessage::default() };
+        let request = self.session.request(model, question);
+        let (client, paint) = (&mut self.client, self.paint);
+        let shown = async {
+            let stream = client.generate(request).await.map_err(|status| client::explain(&status))?;
+            show(stream.into_inner(), paint, &mut answer).await
+        };
+        // Leaving the stream ends the request at the server.
+        tokio::select! {
+            shown = shown => shown?,
+            () = self.interrupts.next() => println!("\n{}", paint.dim("(ended)")),
+        }
+        Ok(answer)
+    }
+}
+
+/// The lines of the input, read on a thread of their own: reading a terminal cannot be left off.
+fn lines() -> anyhow::Result<mpsc::Receiver<io::Result<String>>> {
+    let (give, take) = mpsc::channel(1);
+    let read = move || {
+        for line in io::stdin().lock().lines() {
+            if give.blocking_send(line).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("input".into()).spawn(read).context("start the reader")?;
+    Ok(take)
+}
+
+/// Prints an answer as it comes, reasoning dimmed, and adds it to `answer`.
+async fn show(
+    mut stream: Streaming<GenerateResponse>,
+    paint: Paint,
+    answer: &mut ChatMessage,
+) -> anyhow::Result<()> {
+    let mut stdout = io::stdout();
     let mut finished = false;
     while let Some(message) = stream.message().await.map_err(|status| client::explain(&status))? {
         if !message.reasoning.is_empty() {
@@ -257,5 +340,5 @@ async fn show(mut stream: Streaming<GenerateResponse>, paint: Paint) -> anyhow::
     if !finished {
         bail!("the stream ended without saying why; the answer above is not complete");
     }
-    Ok(answer)
+    Ok(())
 }

@@ -113,7 +113,7 @@ async fn connect(args: &WorkerArgs) -> anyhow::Result<WorkerClient<Identified>> 
         Some(url) => url.clone(),
         None => only_leader(&run_dir::leaders())?,
     };
-    let channel = client::channel_of("--worker", &url).await?;
+    let channel = client::channel_of(("--worker", &url), &client::TlsFlags::default()).await?;
     let told = identity::from_variable()?;
     let address = url.rsplit_once("://").map_or(url.as_str(), |(_, address)| address).trim_end_matches('/');
     let secret = told.or_else(|| run_dir::secret_of(address.parse().ok()?));

@@ -32,6 +32,9 @@ pub struct Args {
     /// The router's gRPC address
     #[arg(long, value_name = "URL", default_value = client::SERVER_DEFAULT)]
     pub server: String,
+    /// How it is called.
+    #[command(flatten)]
+    pub tls: client::TlsFlags,
     /// Name of the model [default: whatever is served]
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     pub model: String,
@@ -249,7 +252,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         call.set_timeout(timeout);
     }
     super::runtime()?.block_on(async {
-        let mut client = client::client(client::channel(&args.server).await?);
+        let mut client = client::client(client::channel_with(&args.server, &args.tls).await?);
         let answer = async {
             let stream = client.generate(call).await.map_err(|status| client::explain(&status))?.into_inner();
             receive(stream, live).await

@@ -167,7 +167,14 @@ fn runtime() -> anyhow::Result<Runtime> {
         .context("start the runtime")
 }
 
-/// Threads for serving callers, one a core: a router does nothing else.
+/// Threads for serving callers, one for each two cores. What a request does is short, and where several threads serve,
+/// each of its steps may wake another one, which costs more than the step. Long texts are tokenized on other threads, and
+/// have the other cores.
 fn serving_runtime() -> anyhow::Result<Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.div_ceil(2))
+        .enable_all()
+        .build()
+        .context("start the runtime")
 }

@@ -1,6 +1,8 @@
 //! Shared by the test files of this crate.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub(crate) mod server;
+
 use std::future::Future;
 use std::time::Duration;
 

@@ -58,10 +58,10 @@ pub(super) async fn detokenize(
         fields.refuse(format!("tokens[{index}]"), reason);
     }
     fields.finish()?;
-    let _permit = context.shared.permit()?;
-    let tokenizer = context.shared.text("/detokenize")?.tokenizer();
+    let permit = context.shared.permit()?;
+    let text = context.shared.text("/detokenize")?;
     let ids: Vec<TokenId> = tokens.into_iter().map(TokenId).collect();
-    Ok(Json(json!({ "prompt": tokenizer.decode(&ids, true) })))
+    Ok(Json(json!({ "prompt": text.detokenize(ids, true, permit).await? })))
 }
 
 /// What is served, if it is what the request asks for.

@@ -22,10 +22,39 @@ pub use tokenizer::Tokenizer;
 
 use std::sync::Arc;
 
-use proto::{Failure, Prompt, Violation};
+use proto::{Chat, Failure, Prompt, Violation};
 use types::TokenId;
 
 use crate::{Error, ModelFiles};
+
+/// Bytes of a chat, and of what a template makes of it, that are tokenized where its request is handled: some 2,000 tokens,
+/// which take less than two wakes of another thread when their words are known.
+pub const IN_PLACE_BYTES_MAX: usize = 8 << 10;
+/// Messages of a chat that is rendered where its request is handled.
+pub const IN_PLACE_MESSAGES_MAX: usize = 32;
+/// Words of such a chat that the tokenizer may have to be asked about; each takes it some 10 µs.
+pub const IN_PLACE_STRANGERS_MAX: usize = 8;
+
+/// Tokens that are made text where their request is handled: some 30 µs of work.
+pub const IN_PLACE_TOKENS_MAX: usize = 4 << 10;
+
+/// A prompt whose tokenizing has begun.
+#[derive(Debug)]
+pub enum Begun {
+    /// It is done: the text that was tokenized, and its ids.
+    Whole((String, Vec<TokenId>)),
+    /// What is left would take a while.
+    Part(Rest),
+}
+
+/// What is left to do of a prompt.
+#[derive(Debug)]
+pub enum Rest {
+    /// All of it.
+    Prompt(Prompt),
+    /// A chat that was rendered.
+    Rendered(String),
+}
 
 /// Everything a checkpoint says about text.
 #[derive(Debug, Clone)]
@@ -101,22 +130,83 @@ impl Text {
     /// # Errors
     /// [`Failure::NoChatTemplate`], or [`Failure::Invalid`] when the template refuses the conversation.
     pub fn tokenize(&self, prompt: Prompt) -> Result<(String, Vec<TokenId>), Failure> {
-        match prompt {
-            Prompt::TokenIds(ids) => Ok((String::new(), ids)),
-            Prompt::Text(text) => {
-                let ids = self.tokenizer.encode(&text, true).map_err(|why| Violation::new("text", why))?;
-                Ok((text, ids))
-            }
-            Prompt::Chat(chat) => {
-                let Some(template) = &self.template else {
-                    return Err(Failure::NoChatTemplate { needed_for: "chat".to_owned() });
-                };
-                let rendered = template.render_chat(&chat)?;
-                // The template has written the special tokens, BOS included.
-                let ids =
-                    self.tokenizer.encode(&rendered, false).map_err(|why| Violation::new("chat", why))?;
-                Ok((rendered, ids))
-            }
-        }
+        self.finish(Rest::Prompt(prompt))
     }
+
+    /// Does what [`Text::tokenize`] does as far as it is done in no time ([`IN_PLACE_BYTES_MAX`],
+    /// [`IN_PLACE_STRANGERS_MAX`]), so that short chats need no other thread.
+    ///
+    /// # Errors
+    /// As [`Text::tokenize`]'s.
+    pub fn begin(&self, prompt: Prompt) -> Result<Begun, Failure> {
+        let chat = match prompt {
+            Prompt::TokenIds(ids) => return Ok(Begun::Whole((String::new(), ids))),
+            Prompt::Text(_) => return Ok(Begun::Part(Rest::Prompt(prompt))),
+            Prompt::Chat(ref chat) => chat,
+        };
+        if chat.bytes() > IN_PLACE_BYTES_MAX || chat.messages.len() > IN_PLACE_MESSAGES_MAX {
+            return Ok(Begun::Part(Rest::Prompt(prompt)));
+        }
+        let rendered = self.render(chat)?;
+        let known = match rendered.len() > IN_PLACE_BYTES_MAX {
+            true => None,
+            false => self.tokenizer.encode_knowing(&rendered, IN_PLACE_STRANGERS_MAX).map_err(of_chat)?,
+        };
+        Ok(match known {
+            Some(ids) => Begun::Whole((rendered, ids)),
+            None => Begun::Part(Rest::Rendered(rendered)),
+        })
+    }
+
+    /// The rest of what [`Text::begin`] has begun, on a thread that may block.
+    ///
+    /// # Errors
+    /// As [`Text::tokenize`]'s.
+    pub fn finish(&self, rest: Rest) -> Result<(String, Vec<TokenId>), Failure> {
+        let rendered = match rest {
+            Rest::Prompt(Prompt::TokenIds(ids)) => return Ok((String::new(), ids)),
+            Rest::Prompt(Prompt::Text(text)) => {
+                let ids = self.tokenizer.encode(&text, true).map_err(|why| Violation::new("text", why))?;
+                return Ok((text, ids));
+            }
+            Rest::Prompt(Prompt::Chat(chat)) => self.render(&chat)?,
+            Rest::Rendered(rendered) => rendered,
+        };
+        // The template has written the special tokens, BOS included.
+        let ids = self.tokenizer.encode(&rendered, false).map_err(of_chat)?;
+        Ok((rendered, ids))
+    }
+
+    /// The text of `ids`, as [`Tokenizer::decode`]: where it is called when they are few, else on a thread that may block,
+    /// which holds `permit`.
+    ///
+    /// # Errors
+    /// [`Failure::Internal`] when that thread failed.
+    pub async fn detokenize(
+        &self,
+        ids: Vec<TokenId>,
+        keep_special: bool,
+        permit: impl Send + 'static,
+    ) -> Result<String, Failure> {
+        if ids.len() <= IN_PLACE_TOKENS_MAX {
+            return Ok(self.tokenizer.decode(&ids, keep_special));
+        }
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let work = tokio::task::spawn_blocking(move || {
+            let text = tokenizer.decode(&ids, keep_special);
+            drop(permit);
+            text
+        });
+        work.await.map_err(|error| Failure::Internal { why: format!("detokenizing failed: {error}") })
+    }
+
+    fn render(&self, chat: &Chat) -> Result<String, Failure> {
+        let template = self.template.as_ref();
+        let template = template.ok_or_else(|| Failure::NoChatTemplate { needed_for: "chat".to_owned() })?;
+        template.render_chat(chat)
+    }
+}
+
+fn of_chat(why: String) -> Violation {
+    Violation::new("chat", why)
 }

@@ -5,6 +5,7 @@
 
 mod action;
 mod citations;
+mod guard;
 mod json;
 mod markers;
 
@@ -16,7 +17,8 @@ pub use citations::{Citation, Cited, CitedSource};
 pub use markers::Markers;
 
 use action::Action;
-use citations::Citations;
+use citations::{Citations, Out};
+use guard::Guard;
 use markers::{Found, Kind};
 
 /// What became certain with a piece of an answer.
@@ -70,12 +72,18 @@ enum Place {
     },
     Reasoning,
     Text,
-    Action(Action),
+    /// What goes into an action is guarded as a whole: what comes out is parts of it.
+    Action(Action, Guard),
 }
 
 impl Place {
     const fn between() -> Self {
         Self::Between { blanks: String::new() }
+    }
+
+    /// An action whose first call has this index.
+    fn action(index: u32) -> Self {
+        Self::Action(Action::new(index), Guard::default())
     }
 }
 
@@ -88,8 +96,39 @@ pub struct Parser {
     held: String,
     calls_tools: bool,
     calls: u32,
-    /// When citations are looked for: those of the text and those of the reasoning.
-    citations: Option<(Citations, Citations)>,
+    said: Part,
+    thought: Part,
+}
+
+/// One of the two parts that callers read.
+#[derive(Debug, Clone, Default)]
+struct Part {
+    guard: Guard,
+    /// When citations are looked for.
+    citations: Option<Citations>,
+}
+
+impl Part {
+    fn push(&mut self, more: &str, out: &mut Out<'_>) {
+        match &mut self.citations {
+            Some(citations) => citations.push(more, &mut self.guard, out),
+            None => _ = out.say(more, &mut self.guard),
+        }
+    }
+
+    /// Adds text that citations are not looked for in.
+    fn pass_on(&mut self, more: &str, out: &mut Out<'_>) {
+        let said = out.say(more, &mut self.guard);
+        if let Some(citations) = &mut self.citations {
+            citations.pass_over(said);
+        }
+    }
+
+    fn finish(&mut self, out: &mut Out<'_>) {
+        if let Some(citations) = &mut self.citations {
+            citations.finish(&mut self.guard, out);
+        }
+    }
 }
 
 impl Parser {
@@ -102,19 +141,21 @@ impl Parser {
             None if markers.is_empty() => Place::Text,
             Some(Kind::StartThinking) => Place::Reasoning,
             Some(Kind::StartText) => Place::Text,
-            Some(Kind::StartAction) if calls_tools => Place::Action(Action::new(0)),
+            Some(Kind::StartAction) if calls_tools => Place::action(0),
             Some(Kind::StartAction) => Place::Text,
             None | Some(Kind::EndThinking | Kind::EndText | Kind::EndAction | Kind::Turn | Kind::Other) => {
                 Place::between()
             }
         };
-        Self { markers, place, held: String::new(), calls_tools, calls: 0, citations: None }
+        let (said, thought) = (Part::default(), Part::default());
+        Self { markers, place, held: String::new(), calls_tools, calls: 0, said, thought }
     }
 
     /// Takes citations out of the text and the reasoning as well: for a conversation that has something to cite.
     #[must_use]
     pub fn with_citations(mut self) -> Self {
-        self.citations = Some((Citations::new(Cited::Text), Citations::new(Cited::Reasoning)));
+        self.said.citations = Some(Citations::new(Cited::Text));
+        self.thought.citations = Some(Citations::new(Cited::Reasoning));
         self
     }
 
@@ -162,15 +203,16 @@ impl Parser {
             return;
         }
         match &mut self.place {
-            Place::Reasoning => match &mut self.citations {
-                Some((_, citations)) => citations.push(text, &mut out.reasoning, &mut out.citations),
-                None => out.reasoning.push_str(text),
-            },
+            Place::Reasoning => self.thought.push(
+                text,
+                &mut Out { markers: &self.markers, text: &mut out.reasoning, citations: &mut out.citations },
+            ),
             Place::Text => self.say(text, out),
-            Place::Action(action) => {
-                let before = out.text.len();
-                action.push(text, out);
-                self.pass_over(before, out);
+            Place::Action(action, guard) => {
+                let (before, mut guarded) = (out.text.len(), String::new());
+                guard.push(&self.markers, text, &mut guarded);
+                action.push(&guarded, out);
+                self.pass_on(before, out);
             }
             Place::Between { blanks } if text.trim_start().is_empty() => blanks.push_str(text),
             Place::Between { blanks } => {
@@ -183,10 +225,8 @@ impl Parser {
     }
 
     fn say(&mut self, text: &str, out: &mut Parsed) {
-        match &mut self.citations {
-            Some((citations, _)) => citations.push(text, &mut out.text, &mut out.citations),
-            None => out.text.push_str(text),
-        }
+        let (text_out, citations) = (&mut out.text, &mut out.citations);
+        self.said.push(text, &mut Out { markers: &self.markers, text: text_out, citations });
     }
 
     fn marker(&mut self, kind: Kind, out: &mut Parsed) {
@@ -197,7 +237,7 @@ impl Parser {
         self.place = match kind {
             Kind::StartThinking => Place::Reasoning,
             Kind::StartText => Place::Text,
-            Kind::StartAction if self.calls_tools => Place::Action(Action::new(self.calls)),
+            Kind::StartAction if self.calls_tools => Place::action(self.calls),
             Kind::StartAction => {
                 out.faults.push("the model calls a tool and was offered none".to_owned());
                 Place::Text
@@ -210,30 +250,28 @@ impl Parser {
 
     fn leave(&mut self, out: &mut Parsed) {
         match std::mem::replace(&mut self.place, Place::between()) {
-            Place::Action(mut action) => {
+            Place::Action(mut action, _) => {
                 let before = out.text.len();
                 self.calls = action.finish(out);
-                self.pass_over(before, out);
+                self.pass_on(before, out);
             }
-            Place::Reasoning => {
-                if let Some((_, citations)) = &mut self.citations {
-                    citations.finish(&mut out.reasoning);
-                }
-            }
+            Place::Reasoning => self.thought.finish(&mut Out {
+                markers: &self.markers,
+                text: &mut out.reasoning,
+                citations: &mut out.citations,
+            }),
             Place::Text => {
-                if let Some((citations, _)) = &mut self.citations {
-                    citations.finish(&mut out.text);
-                }
+                let (text, citations) = (&mut out.text, &mut out.citations);
+                self.said.finish(&mut Out { markers: &self.markers, text, citations });
             }
             Place::Between { .. } => {}
         }
     }
 
-    /// Counts text from byte `before` on that citations were not looked for in.
-    fn pass_over(&mut self, before: usize, out: &Parsed) {
-        if let Some((citations, _)) = &mut self.citations {
-            citations.pass_over(&out.text[before..]);
-        }
+    /// What an action made text from byte `before` on joins the rest of it; citations are not looked for there.
+    fn pass_on(&mut self, before: usize, out: &mut Parsed) {
+        let (more, text, citations) = (out.text.split_off(before), &mut out.text, &mut out.citations);
+        self.said.pass_on(&more, &mut Out { markers: &self.markers, text, citations });
     }
 }
 

@@ -51,6 +51,18 @@ impl Tokenizer {
         Ok(encoding.get_ids().iter().map(|&id| TokenId(id)).collect())
     }
 
+    /// The token ids of `text`, none added, when the library has to be asked about no more than `strangers_max` of its
+    /// words; takes 0.1 µs for each of the others.
+    ///
+    /// # Errors
+    /// The tokenizer's own words when it cannot encode the text.
+    pub fn encode_knowing(&self, text: &str, strangers_max: usize) -> Result<Option<Vec<TokenId>>, String> {
+        match &self.words {
+            Some(words) => words.encode_knowing(&self.inner, text, Some(strangers_max)),
+            None => Ok(None),
+        }
+    }
+
     /// The text of `ids`, all at once; bytes that are not UTF-8 become U+FFFD.
     #[must_use]
     pub fn decode(&self, ids: &[TokenId], keep_special: bool) -> String {

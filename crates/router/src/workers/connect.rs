@@ -1,12 +1,18 @@
 //! Connections to leaders.
 
+use std::io;
 use std::time::Duration;
 
+use hyper_util::rt::TokioIo;
 use security::Dialer;
+use tokio::net::TcpStream;
+use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
 
 use super::Address;
 use crate::Error;
+use crate::gather::Gathered;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A leader that vanished without a word (a lost host, a cut cable) is noticed after both together.
@@ -36,13 +42,32 @@ pub(super) fn channel(address: &Address, dialer: Option<&Dialer>) -> Result<Chan
     let url = &address.url;
     let endpoint = endpoint(url)?;
     if endpoint.uri().scheme_str() != Some("https") {
-        return Ok(endpoint.connect_lazy());
+        let connect =
+            |uri: Uri| async move { connect(&uri).await.map(|tcp| TokioIo::new(Gathered::new(tcp))) };
+        return Ok(endpoint.connect_with_connector_lazy(service_fn(connect)));
     }
-    let dialer = dialer.ok_or_else(|| {
+    let dialer = dialer.cloned().ok_or_else(|| {
         let reason = "https needs the authority of the group's certificate: set cluster.tls.ca".to_owned();
         Error::WorkerAddress { address: url.clone(), reason }
     })?;
-    Ok(dialer.channel_certified(&endpoint, address.certified.as_deref()))
+    let name = address.certified.clone();
+    let connect = move |uri: Uri| {
+        let (dialer, name) = (dialer.clone(), name.clone());
+        async move {
+            let tls = dialer.connect_certified(&uri, name.as_deref()).await;
+            tls.map(|tls| TokioIo::new(Gathered::new(tls)))
+        }
+    };
+    Ok(endpoint.connect_with_connector_lazy(service_fn(connect)))
+}
+
+/// A connection to the host and port of `uri`.
+async fn connect(uri: &Uri) -> io::Result<TcpStream> {
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let tcp = TcpStream::connect((host, uri.port_u16().unwrap_or_default())).await?;
+    // Without it a request waits 40 ms for a delayed acknowledgement.
+    tcp.set_nodelay(true)?;
+    Ok(tcp)
 }
 
 fn endpoint(address: &str) -> Result<Endpoint, Error> {
@@ -55,7 +80,6 @@ fn endpoint(address: &str) -> Result<Endpoint, Error> {
     }
     Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
         .keep_alive_while_idle(true)

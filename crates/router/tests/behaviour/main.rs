@@ -23,6 +23,7 @@ mod http_errors;
 mod http_patience;
 mod http_probes;
 mod http_tokens;
+mod in_place;
 mod metrics;
 mod named_groups;
 mod no_tokenizer;

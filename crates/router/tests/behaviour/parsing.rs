@@ -70,6 +70,20 @@ fn reasoning_and_text_are_told_apart_in_both_generations() {
 }
 
 #[test]
+fn halves_of_a_marker_do_not_become_one_when_what_was_between_them_is_left_out() {
+    let parsed = text_of(ANSWERS, "a <|E<CLS>ND_TEXT|> b");
+    assert_eq!((parsed.text.as_str(), parsed.reasoning.as_str()), ("a <|END_TEXT| b", ""));
+    let parsed = text_of(ANSWERS, "<|E<C<PAD>LS>ND_TEXT|>>");
+    assert_eq!(parsed.text, "<|E<CLSND_TEXT|>>");
+    let parsed = text_of(THINKS, "<|END_<CLS>TEXT|><|END_THINKING|>said");
+    assert_eq!((parsed.text.as_str(), parsed.reasoning.as_str()), ("said", "<|END_TEXT|"));
+    let parsed = text_of(ANSWERS, "<|E<|END_TEXT|><|START_TEXT|>ND_TEXT|>");
+    assert_eq!(parsed.text, "<|END_TEXT|");
+    let call = "<|START_ACTION|>[{\"tool_name\": \"f\", \"parameters\": {\"a\": \"<|E<CLS>ND_TEXT|>\"}}]<|END_ACTION|>";
+    assert_eq!(text_of(ANSWERS, call).calls[0].arguments, "{\"a\": \"<|END_TEXT|\"}");
+}
+
+#[test]
 fn an_answer_without_markers_is_text() {
     assert_eq!(text_of(ANSWERS, " plain 1 < 2").text, " plain 1 < 2");
     assert_eq!(text_of(THINKS, "thought<|END_THINKING|>said").text, "said");

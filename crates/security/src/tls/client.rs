@@ -74,7 +74,11 @@ impl Dialer {
         self.connect_certified(uri, None).await
     }
 
-    async fn connect_certified(&self, uri: &Uri, name: Option<&str>) -> io::Result<TlsStream<TcpStream>> {
+    /// As [`Dialer::connect`], to a peer whose certificate has this name instead of the host of `uri`.
+    ///
+    /// # Errors
+    /// As [`Dialer::connect`]'s.
+    pub async fn connect_certified(&self, uri: &Uri, name: Option<&str>) -> io::Result<TlsStream<TcpStream>> {
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
         let port = uri.port_u16().unwrap_or(443);
         let name = ServerName::try_from(name.unwrap_or(host).to_owned()).map_err(io::Error::other)?;

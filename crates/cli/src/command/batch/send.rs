@@ -5,14 +5,14 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use tonic::codegen::Bytes;
 use tonic::codegen::http::{HeaderMap, Request, StatusCode, header};
 use types::limits::MESSAGE_BYTES_MAX;
 
 use super::lines::Line;
-use crate::client;
+use super::wire::Connector;
+use crate::client::{self, TlsFlags};
 
 /// Answers are longer than requests: many choices, log-probabilities.
 const ANSWER_BYTES_MAX: usize = 4 * MESSAGE_BYTES_MAX;
@@ -31,20 +31,24 @@ pub(super) struct Answer {
 /// Sends requests to one server.
 #[derive(Debug, Clone)]
 pub(super) struct Sender {
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Client<Connector, Full<Bytes>>,
     server: String,
     retries: u32,
     timeout: Duration,
 }
 
 impl Sender {
-    pub(super) fn new(server: &str, retries: u32, timeout: Duration) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        (server, tls): (&str, &TlsFlags),
+        retries: u32,
+        timeout: Duration,
+    ) -> anyhow::Result<Self> {
         let server = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
-        if !server.starts_with("http://") {
-            bail!("--server {server}: only http:// is spoken");
-        }
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
+        let connector = match server.split_once("://") {
+            Some(("http", _)) => Connector::default(),
+            Some(("https", _)) => Connector::tls(tls.dialer(("--server", &server), &[b"http/1.1"])?),
+            _ => bail!("--server {server}: http:// and https:// are spoken"),
+        };
         let client = Client::builder(TokioExecutor::new()).build(connector);
         Ok(Self { client, server: server.trim_end_matches('/').to_owned(), retries, timeout })
     }

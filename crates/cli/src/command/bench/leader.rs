@@ -1,15 +1,17 @@
-//! A leader that computes nothing: what a request costs beside it is the router's part.
+//! A leader that computes nothing: what a request costs beside it is the router's part. It has a thread of its own, as a
+//! leader is a process of its own: whoever calls it, the generator or a router, has to wake it.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::thread;
 
 use anyhow::Context;
 use futures::{Stream, StreamExt, stream};
 use proto::worker;
 use proto::worker::worker_server::{Worker, WorkerServer};
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
+use tokio::runtime;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
@@ -23,7 +25,7 @@ const TOKEN: u32 = 300;
 pub(super) struct NullLeader {
     pub(super) address: SocketAddr,
     release: CancellationToken,
-    _task: AbortOnDropHandle<()>,
+    _stop: DropGuard,
 }
 
 /// Answers every request at once. With `ignore_eos`, what it answers is held back after the first token until
@@ -35,8 +37,9 @@ struct Service {
 }
 
 impl NullLeader {
-    pub(super) async fn start(vocab_size: u32) -> anyhow::Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen for the router")?;
+    pub(super) fn start(vocab_size: u32) -> anyhow::Result<Self> {
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).context("listen for the router")?;
+        listener.set_nonblocking(true).context("listen for the router")?;
         let address = listener.local_addr()?;
         let facts = worker::ModelFacts {
             name: "null".to_owned(),
@@ -47,23 +50,29 @@ impl NullLeader {
             config_hash: "null".to_owned(),
             ..worker::ModelFacts::default()
         };
-        let release = CancellationToken::new();
+        let (release, stop) = (CancellationToken::new(), CancellationToken::new());
         let service = Service { facts, release: release.clone() };
-        let served = Server::builder()
-            .add_service(WorkerServer::new(service))
-            .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-        let task = tokio::spawn(async move {
-            if let Err(error) = served.await {
+        let runtime =
+            runtime::Builder::new_current_thread().enable_all().build().context("start the null leader")?;
+        let served = stop.clone().run_until_cancelled_owned(serve(listener, service));
+        let work = move || {
+            if let Some(Err(error)) = runtime.block_on(served) {
                 tracing::warn!(%error, "the null leader ended");
             }
-        });
-        Ok(Self { address, release, _task: AbortOnDropHandle::new(task) })
+        };
+        thread::Builder::new().name("null-leader".to_owned()).spawn(work).context("start the null leader")?;
+        Ok(Self { address, release, _stop: stop.drop_guard() })
     }
 
     /// Lets every answer that is held back go on to its end.
     pub(super) fn release(&self) {
         self.release.cancel();
     }
+}
+
+async fn serve(listener: std::net::TcpListener, service: Service) -> anyhow::Result<()> {
+    let incoming = TcpIncoming::from(TcpListener::from_std(listener)?).with_nodelay(Some(true));
+    Ok(Server::builder().add_service(WorkerServer::new(service)).serve_with_incoming(incoming).await?)
 }
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;

@@ -76,7 +76,7 @@ pub(super) fn run(args: &OverloadArgs) -> anyhow::Result<()> {
 }
 
 async fn measure(args: &OverloadArgs) -> anyhow::Result<Report> {
-    let leader = Arc::new(NullLeader::start(VOCAB_SIZE).await?);
+    let leader = Arc::new(NullLeader::start(VOCAB_SIZE)?);
     let flags = [
         format!("--requests-max={}", args.requests_max),
         format!("--queue-requests-max={}", args.waiting),

@@ -14,6 +14,7 @@ use proto::v1::{
 use proto::worker;
 use proto::worker::worker_client::WorkerClient;
 use serde::Serialize;
+use tokio::runtime::{self, Runtime};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -168,7 +169,7 @@ pub(super) fn run(args: &RouterArgs) -> anyhow::Result<()> {
     if !(args.seconds.is_finite() && args.seconds > 0.0) {
         bail!("--seconds {}: must be above 0", args.seconds);
     }
-    let report = super::super::runtime()?.block_on(measure(args))?;
+    let report = generator()?.block_on(measure(args))?;
     if args.json {
         say!("{}", serde_json::to_string(&report)?);
     } else {
@@ -177,15 +178,20 @@ pub(super) fn run(args: &RouterArgs) -> anyhow::Result<()> {
     if report.failed.is_empty() { Ok(()) } else { bail!("some requests failed: {:?}", report.failed) }
 }
 
+/// One thread sends all requests, so that what it costs to wake another one is not part of what is measured.
+fn generator() -> anyhow::Result<Runtime> {
+    runtime::Builder::new_current_thread().enable_all().build().context("start the generator")
+}
+
 async fn measure(args: &RouterArgs) -> anyhow::Result<Report> {
-    let leader = Arc::new(NullLeader::start(VOCAB_SIZE).await?);
+    let leader = Arc::new(NullLeader::start(VOCAB_SIZE)?);
     let router = Router::start(args, &leader).await?;
     let routed = client::client(client::channel(&router.server).await?);
     let question = Question::of(routed.clone(), args.prompt_tokens).await?;
     let mut failed = BTreeMap::new();
 
     let direct = client::channel(&format!("http://{}", leader.address)).await?;
-    let ids = vec![1; question.tokens];
+    let ids = &question.ids;
     let direct_ms = paced(args, &mut failed, |_| answered_directly(direct.clone(), ids.clone())).await?;
     let cpu = router.cpu()?;
     let routed_ms = paced(args, &mut failed, |at| answered(routed.clone(), question.request(at, 1))).await?;
@@ -195,7 +201,7 @@ async fn measure(args: &RouterArgs) -> anyhow::Result<Report> {
     let kib_a_stream = hold(args, &router, &leader, &question).await?;
     router.handle.stop(STOP_GRACE);
     Ok(Report {
-        prompt_tokens: question.tokens,
+        prompt_tokens: question.ids.len(),
         direct_ms,
         routed_ms,
         added_p50_us: (routed_ms.p50 - direct_ms.p50) * 1e3,
@@ -213,7 +219,8 @@ async fn measure(args: &RouterArgs) -> anyhow::Result<Report> {
 /// A chat prompt of a given length.
 pub(super) struct Question {
     text: String,
-    tokens: usize,
+    /// The chat as the router tokenizes it: what a leader is sent.
+    ids: Vec<u32>,
 }
 
 impl Question {
@@ -224,12 +231,12 @@ impl Question {
         let mut text = String::new();
         loop {
             text.push_str(SENTENCE);
-            let question = Self { text: text.clone(), tokens: 0 };
+            let question = Self { text: text.clone(), ids: Vec::new() };
             let request = TokenizeRequest { prompt: Some(tokenize_request::Prompt::Chat(question.chat(0))) };
             let answer = client.tokenize(request).await.map_err(|status| client::explain(&status))?;
-            let got = answer.into_inner().token_ids.len();
-            if got >= tokens as usize {
-                return Ok(Self { text, tokens: got });
+            let ids = answer.into_inner().token_ids;
+            if ids.len() >= tokens as usize {
+                return Ok(Self { text, ids });
             }
         }
     }

@@ -1,6 +1,9 @@
 //! Citations in a text: `<co>span</co: 0:[1,2],1:[0]>` says that `span` rests on the results 1 and 2 of tool call 0 and
 //! on result 0 of tool call 1. The tags are taken out while the text streams.
 
+use super::guard::Guard;
+use super::markers::Markers;
+
 const OPEN: &str = "<co>";
 const CLOSE: &str = "</co: ";
 /// A closing tag longer than this is text.
@@ -39,6 +42,22 @@ pub struct CitedSource {
     pub results: Vec<u32>,
 }
 
+/// Where one part of an answer goes: its text and what it cites.
+pub(super) struct Out<'a> {
+    pub(super) markers: &'a Markers,
+    pub(super) text: &'a mut String,
+    pub(super) citations: &'a mut Vec<Citation>,
+}
+
+impl Out<'_> {
+    /// Adds to the text; returns what the guard has let through.
+    pub(super) fn say(&mut self, more: &str, guard: &mut Guard) -> &str {
+        let before = self.text.len();
+        guard.push(self.markers, more, self.text);
+        &self.text[before..]
+    }
+}
+
 /// Takes the tags out of one part of an answer.
 #[derive(Debug, Clone)]
 pub(super) struct Citations {
@@ -57,12 +76,12 @@ impl Citations {
     }
 
     /// Takes more of the part; appends its text and the citations that are complete.
-    pub(super) fn push(&mut self, more: &str, text: &mut String, citations: &mut Vec<Citation>) {
+    pub(super) fn push(&mut self, more: &str, guard: &mut Guard, out: &mut Out<'_>) {
         let mut input = std::mem::take(&mut self.held);
         input.push_str(more);
         let mut rest = input.as_str();
         while let Some(at) = rest.find('<') {
-            self.plain(&rest[..at], text);
+            self.plain(&rest[..at], guard, out);
             rest = &rest[at..];
             let tag = if self.open.is_some() { CLOSE } else { OPEN };
             if tag.len() > rest.len() && tag.starts_with(rest) {
@@ -71,7 +90,7 @@ impl Citations {
             }
             if !rest.starts_with(tag) {
                 // No tag begins here: the character is text.
-                self.plain(&rest[..1], text);
+                self.plain(&rest[..1], guard, out);
                 rest = &rest[1..];
                 continue;
             }
@@ -82,7 +101,7 @@ impl Citations {
                 }
                 Some(open) => match rest.find('>') {
                     Some(end) => {
-                        citations.extend(self.cited(open, &rest[CLOSE.len()..end]));
+                        out.citations.extend(self.cited(open, &rest[CLOSE.len()..end]));
                         rest = &rest[end + 1..];
                     }
                     None => {
@@ -91,20 +110,20 @@ impl Citations {
                             rest.clone_into(&mut self.held);
                             return;
                         }
-                        self.plain(&rest[..1], text);
+                        self.plain(&rest[..1], guard, out);
                         rest = &rest[1..];
                     }
                 },
             }
         }
-        self.plain(rest, text);
+        self.plain(rest, guard, out);
     }
 
     /// Ends the part. A tag that was cut off does not show; a lone `<` does.
-    pub(super) fn finish(&mut self, text: &mut String) {
+    pub(super) fn finish(&mut self, guard: &mut Guard, out: &mut Out<'_>) {
         let held = std::mem::take(&mut self.held);
         if held.len() < OPEN.len() - 1 {
-            self.plain(&held, text);
+            self.plain(&held, guard, out);
         }
         self.open = None;
     }
@@ -115,11 +134,11 @@ impl Citations {
         self.characters = self.characters.saturating_add(characters);
     }
 
-    fn plain(&mut self, more: &str, text: &mut String) {
-        text.push_str(more);
-        self.pass_over(more);
+    fn plain(&mut self, more: &str, guard: &mut Guard, out: &mut Out<'_>) {
+        let said = out.say(more, guard);
+        self.pass_over(said);
         if let Some((_, span)) = &mut self.open {
-            span.push_str(more);
+            span.push_str(said);
         }
     }
 
@@ -155,12 +174,14 @@ mod tests {
     use super::*;
 
     fn read(pieces: &[&str]) -> (String, Vec<Citation>) {
-        let (mut text, mut found) = (String::new(), Vec::new());
+        let (mut text, mut found, mut guard) = (String::new(), Vec::new(), Guard::default());
+        let markers = Markers::of_texts(["<END>"]);
+        let mut out = Out { markers: &markers, text: &mut text, citations: &mut found };
         let mut citations = Citations::new(Cited::Text);
         for piece in pieces {
-            citations.push(piece, &mut text, &mut found);
+            citations.push(piece, &mut guard, &mut out);
         }
-        citations.finish(&mut text);
+        citations.finish(&mut guard, &mut out);
         (text, found)
     }
 
@@ -179,6 +200,14 @@ mod tests {
         }
         let characters: Vec<String> = whole.chars().map(String::from).collect();
         assert_eq!(read(&characters.iter().map(String::as_str).collect::<Vec<_>>()), expected);
+    }
+
+    #[test]
+    fn what_is_left_out_is_not_counted() {
+        let (text, found) = read(&["<EN<co>D></co: 0:[0]> <co>so</co: 0:[0]>"]);
+        assert_eq!(text, "<END so");
+        let places: Vec<_> = found.iter().map(|one| (one.start, one.end, one.text.as_str())).collect();
+        assert_eq!(places, [(3, 4, "D"), (5, 7, "so")]);
     }
 
     #[test]

@@ -63,6 +63,10 @@ pub struct Markers {
     texts: Vec<(String, Kind)>,
     /// Whether a marker begins with this byte.
     begins: Vec<bool>,
+    /// Whether a marker ends with this byte.
+    ends: Vec<bool>,
+    /// Bytes of the longest.
+    longest: usize,
     structural: BTreeMap<TokenId, Kind>,
     /// Those that an answer's form is made of.
     marks: Option<Marks>,
@@ -106,11 +110,36 @@ impl Markers {
                 texts.push((text, kind));
             }
         }
-        let mut begins = vec![false; 256];
-        for (text, _) in &texts {
-            begins[usize::from(text.as_bytes()[0])] = true;
+        let (mut begins, mut ends) = (vec![false; 256], vec![false; 256]);
+        let bytes = || texts.iter().map(|(text, _)| text.as_bytes());
+        for (first, last) in bytes().filter_map(|bytes| bytes.first().zip(bytes.last())) {
+            begins[usize::from(*first)] = true;
+            ends[usize::from(*last)] = true;
         }
-        Self { texts, begins, structural, marks: None }
+        let longest = bytes().map(<[u8]>::len).max().unwrap_or_default();
+        Self { texts, begins, ends, longest, structural, marks: None }
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_texts<const N: usize>(texts: [&str; N]) -> Self {
+        Self::new(texts.map(|text| (text.to_owned(), Kind::Other)).into(), BTreeMap::new())
+    }
+
+    /// Whether a marker ends with `byte`.
+    pub(super) fn ends_with(&self, byte: u8) -> bool {
+        self.ends.get(usize::from(byte)).copied().unwrap_or_default()
+    }
+
+    /// Whether `text` ends with a marker.
+    pub(super) fn is_complete(&self, text: &str) -> bool {
+        let last = text.as_bytes().last();
+        last.is_some_and(|&last| self.ends_with(last))
+            && self.texts.iter().any(|(marker, _)| text.ends_with(marker.as_str()))
+    }
+
+    /// Bytes of the longest marker.
+    pub(super) const fn longest(&self) -> usize {
+        self.longest
     }
 
     pub(super) const fn is_empty(&self) -> bool {
