@@ -43,7 +43,8 @@ impl Candidates {
             // The best one weighs 1, whatever was filtered.
             self.0.retain(|candidate| candidate.1 >= f64::from(min_p));
         }
-        if self.0.len() < before {
+        // A nucleus is looked for best first, also when all of it is kept.
+        if top_p < 1.0 || self.0.len() < before {
             self.0.sort_unstable_by_key(|candidate| candidate.0);
         }
         self
@@ -124,6 +125,13 @@ mod tests {
         sorted.retain(|c| c.1 >= f64::from(min_p));
         sorted.sort_by_key(|c| c.0);
         Candidates(sorted)
+    }
+
+    #[test]
+    fn a_nucleus_that_keeps_all_leaves_them_in_the_order_of_tokens() {
+        let all = Candidates::new(&[0.0, 1.0, 0.5], 1.0).filter(None, 0.999, 0.0);
+        let tokens: Vec<u32> = all.0.iter().map(|candidate| candidate.0.0).collect();
+        assert_eq!(tokens, [0, 1, 2]);
     }
 
     #[test]
