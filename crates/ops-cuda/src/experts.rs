@@ -68,6 +68,18 @@ impl Stack {
     }
 }
 
+/// Pairs of rows and experts, sorted by expert.
+struct Sorted {
+    /// [tiles · tile]: the pair at each place; places behind an expert's last pair hold none.
+    sorted: Piece,
+    /// [tiles]: the expert of each tile.
+    tile_expert: Piece,
+    /// [1]: tiles that have pairs.
+    used: Piece,
+    /// Tiles there is room for.
+    tiles: usize,
+}
+
 impl CudaBackend {
     pub(crate) fn choose(&self, logits: &Tensor, routing: Routing) -> Result<Routed, Error> {
         let top_k = routing.top_k;
@@ -271,13 +283,10 @@ impl CudaBackend {
         Ok(out)
     }
 
-    /// Pairs sorted by expert, two grouped products, and the weighted sum of each row's choices.
-    fn grouped(&self, x: &Tensor, routed: &Routed, stack: &Stack, kernels: Tiles) -> Result<Tensor, Error> {
+    /// The pairs of rows and experts in tiles of one expert each, `tile` pairs of them.
+    fn sort_pairs(&self, routed: &Routed, stack: &Stack, tile: usize) -> Result<Sorted, Error> {
         const OP: &str = "routed_experts";
         let pairs = routed.rows * routed.top_k;
-        let bulk = kernels.bulk.filter(|_| pairs >= BULK_PAIRS * stack.local as usize);
-        let [plain, gated] = kernels.grouped[usize::from(pairs >= LARGE_PAIRS * stack.local as usize)];
-        let tile = if bulk.is_some() { BULK_ROWS } else { plain.rows } as usize;
         // Each expert fills its last tile at most by itself.
         let tiles = pairs / tile + (stack.local as usize).min(pairs);
         let sorted = Piece::new(self.device(), tiles * tile * WORD)?;
@@ -308,6 +317,17 @@ impl CudaBackend {
         } else {
             self.device().launch_early(self.device().kernels.group_pairs, grid, &group)?;
         }
+        Ok(Sorted { sorted, tile_expert, used, tiles })
+    }
+
+    /// Pairs sorted by expert, two grouped products, and the weighted sum of each row's choices.
+    fn grouped(&self, x: &Tensor, routed: &Routed, stack: &Stack, kernels: Tiles) -> Result<Tensor, Error> {
+        const OP: &str = "routed_experts";
+        let pairs = routed.rows * routed.top_k;
+        let bulk = kernels.bulk.filter(|_| pairs >= BULK_PAIRS * stack.local as usize);
+        let [plain, gated] = kernels.grouped[usize::from(pairs >= LARGE_PAIRS * stack.local as usize)];
+        let tile = if bulk.is_some() { BULK_ROWS } else { plain.rows } as usize;
+        let Sorted { sorted, tile_expert, used, tiles } = self.sort_pairs(routed, stack, tile)?;
         let product = GemmParams {
             c: 0,
             a: x.address(),
