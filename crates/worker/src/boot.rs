@@ -175,7 +175,7 @@ pub(crate) fn load(
             let backend = CudaBackend::new(&options).map_err(Error::Cuda)?;
             let name = format!("cuda, {}, {}", backend.card().map_err(Error::Cuda)?, config.dtype);
             let patience = Patience { boot: config.boot_timeout, step: config.step_timeout };
-            let one_shot = ops_cuda::one_shot().map_err(Error::Cuda)?;
+            let one_shot = ops_cuda::one_shot(config.tensor).map_err(Error::Cuda)?;
             let wrap = |backend: &CudaBackend, tcp| {
                 ops_cuda::connect(backend, tcp, patience, one_shot).map_err(Error::Cuda)
             };

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use collectives::Collective;
 use sha2::{Digest, Sha256};
-use types::Bytes;
+use types::{Bytes, TpSize};
 
 pub use self::peer::peer_bytes;
 pub use self::solo::SoloDevice;
@@ -41,16 +41,19 @@ pub struct Patience {
 
 /// Largest sum of a group that goes through its cards' memory ([`one_shot`]), in bytes of one rank's part; 0: none.
 pub const ONE_SHOT_VARIABLE: &str = "COHORT_CUDA_ONE_SHOT_BYTES_MAX";
-/// What it is without a word about it: 64 rows of 2,048 numbers. Above, NCCL; where the two meet is to be measured
-/// (`cohort bench collectives --transport nccl,one-shot`).
-pub const ONE_SHOT_DEFAULT: Bytes = Bytes(512 << 10);
+/// What it is between two ranks without a word about it: 256 rows of 2,048 numbers. NCCL is slower up to 4 MiB and faster at
+/// 8 MiB (two H200s, `cohort bench collectives --transport nccl,one-shot`, `docs/performance.md`).
+pub const ONE_SHOT_DEFAULT: Bytes = Bytes(2 << 20);
 
-/// Largest sum that goes through the cards' memory, as [`ONE_SHOT_VARIABLE`] says.
+/// Largest sum that goes through the cards' memory in a group whose reduces are among so many ranks, as [`ONE_SHOT_VARIABLE`]
+/// says. A rank sends its part to every other one, so without a word about it more ranks have a lower bound.
 ///
 /// # Errors
 /// [`Error::Setting`] when that is no number of bytes.
-pub fn one_shot() -> Result<Bytes, Error> {
-    let Some(value) = std::env::var_os(ONE_SHOT_VARIABLE) else { return Ok(ONE_SHOT_DEFAULT) };
+pub fn one_shot(ranks: TpSize) -> Result<Bytes, Error> {
+    let Some(value) = std::env::var_os(ONE_SHOT_VARIABLE) else {
+        return Ok(Bytes(2 * ONE_SHOT_DEFAULT.0 / u64::from(ranks.get().max(2))));
+    };
     let value = value.to_string_lossy().into_owned();
     value.parse().map(Bytes).map_err(|_| Error::Setting { name: ONE_SHOT_VARIABLE, value })
 }

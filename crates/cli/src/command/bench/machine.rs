@@ -197,7 +197,8 @@ impl Target {
             let Some(line) = line else {
                 return measurement.run(self, machine, (backend, SoloDevice::new(Solo::new())?));
             };
-            let comm = ops_cuda::connect(&backend, line, PATIENCE, ops_cuda::one_shot()?)?;
+            let comm =
+                ops_cuda::connect(&backend, line, PATIENCE, ops_cuda::one_shot(self.plan.rank.size())?)?;
             return measurement.run(self, machine, (backend, comm));
         }
         let threads = (self.threads / ranks).max(1);
