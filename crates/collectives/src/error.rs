@@ -101,6 +101,18 @@ pub enum Error {
         /// The other rank's value.
         theirs: String,
     },
+    /// The devices between which a collective runs failed, or did not end it in time.
+    #[error("rank {rank}: {collective}: {failed}; {missing}")]
+    Device {
+        /// This rank.
+        rank: u32,
+        /// What was going on.
+        collective: &'static str,
+        /// What the devices' own library says.
+        failed: String,
+        /// Which rank's host does not answer either, in words.
+        missing: String,
+    },
     /// The caller's own buffers or counts do not fit each other.
     #[error("{collective}: {what} must be {expected}, not {got}")]
     Argument {
@@ -217,6 +229,7 @@ impl Error {
             | Self::RankOutOfRange { .. }
             | Self::GaveUp { .. }
             | Self::TooLarge { .. }
+            | Self::Device { .. }
             | Self::Io { .. } => Cause::Failed,
         }
     }

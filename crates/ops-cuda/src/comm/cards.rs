@@ -52,10 +52,7 @@ impl Cards {
         let queued = communicator.queue(transfers, &lane);
         drop(communicator);
         let queued = queued.and_then(|()| self.watch.queued(op, lane.stream));
-        queued.map_err(|error| {
-            self.watch.abort();
-            Error::Argument { collective: op.name(), what: "NCCL", expected: error.to_string(), got: 0 }
-        })
+        queued.map_err(|error| self.watch.refused(op, error.to_string()))
     }
 
     /// Refuses to go on after an abort.

@@ -126,17 +126,28 @@ impl Watch {
             Err(error) => error.to_string(),
         };
         let (rank, at) = (self.communicator.borrow().rank().index(), self.first_open());
+        let missing = self.end();
+        Err(Error::Stuck { rank, at, failed, missing })
+    }
+
+    /// What is said when `op` cannot be queued: everything is aborted.
+    pub(crate) fn refused(&self, op: Op, failed: String) -> collectives::Error {
+        let rank = self.communicator.borrow().rank().index();
+        collectives::Error::Device { rank, collective: op.name(), failed, missing: self.end() }
+    }
+
+    /// Aborts, and says who does not answer.
+    fn end(&self) -> String {
         self.abort();
         let silent = self.silent();
         let missing = match self.line.borrow_mut().barrier_within(ROLL_CALL) {
             Ok(()) => "every rank's host answers, so a card or a link between cards is stuck".to_owned(),
             Err(error) => error.to_string(),
         };
-        let missing = match silent {
+        match silent {
             Some(silent) => format!("the card of rank {silent} sent nothing; {missing}"),
             None => missing,
-        };
-        Err(Error::Stuck { rank, at, failed, missing })
+        }
     }
 
     /// The rank whose part of a sum did not come to this card.
