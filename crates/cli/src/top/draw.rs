@@ -114,7 +114,7 @@ fn down<T>(endpoint: &Endpoint<T>, pen: Pen) -> Option<Line<'static>> {
 
 fn draw_routers(frame: &mut Frame<'_>, area: Rect, cluster: &Cluster, pen: Pen) {
     const COLUMNS: [&str; 9] =
-        ["router", "open", "of", "req/s", "fail/s", "tokens/s", "first p50", "first p99", "groups"];
+        [" router", "open", "of", "req/s", "fail/s", "tokens/s", "first p50", "first p99", "groups"];
     let block = Block::new().borders(Borders::TOP).title(" Routers ");
     let inner = block.inner(area);
     frame.render_widget(block, area);
@@ -148,7 +148,7 @@ fn router_row(address: &str, router: &Router, pen: Pen) -> Row<'static> {
 
 fn draw_groups(frame: &mut Frame<'_>, area: Rect, cluster: &Cluster, shown: Shown) {
     const COLUMNS: [&str; 10] =
-        ["group", "phase", "run", "wait", "KV", "tokens/s", "prompt/s", "first p50", "token p50", "gap p99"];
+        [" group", "phase", "run", "wait", "KV", "tokens/s", "prompt/s", "first p50", "token p50", "gap p99"];
     let pen = Pen(shown.colours);
     let block = Block::new().borders(Borders::TOP).title(" Groups ");
     let inner = block.inner(area);
