@@ -20,4 +20,5 @@ mod reload;
 mod resumes;
 mod security;
 mod support;
+mod top;
 mod traces;

@@ -120,6 +120,9 @@ pub struct GroupFlags {
     /// Address where the leader serves metrics and probes over HTTP, or off [default: off]
     #[arg(long, value_name = "ADDR")]
     pub metrics_listen: Option<HttpListen>,
+    /// Address where the other ranks serve theirs, each one port further than the one before, or off [default: off]
+    #[arg(long, value_name = "ADDR")]
+    pub rank_metrics_listen: Option<HttpListen>,
     /// Certificate of the leader's listeners (PEM); read again when it changes [default: no TLS]
     #[arg(long, value_name = "FILE")]
     pub group_tls_certificate: Option<String>,
@@ -311,6 +314,7 @@ impl ConfigFlags for GroupFlags {
             given("--waiting-requests-max", "group.waiting_requests_max", self.waiting_requests_max.as_ref()),
             given("--waiting-tokens-max", "group.waiting_tokens_max", self.waiting_tokens_max.as_ref()),
             given("--metrics-listen", "group.metrics_listen", self.metrics_listen.as_ref()),
+            given("--rank-metrics-listen", "group.rank_metrics_listen", self.rank_metrics_listen.as_ref()),
             given("--group-tls-certificate", "group.tls.certificate", self.group_tls_certificate.as_ref()),
             given("--group-tls-key", "group.tls.key", self.group_tls_key.as_ref()),
             given("--group-tls-client-ca", "group.tls.client_ca", self.group_tls_client_ca.as_ref()),
@@ -427,6 +431,7 @@ impl From<&Settings> for GroupFlags {
             waiting_requests_max: Some(group.waiting_requests_max),
             waiting_tokens_max: Some(group.waiting_tokens_max),
             metrics_listen: Some(group.metrics_listen),
+            rank_metrics_listen: Some(group.rank_metrics_listen),
             group_tls_certificate: shown(group.tls.certificate.as_deref()),
             group_tls_key: shown(group.tls.key.as_deref()),
             group_tls_client_ca: shown(group.tls.client_ca.as_deref()),

@@ -19,5 +19,6 @@ mod style;
 pub mod supervisor;
 mod table;
 pub mod telemetry;
+pub mod top;
 
 pub use out::write_note;

@@ -85,6 +85,7 @@ fn group_flags() -> impl Strategy<Value = GroupFlags> {
         waiting_requests_max: counts[5],
         waiting_tokens_max: counts[6],
         metrics_listen: experts.3,
+        rank_metrics_listen: experts.3,
         group_tls_certificate: experts.2.clone(),
         group_tls_key: experts.2.clone(),
         group_tls_client_ca: experts.2.clone(),
@@ -215,7 +216,7 @@ fn flags_made_from_settings_give_the_same_settings() {
     let text = "model.path = '/m'\nmodel.dtype = 'bf16'\nmodel.device = 'cuda'\nmodel.window_keys = 7\n\
                 group.tensor_parallel = 4\ngroup.experts = 'expert'\ngroup.dispatch = 'all-to-all'\ngroup.threads = 2\ngroup.kv_tokens = 99\ngroup.block_size = 8\n\
                 group.step_tokens_max = 70\ngroup.running_max = 5\ngroup.waiting_requests_max = 6\n\
-                group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\ngroup.metrics_listen = '0.0.0.0:9100'\n\
+                group.waiting_tokens_max = 7\ngroup.boot_timeout_s = 0.1\ngroup.step_timeout_s = 2.5\ngroup.metrics_listen = '0.0.0.0:9100'\ngroup.rank_metrics_listen = '0.0.0.0:9200'\n\
                 group.drain_grace_s = 0\nrouter.grpc_listen = '0.0.0.0:1'\nrouter.http_listen = 'off'\n\
                 router.limits.requests_max = 3\nrouter.limits.prompt_bytes_max = 4\nrouter.withdraw_grace_s = 1.25\n\
                 router.http.head_timeout_s = 8\nrouter.http.body_timeout_s = 9.5\nrouter.http.write_timeout_s = 10\n\

@@ -1,6 +1,7 @@
 //! What a rank has done so far: operations and payload bytes of each kind.
 
 use std::fmt;
+use std::time::Duration;
 
 /// The kinds of collective operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,16 +70,40 @@ pub struct Traffic {
 }
 
 /// What each kind of operation has cost one rank since the group was formed. Failed operations are not counted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+///
+/// Two are equal when the same was moved: how long it took differs from run to run.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Counters {
     by_op: [Traffic; Op::ALL.len()],
+    took: [Duration; Op::ALL.len()],
 }
+
+impl PartialEq for Counters {
+    fn eq(&self, other: &Self) -> bool {
+        self.by_op == other.by_op
+    }
+}
+
+impl Eq for Counters {}
 
 impl Counters {
     /// The costs of each kind, in the order of [`Op::ALL`].
     #[must_use]
     pub const fn new(by_op: [Traffic; Op::ALL.len()]) -> Self {
-        Self { by_op }
+        Self { by_op, took: [Duration::ZERO; Op::ALL.len()] }
+    }
+
+    /// The same, with how long each kind took.
+    #[must_use]
+    pub const fn taking(self, took: [Duration; Op::ALL.len()]) -> Self {
+        Self { took, ..self }
+    }
+
+    /// How long the operations of kind `op` took this rank's thread, waiting for others included. Zero where operations are
+    /// queued on a device.
+    #[must_use]
+    pub const fn time(&self, op: Op) -> Duration {
+        self.took[op as usize]
     }
 
     /// The cost of the operations of kind `op`.
@@ -114,6 +139,9 @@ impl Counters {
             now.bytes_sent -= then.bytes_sent;
             now.bytes_received -= then.bytes_received;
         }
+        for (now, then) in self.took.iter_mut().zip(&earlier.took) {
+            *now = now.saturating_sub(*then);
+        }
         self
     }
 
@@ -126,11 +154,15 @@ impl Counters {
             sum.bytes_sent += more.bytes_sent;
             sum.bytes_received += more.bytes_received;
         }
+        for (sum, more) in self.took.iter_mut().zip(&other.took) {
+            *sum = sum.saturating_add(*more);
+        }
         self
     }
 
     /// Notes one completed operation of `messages` messages.
-    pub(crate) fn note(&mut self, op: Op, messages: u64, moved: Moved) {
+    pub(crate) fn note(&mut self, op: Op, messages: u64, moved: Moved, took: Duration) {
+        self.took[op as usize] += took;
         let traffic = &mut self.by_op[op as usize];
         traffic.ops += 1;
         traffic.messages_sent += messages;

@@ -163,6 +163,7 @@ impl InProcess {
 
     /// Runs one operation: fails at once after an earlier failure, notes what moved, tells the others of an error.
     fn run(&mut self, op: Op, work: impl FnOnce(&mut Self) -> Result<Moved, Error>) -> Result<(), Error> {
+        let begun = Instant::now();
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -173,7 +174,7 @@ impl InProcess {
         };
         match outcome {
             Ok(moved) => {
-                self.counters.note(op, self.others() as u64, moved);
+                self.counters.note(op, self.others() as u64, moved, begun.elapsed());
                 Ok(())
             }
             Err(error) => {

@@ -1,5 +1,7 @@
 //! A group of one. A real member of the contract: it checks sizes, counts operations and can be aborted.
 
+use std::time::Duration;
+
 use types::{TpRank, TpSize};
 
 use crate::counters::Moved;
@@ -32,7 +34,7 @@ impl Solo {
             return Err(error.clone());
         }
         match work() {
-            Ok(()) => self.counters.note(op, 0, Moved::default()),
+            Ok(()) => self.counters.note(op, 0, Moved::default(), Duration::ZERO),
             Err(error) => {
                 self.failed = Some(error.clone());
                 return Err(error);

@@ -1,5 +1,7 @@
 //! What a rank has done in its steps: what it said to others, and which experts were chosen.
 
+use std::time::Duration;
+
 use collectives::{Collective, Counters, Op, Traffic};
 use ops::Backend;
 
@@ -28,14 +30,15 @@ pub struct Activity {
 const DIGIT_BITS: u32 = 22;
 const DIGITS: usize = 3;
 /// Numbers of an activity before those of the experts.
-const FIXED: usize = 4 + 4 * Op::ALL.len();
+const FIXED: usize = 4 + 5 * Op::ALL.len();
 
 impl Activity {
     fn numbers(&self) -> Vec<u64> {
         let mut numbers = vec![self.steps, self.rows, self.rows_sent, self.rows_received];
         for op in Op::ALL {
             let Traffic { ops, messages_sent, bytes_sent, bytes_received } = self.collectives.of(op);
-            numbers.extend([ops, messages_sent, bytes_sent, bytes_received]);
+            let took = u64::try_from(self.collectives.time(op).as_nanos()).unwrap_or(u64::MAX);
+            numbers.extend([ops, messages_sent, bytes_sent, bytes_received, took]);
         }
         numbers.extend(self.chosen.iter().flatten());
         numbers
@@ -44,7 +47,9 @@ impl Activity {
     /// The activity that `numbers` tell, with `self`'s layers.
     fn told(&self, numbers: &[u64]) -> Self {
         let mut by_op = [Traffic::default(); Op::ALL.len()];
-        for (traffic, of) in by_op.iter_mut().zip(numbers[4..FIXED].chunks_exact(4)) {
+        let mut took = [Duration::ZERO; Op::ALL.len()];
+        for ((traffic, took), of) in by_op.iter_mut().zip(&mut took).zip(numbers[4..FIXED].chunks_exact(5)) {
+            *took = Duration::from_nanos(of[4]);
             *traffic = Traffic { ops: of[0], messages_sent: of[1], bytes_sent: of[2], bytes_received: of[3] };
         }
         let mut rest = numbers[FIXED..].iter().copied();
@@ -54,7 +59,7 @@ impl Activity {
             rows: numbers[1],
             rows_sent: numbers[2],
             rows_received: numbers[3],
-            collectives: Counters::new(by_op),
+            collectives: Counters::new(by_op).taking(took),
             chosen,
         }
     }

@@ -8,12 +8,14 @@
 #![forbid(unsafe_code)]
 
 mod convert;
+mod exposition;
 mod phase;
 mod prompt;
 mod status;
 mod timeout;
 
 pub use convert::{GenerationFields, bad_words, constraint, priority, stop_strings};
+pub use exposition::{OPEN_METRICS, TEXT, exposed};
 pub use phase::Phase;
 pub use prompt::{Chat, Message, Prompt, Role, ToolChoice};
 pub use status::{Failure, RETRY_AFTER, Violation};

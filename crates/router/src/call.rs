@@ -141,6 +141,7 @@ fn draw_request_id() -> String {
     format!("{:016x}{:016x}", random_u64(), random_u64())
 }
 
-fn is_request_id(id: &str) -> bool {
+/// Whether it can travel in a header, and is short enough for a line of a log.
+pub(crate) fn is_request_id(id: &str) -> bool {
     (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
 }

@@ -13,6 +13,7 @@ use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, Request, Response, header};
 use tower::{Layer, Service};
 
+use crate::call::{REQUEST_ID, is_request_id};
 use crate::metrics::Metrics;
 use crate::registry;
 
@@ -82,7 +83,9 @@ impl Gate {
     pub(crate) fn admit<B>(&self, request: &mut Request<B>) -> Result<(), Failure> {
         let visit = self.visit(request).inspect_err(|failure| {
             self.metrics.refused(failure);
-            tracing::debug!(path = request.uri().path(), %failure, "refused at the door");
+            let id = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
+            let id = id.filter(|id| is_request_id(id));
+            tracing::debug!(request = id, path = request.uri().path(), %failure, "refused at the door");
         })?;
         request.headers_mut().remove(header::AUTHORIZATION);
         if let Some(visit) = visit {

@@ -19,7 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::body::{Bytes, to_bytes};
 use axum::extract::{Path, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -244,10 +244,12 @@ async fn load(State(context): State<Context>) -> Json<Value> {
 }
 
 /// What this router counts, for Prometheus.
-async fn metrics_page(State(context): State<Context>) -> impl IntoResponse {
+async fn metrics_page(State(context): State<Context>, headers: HeaderMap) -> impl IntoResponse {
     let shared = &context.shared;
     let page = shared.metrics.render(shared.tuning.room().occupancy(), &shared.groups.views());
-    ([(header::CONTENT_TYPE, metrics::OPEN_METRICS)], page)
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let (form, page) = proto::exposed(page, accept);
+    ([(header::CONTENT_TYPE, form)], page)
 }
 
 async fn livez() -> Json<Value> {

@@ -18,6 +18,7 @@ mod gate;
 mod gather;
 mod http;
 mod metrics;
+mod migrations;
 pub mod pick;
 mod pipeline;
 mod registry;

@@ -19,8 +19,6 @@ use crate::service::VERSION;
 use crate::trail::Traced;
 use crate::workers::{GroupView, Groups};
 
-/// What the OpenMetrics text format is called.
-pub(crate) const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// Seconds of a stage: from a fraction of what a router may add to the longest answer.
 const STAGE_SECONDS: [f64; 20] = [
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
@@ -59,6 +57,19 @@ struct OfGroup {
     group: String,
 }
 
+/// Where to look for more of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct GroupInfo {
+    group: String,
+    metrics: String,
+}
+
+/// Why a request did not come to a group.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Rejected {
+    reason: &'static str,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Build {
     version: &'static str,
@@ -91,8 +102,11 @@ pub(crate) struct Metrics {
     http: Family<HttpRequest, Counter>,
     overloaded: Family<Bound, Counter>,
     room: RoomGauges,
+    rejected: Family<Rejected, Counter>,
     group_up: Family<OfGroup, Gauge>,
     group_open: Family<OfGroup, Gauge>,
+    group_broken: Family<OfGroup, Gauge>,
+    group_info: Family<GroupInfo, Gauge>,
 }
 
 /// How full the router is.
@@ -142,6 +156,23 @@ impl Metrics {
         let (placements, resumed) = groups.counters();
         to.register("cohort_router_placements", "Requests sent to a group, by how it was chosen", placements);
         to.register("cohort_router_resumed", "Sequences that went on after the loss of their group", resumed);
+        to.register(
+            "cohort_router_model_migration",
+            "Sequences that went on (ongoing_request) or began again (new_request) after the loss of their group",
+            groups.migrations.family(),
+        );
+        let rejected = add(
+            to,
+            "cohort_router_admission_rejections",
+            "Requests that were refused before they came to a group, by the reason of the refusal",
+        );
+        let group_broken = add(
+            to,
+            "cohort_router_group_breaker_open",
+            "1 for a group that is left alone for failing, else 0",
+        );
+        let group_info =
+            add(to, "cohort_router_group_info", "Where the leader of a group serves its metrics, always 1");
         let room = RoomGauges::new(to);
         let (requests, overloaded, tokens, http, group_up, group_open) = (
             add(to, "cohort_router_requests", "Requests that ended, by how"),
@@ -151,8 +182,20 @@ impl Metrics {
             add(to, "cohort_router_group_up", "1 for a group that takes requests, else 0"),
             add(to, "cohort_router_group_requests_open", "Requests of this router that a group works on"),
         );
-        let metrics =
-            Self { registry, requests, stages, tokens, http, overloaded, room, group_up, group_open };
+        let metrics = Self {
+            registry,
+            requests,
+            stages,
+            tokens,
+            http,
+            overloaded,
+            room,
+            rejected,
+            group_up,
+            group_open,
+            group_broken,
+            group_info,
+        };
         metrics.start_at_nothing();
         metrics
     }
@@ -171,6 +214,11 @@ impl Metrics {
         ] {
             let _ = self.requests.get_or_create(&Outcome { outcome });
         }
+        for reason in
+            ["OVERLOADED", "LIMITED", "UNAUTHENTICATED", "INVALID_FIELD", "NOT_SERVING", "UNAVAILABLE"]
+        {
+            let _ = self.rejected.get_or_create(&Rejected { reason });
+        }
         for stage in ["admit", "wait", "tokenize", "place", "first_message", "whole"] {
             let _ = self.stages.get_or_create(&InStage { stage });
         }
@@ -183,9 +231,14 @@ impl Metrics {
     /// All of it in the OpenMetrics text format, with the gauges as they are now.
     pub(crate) fn render(&self, room: Occupancy, groups: &[GroupView]) -> String {
         self.room.set(room);
-        for GroupView { address, takes, in_flight } in groups {
+        // A group may be reached at another place than before.
+        self.group_info.clear();
+        for GroupView { address, takes, in_flight, broken, metrics } in groups {
+            let info = GroupInfo { group: address.clone(), metrics: metrics.clone() };
+            self.group_info.get_or_create(&info).set(1);
             let label = OfGroup { group: address.clone() };
             self.group_up.get_or_create(&label).set((*takes).into());
+            self.group_broken.get_or_create(&label).set((*broken).into());
             self.group_open.get_or_create(&label).set(i64::try_from(*in_flight).unwrap_or(i64::MAX));
         }
         let mut page = String::new();
@@ -203,6 +256,11 @@ impl Metrics {
     /// A request that was refused before it was read.
     pub(crate) fn refused(&self, failure: &Failure) {
         self.ended(failure.reason());
+        self.rejected(failure.reason());
+    }
+
+    fn rejected(&self, reason: &'static str) {
+        self.rejected.get_or_create(&Rejected { reason }).inc();
     }
 
     fn ended(&self, outcome: &'static str) {
@@ -252,6 +310,7 @@ pub(crate) struct Counted {
     arrived: Instant,
     /// When the last stage ended.
     stage: Instant,
+    placed: bool,
     answered: bool,
     over: bool,
 }
@@ -260,7 +319,7 @@ impl Counted {
     /// A request that arrives now.
     pub(crate) fn new(metrics: Arc<Metrics>, traced: Traced) -> Self {
         let now = Instant::now();
-        Self { metrics, traced, arrived: now, stage: now, answered: false, over: false }
+        Self { metrics, traced, arrived: now, stage: now, placed: false, answered: false, over: false }
     }
 
     /// A stage of the way down is behind it.
@@ -278,7 +337,8 @@ impl Counted {
     }
 
     /// The group it goes to first.
-    pub(crate) fn placed(&self, group: &str, prompt_tokens: usize) {
+    pub(crate) fn placed(&mut self, group: &str, prompt_tokens: usize) {
+        self.placed = true;
         self.traced.placed(group, prompt_tokens);
     }
 
@@ -302,6 +362,9 @@ impl Counted {
         if !std::mem::replace(&mut self.over, true) {
             self.traced.ended(outcome, failure);
             self.metrics.ended(outcome);
+            if failure.is_some() && !self.placed {
+                self.metrics.rejected(outcome);
+            }
             self.metrics.passed("whole", self.arrived);
         }
     }

@@ -87,11 +87,11 @@ impl Replay {
     /// Tells a group that sequence `index` is not wanted any more, while its stream goes on for others.
     pub(crate) fn cancel(&self, group: usize, index: u32) {
         let Some(mut client) = self.groups.client(group) else { return };
-        let request = worker::CancelRequest { key: self.request.key, index };
+        let (asked, id) = (worker::CancelRequest { key: self.request.key, index }, Arc::clone(&self.request));
         tokio::spawn(async move {
             // Without it the sequence is computed to its end, and nobody reads it.
-            if let Ok(Err(status)) = tokio::time::timeout(CANCEL_TIMEOUT, client.cancel(request)).await {
-                tracing::debug!(index, %status, "a sequence could not be cancelled");
+            if let Ok(Err(status)) = tokio::time::timeout(CANCEL_TIMEOUT, client.cancel(asked)).await {
+                tracing::debug!(request = id.request_id, index, %status, "a sequence could not be cancelled");
             }
         });
     }
@@ -166,6 +166,7 @@ impl Search {
                 match placed.open(self.deadline).await {
                     Ok(stream) => {
                         self.groups.count_resumed();
+                        self.groups.migrations.count(self.request.resume_tokens.len());
                         self.tell(stream.address());
                         span.set("server.address", stream.address().to_owned());
                         return Ok(stream.into_chunks());

@@ -18,6 +18,7 @@ use types::limits::MESSAGE_BYTES_MAX;
 use crate::affinity::{Affinity, Chain};
 use crate::breaker::{Breaker, RetryBudget};
 use crate::call::random_u64;
+use crate::migrations::Migrations;
 use crate::pick::{Candidate, Why, choose};
 
 mod connect;
@@ -60,6 +61,7 @@ struct Seen {
     /// Requests of other routers there, when it reported last.
     others: usize,
     kv_blocks: u32,
+    metrics_port: u32,
 }
 
 /// One worker group.
@@ -141,6 +143,7 @@ pub(crate) struct Groups {
     changed: watch::Sender<()>,
     placements: Family<Placement, Counter>,
     resumed: Counter,
+    pub(crate) migrations: Migrations,
 }
 
 /// Why a group was chosen: it had less to do than another, it knew the prompt's beginning, or another one had refused the request.
@@ -163,6 +166,10 @@ pub(crate) struct GroupView {
     /// Whether it takes requests.
     pub(crate) takes: bool,
     pub(crate) in_flight: usize,
+    /// Whether it is left alone for failing.
+    pub(crate) broken: bool,
+    /// Where its leader serves metrics; empty for nowhere.
+    pub(crate) metrics: String,
 }
 
 impl Groups {
@@ -192,6 +199,7 @@ impl Groups {
             changed: watch::Sender::new(()),
             placements: Family::default(),
             resumed: Counter::default(),
+            migrations: Migrations::default(),
         }
     }
 
@@ -214,11 +222,13 @@ impl Groups {
 
     /// Every group as it is now.
     pub(crate) fn views(&self) -> Vec<GroupView> {
-        let state = self.state();
+        let (state, now) = (self.state(), Instant::now());
         let view = |(index, group): (usize, &Arc<Group>)| GroupView {
             address: group.address.clone(),
             takes: state.takes(index),
             in_flight: group.in_flight.load(Ordering::Relaxed),
+            broken: !state.breakers[index].lets_through(now),
+            metrics: connect::at_port(&group.address, state.seen[index].metrics_port),
         };
         let here = state.groups.iter().enumerate();
         here.filter(|(index, _)| state.seen[*index].standing != Standing::Gone).map(view).collect()
@@ -416,6 +426,7 @@ impl Groups {
                 .unwrap_or(usize::MAX)
                 .saturating_sub(own);
             seen.kv_blocks = load.kv_blocks;
+            seen.metrics_port = state.metrics_port;
         });
     }
 

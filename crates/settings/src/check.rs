@@ -50,23 +50,44 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     faults
 }
 
-/// Each group of one machine gets a port of its own, and none of them is the router's.
+/// Each process of one machine gets a port of its own for its metrics, and none of them is the router's.
 fn metrics_ports(settings: &Settings, faults: &mut Vec<Fault>) {
-    let Some(first) = settings.group.metrics_listen.address().filter(|address| address.port() != 0) else {
-        return;
-    };
-    let ports = u32::from(first.port())..u32::from(first.port()).saturating_add(settings.cluster.groups);
-    if ports.end > u32::from(u16::MAX) + 1 {
-        let groups = settings.cluster.groups;
-        let reason = format!("leaves no ports for {groups} groups after {}", first.port());
-        faults.push(("group.metrics_listen", reason));
-    }
-    let router = [Some(settings.router.grpc_listen), settings.router.http_listen.address()];
-    for address in router.into_iter().flatten() {
-        if address.ip() == first.ip() && ports.contains(&u32::from(address.port())) {
-            let reason = format!("one of the groups would take {address}, which is the router's");
-            faults.push(("group.metrics_listen", reason));
+    let groups = settings.cluster.groups;
+    let group = &settings.group;
+    let followers = group.tensor_parallel.get().saturating_mul(group.data_parallel).saturating_sub(1);
+    let leaders = ("group.metrics_listen", settings.group.metrics_listen, groups);
+    let ranks =
+        ("group.rank_metrics_listen", settings.group.rank_metrics_listen, groups.saturating_mul(followers));
+    let mut taken = vec![
+        ("the router's", Some(settings.router.grpc_listen)),
+        ("the router's", settings.router.http_listen.address()),
+    ];
+    let mut of_leaders = None;
+    for (key, listen, count) in [leaders, ranks] {
+        let Some(first) = listen.address().filter(|address| address.port() != 0) else { continue };
+        let ports = u32::from(first.port())..u32::from(first.port()).saturating_add(count);
+        if ports.end > u32::from(u16::MAX) + 1 {
+            let what = if key == leaders.0 { "groups" } else { "ranks that follow" };
+            faults.push((key, format!("leaves no ports for {count} {what} after {}", first.port())));
         }
+        for (whose, address) in std::mem::take(&mut taken) {
+            if let Some(address) =
+                address.filter(|at| at.ip() == first.ip() && ports.contains(&u32::from(at.port())))
+            {
+                let what = if key == leaders.0 { "groups" } else { "ranks" };
+                faults.push((key, format!("one of the {what} would take {address}, which is {whose}")));
+            }
+            taken.push((whose, address));
+        }
+        let overlap = |(ip, other): &(std::net::IpAddr, std::ops::Range<u32>)| {
+            *ip == first.ip() && other.start < ports.end && ports.start < other.end
+        };
+        if of_leaders.as_ref().is_some_and(overlap) {
+            let reason =
+                format!("one of the ranks would take a port of the groups' metrics, from {}", first.port());
+            faults.push((key, reason));
+        }
+        of_leaders.get_or_insert((first.ip(), ports));
     }
 }
 

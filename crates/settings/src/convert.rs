@@ -137,7 +137,10 @@ impl Settings {
             rendezvous: place.rendezvous,
             leader: place.leader,
             listen: place.listen,
-            metrics_listen: group.metrics_listen.address(),
+            metrics_listen: match place.rank.index().checked_sub(1) {
+                None => group.metrics_listen.address(),
+                Some(follower) => group.rank_metrics_listen.nth(follower).address(),
+            },
             limits: self.limits(),
             window_keys: self.model.window_keys,
             boot_timeout: group.boot_timeout_s,

@@ -347,7 +347,12 @@ pub struct Group {
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::address_or_off")]
     pub metrics_listen: HttpListen,
-    /// Certificates of the leader's listeners.
+    /// Address where the ranks that follow serve theirs, or `off`: rank 1 there, each other rank one port further. On one
+    /// machine `cohort up` gives each group the next ports.
+    #[serde(with = "strict::parsed")]
+    #[schemars(schema_with = "schema::address_or_off")]
+    pub rank_metrics_listen: HttpListen,
+    /// Certificates of the ranks' listeners.
     pub tls: Tls,
     /// Longest a step's collective may take before the missing rank is named and the group ends, in seconds.
     #[serde(with = "strict::seconds")]
@@ -526,6 +531,7 @@ impl Default for Group {
             routers_ca: None,
             boot_timeout_s: Duration::from_secs(60),
             metrics_listen: HttpListen::Off,
+            rank_metrics_listen: HttpListen::Off,
             tls: Tls::default(),
             step_timeout_s: Duration::from_secs(10),
             drain_grace_s: Duration::from_secs(10),

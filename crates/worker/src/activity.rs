@@ -34,6 +34,7 @@ fn rank(activity: &Activity) -> RankActivity {
             messages_sent: traffic.messages_sent,
             bytes_sent: traffic.bytes_sent,
             bytes_received: traffic.bytes_received,
+            seconds: activity.collectives.time(op).as_secs_f64(),
         }
     };
     RankActivity {

@@ -108,7 +108,7 @@ pub struct Config {
     pub leader: Option<String>,
     /// Where the leader serves routers (port 0: any, reported); only read on rank 0.
     pub listen: SocketAddr,
-    /// Where the leader serves metrics and probes over HTTP, if at all (port 0: any, logged); only read on rank 0.
+    /// Where this rank serves metrics and probes over HTTP, if at all (port 0: any, logged).
     pub metrics_listen: Option<SocketAddr>,
     /// Bounds of the engine.
     pub limits: Limits,

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use collectives::{AbortHandle, HangUp, PlanReceiver};
 use engine::{Briefed, Briefing, Drawn, Frame, Masks, RowWork, StepPlan};
@@ -13,6 +13,7 @@ use types::{TokenId, TpRank};
 use crate::device::QueuedTokens;
 use crate::executor::Executor;
 use crate::guide::{Choices, Limit};
+use crate::metrics::StepClock;
 use crate::traced::{Followed as Traced, Note};
 use crate::{Config, Error};
 
@@ -171,24 +172,24 @@ impl Choices for Told<'_> {
 
 /// Runs steps until the leader ends the group.
 pub(crate) fn run(config: &Config, facts: Followed, plans: PlanReceiver) -> Result<(), Error> {
-    let Followed { mut executor, engine } = facts;
+    let Followed { mut executor, engine, mut clock } = facts;
     let rank = config.rank;
     let briefed = engine.data_parallel > 1;
     let mut mail = Mail::open(rank, plans, briefed)?;
-    let mut under_way: Option<(QueuedTokens, StepPlan)> = None;
+    let mut under_way: Option<UnderWay> = None;
     let (mut traced, own) = (Traced::default(), rank.index() / config.tensor.get());
     let mut briefings = Briefed::new(&engine, own);
     loop {
         let order = mail.next(|| match &under_way {
             None => Ok(false),
-            Some((step, _)) if !executor.has_followed(step)? => Ok(true),
+            Some((step, ..)) if !executor.has_followed(step)? => Ok(true),
             Some(_) => {
-                finish(under_way.take(), (&mut executor, &mut traced))?;
+                finish(under_way.take(), (&mut executor, &mut traced, &mut clock))?;
                 Ok(false)
             }
         })?;
         match order {
-            Order::End => return finish(under_way, (&mut executor, &mut traced)),
+            Order::End => return finish(under_way, (&mut executor, &mut traced, &mut clock)),
             Order::Activity => drop(executor.activity()?),
             Order::Note(note) => traced.note(note, |slot| engine.sub_group(slot) == own),
             Order::Step(plan, None) => {
@@ -196,10 +197,11 @@ pub(crate) fn run(config: &Config, facts: Followed, plans: PlanReceiver) -> Resu
                     executor.drawn.clone_from(mail.drawn(plan.step() - 1)?);
                 }
                 traced.before(&plan);
+                let begun = clock.begin();
                 let forward = executor.begin(&plan)?;
                 // The step before has ended, or ends while this one waits for it.
-                finish(under_way.take(), (&mut executor, &mut traced))?;
-                under_way = Some((executor.follow(forward)?, plan));
+                finish(under_way.take(), (&mut executor, &mut traced, &mut clock))?;
+                under_way = Some((executor.follow(forward)?, plan, begun));
             }
             Order::Step(plan, Some(briefing)) => {
                 let refuse = |source| Error::Engine { rank, source };
@@ -207,7 +209,9 @@ pub(crate) fn run(config: &Config, facts: Followed, plans: PlanReceiver) -> Resu
                 let (step, guided) = (plan.step(), brief.guided);
                 let mut told = Told { mail: &mut mail, step, guided, failed: None };
                 traced.before(&plan);
+                let begun = clock.begin();
                 let followed = executor.follow_among(&plan, &brief, &mut told);
+                clock.end(begun);
                 told.failed.map_or(followed, Err)?;
                 traced.after(&plan);
             }
@@ -215,13 +219,17 @@ pub(crate) fn run(config: &Config, facts: Followed, plans: PlanReceiver) -> Resu
     }
 }
 
+/// A step that was queued, and when it began.
+type UnderWay = (QueuedTokens, StepPlan, Instant);
+
 /// Ends the step that is under way, if one is.
 fn finish(
-    under_way: Option<(QueuedTokens, StepPlan)>,
-    (executor, traced): (&mut Executor, &mut Traced),
+    under_way: Option<UnderWay>,
+    (executor, traced, clock): (&mut Executor, &mut Traced, &mut StepClock),
 ) -> Result<(), Error> {
-    let Some((step, plan)) = under_way else { return Ok(()) };
+    let Some((step, plan, begun)) = under_way else { return Ok(()) };
     executor.followed(step)?;
+    clock.end(begun);
     traced.after(&plan);
     Ok(())
 }
@@ -230,6 +238,7 @@ fn finish(
 pub(crate) struct Followed {
     pub(crate) executor: Executor,
     pub(crate) engine: engine::Config,
+    pub(crate) clock: StepClock,
 }
 
 /// Runs `work`, and ends the process's part in the group when it was told to stop and the leader does not end in

@@ -74,6 +74,8 @@ pub(crate) struct Asker {
     /// The id that its caller and the router know it by; empty for the group's own.
     pub(crate) request: Arc<str>,
     pub(crate) span: Span,
+    /// Whether its times are counted: the group's own are not.
+    pub(crate) counted: bool,
 }
 
 /// The way in, for any number of threads.

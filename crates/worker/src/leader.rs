@@ -185,6 +185,7 @@ impl Leader {
         let briefings = Briefings::new(&seat.engine);
         let engine = Engine::new(seat.engine).map_err(|source| Error::Engine { rank, source })?;
         let (pipeline, steps) = Pipeline::recorded(engine, seat.flight);
+        let times = seat.counters.times().clone();
         let leader = Self {
             rank,
             pipeline,
@@ -193,7 +194,7 @@ impl Leader {
             state: seat.state,
             counters: seat.counters,
             clock: Instant::now(),
-            open: Streams::new(Arc::clone(&seat.guides)),
+            open: Streams::new(Arc::clone(&seat.guides), times),
             notes: Notes::default(),
             guides: seat.guides,
             next_id: 0,
@@ -298,8 +299,12 @@ impl Leader {
             if drain_until.is_some_and(|until| self.open.is_empty() || Instant::now() >= until) {
                 return Ok(());
             }
-            let Self { pipeline, .. } = &*self;
-            let load = || (pipeline.engine().load(), pipeline.gaps().summary(), pipeline.idle().summary());
+            let Self { pipeline, counters, .. } = &*self;
+            let load = || {
+                let load = pipeline.engine().load();
+                counters.load(&load);
+                (load, pipeline.gaps().summary(), pipeline.idle().summary())
+            };
             if self.is_busy() {
                 self.state.load_now_and_then(load);
             } else {
@@ -366,9 +371,9 @@ impl Leader {
             Message::Submit(submission) => self.submit(*submission),
             Message::Ran(job) => {
                 self.steps += 1;
-                self.counters.stepped();
                 let now = self.now();
-                self.pipeline.answer(job, now, &mut self.effects);
+                let ran = self.pipeline.answer(job, now, &mut self.effects);
+                self.counters.stepped(ran);
                 self.deliver();
             }
             Message::Stopped { why } => return Err(Error::Stopped { rank: self.rank, why }),

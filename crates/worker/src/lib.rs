@@ -37,7 +37,7 @@ pub use error::Error;
 pub use fit::{Memory as RankMemory, Part};
 pub use flight::{FlightRecorder, STEPS_KEPT, step_json};
 pub use gap::{GapSummary, Gaps};
-pub use pipeline::{Execute, Job, Pipeline, Progress, Steps};
+pub use pipeline::{Execute, Job, Pipeline, Progress, Ran, Steps};
 pub use proto::Phase;
 pub use pulse::ALIVE_INTERVAL;
 pub use report::{Report, Reporter};

@@ -28,6 +28,17 @@ pub struct Job {
     idle: Option<Duration>,
 }
 
+/// What a step was like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ran {
+    /// Rows computed.
+    pub rows: usize,
+    /// How long the executor waited for it, while there was work.
+    pub gap: Option<Duration>,
+    /// How long it ran.
+    pub took: Duration,
+}
+
 /// What the executor is given.
 #[derive(Debug)]
 enum Work {
@@ -133,8 +144,8 @@ impl Pipeline {
         let _ = self.jobs.send(Work::Pause);
     }
 
-    /// Takes a step back that has been run.
-    pub fn answer(&mut self, mut job: Box<Job>, now: Micros, effects: &mut Vec<Effect>) {
+    /// Takes a step back that has been run, and says what it was like.
+    pub fn answer(&mut self, mut job: Box<Job>, now: Micros, effects: &mut Vec<Effect>) -> Ran {
         let gap = job.gap.take();
         if let Some(gap) = gap {
             self.gaps.record(gap);
@@ -144,10 +155,12 @@ impl Pipeline {
             self.idle.record(idle);
         }
         self.flight.ran(job.step.plan.step(), (gap, idle), job.took);
+        let ran = Ran { rows: job.step.plan.inputs().len(), gap, took: job.took };
         let rows = std::mem::take(&mut job.rows);
         let output = StepOutput { step: job.step.plan.step(), rows };
         self.engine.apply(Event::StepDone(output), now, effects);
         self.spare.push(job);
+        ran
     }
 }
 

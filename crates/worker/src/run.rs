@@ -18,10 +18,10 @@ use crate::follower::Followed;
 use crate::guide::Guides;
 use crate::inbox::{Inbox, Message, Outlet};
 use crate::leader::{Leader, Plans, Seat};
-use crate::metrics::{EngineCounters, Metrics};
+use crate::metrics::{FollowerMetrics, Metrics};
 use crate::pipeline::{Execute, Progress, Steps};
 use crate::pulse::Pulse;
-use crate::server::GrpcServer;
+use crate::server::{FollowerServer, GrpcServer};
 use crate::state::{State, StatePublisher};
 use crate::{Config, Error, Phase, Report, Reporter, follower};
 
@@ -45,6 +45,14 @@ fn phase(reporter: &Arc<dyn Reporter>, phase: Phase) {
 
 fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationToken) -> Result<(), Error> {
     let started = Instant::now();
+    let (state, metrics) = (Arc::new(StatePublisher::new()), Arc::new(FollowerMetrics::new(config)));
+    let _server = FollowerServer::start(config, &metrics, &state)?;
+    let loading = Arc::clone(&metrics);
+    let reporter: &Arc<dyn Reporter> = &(Arc::new(Both {
+        reporter: Arc::clone(reporter),
+        state,
+        loading: Box::new(move |done, total| loading.loading(done, total)),
+    }) as Arc<dyn Reporter>);
     phase(reporter, Phase::Starting);
     let facts = boot::facts(config)?;
     let engine = facts.engine.clone();
@@ -61,7 +69,7 @@ fn follow(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &Cancellation
     let tell = Arc::clone(reporter);
     let _pulse = Pulse::start(move || tell.report(Report::Alive))?;
     follower::run_until_stopped(config, shutdown, (abort, hang_up), || {
-        follower::run(config, Followed { executor, engine }, plans)
+        follower::run(config, Followed { executor, engine, clock: metrics.clock() }, plans)
     })
 }
 
@@ -72,8 +80,7 @@ fn lead(config: &Config, reporter: &Arc<dyn Reporter>, shutdown: &CancellationTo
     let flight = Arc::new(FlightRecorder::default());
     let server = GrpcServer::start(config, inbox.clone(), &state, &metrics, &flight)?;
     reporter.report(Report::Listening(server.address()));
-    let counters = metrics.engine();
-    let front = Front { config, reporter, state, inbox, counters, flight: Arc::clone(&flight) };
+    let front = Front { config, reporter, state, inbox, metrics, flight: Arc::clone(&flight) };
     let on_panic = DumpOnPanic { flight: &flight, config };
     let outcome = lead_behind(&front, outlet, shutdown);
     if let Err(error) = &outcome {
@@ -90,7 +97,7 @@ struct Front<'a> {
     reporter: &'a Arc<dyn Reporter>,
     state: Arc<StatePublisher>,
     inbox: Inbox,
-    counters: EngineCounters,
+    metrics: Arc<Metrics>,
     flight: Arc<FlightRecorder>,
 }
 
@@ -98,11 +105,16 @@ struct Front<'a> {
 struct Both {
     reporter: Arc<dyn Reporter>,
     state: Arc<StatePublisher>,
+    /// Told how much of the weights is there.
+    loading: Box<dyn Fn(Bytes, Bytes) + Send + Sync>,
 }
 
 impl Reporter for Both {
     fn report(&self, event: Report) {
         if let Report::Phase { phase, done, total } = &event {
+            if *phase == Phase::Loading {
+                (self.loading)(*done, *total);
+            }
             let percent = (done.0 * 100).checked_div(total.0).unwrap_or(0);
             let percent = u32::try_from(percent).unwrap_or(100);
             match phase {
@@ -118,10 +130,14 @@ impl Reporter for Both {
 }
 
 fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) -> Result<(), Error> {
-    let Front { config, state, inbox, counters, flight, .. } = front;
+    let Front { config, state, inbox, metrics, flight, .. } = front;
+    let (counters, loading) = (metrics.engine(), Arc::clone(metrics));
     let started = Instant::now();
-    let reporter: Arc<dyn Reporter> =
-        Arc::new(Both { reporter: Arc::clone(front.reporter), state: Arc::clone(state) });
+    let reporter: Arc<dyn Reporter> = Arc::new(Both {
+        reporter: Arc::clone(front.reporter),
+        state: Arc::clone(state),
+        loading: Box::new(move |done, total| loading.loading(done, total)),
+    });
     phase(&reporter, Phase::Starting);
     let facts = boot::facts(config)?;
     state.model(model_facts(config, &facts));
@@ -137,7 +153,7 @@ fn lead_behind(front: &Front<'_>, outlet: Outlet, shutdown: &CancellationToken) 
     let plans = Plans::new(config.rank, &engine, plans);
     let guides = Guides::start().map_err(|source| Error::Start { what: "the mask threads", source })?;
     let guides = Arc::new(guides);
-    let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters.clone());
+    let (own, state, counters) = (Arc::clone(&guides), Arc::clone(state), counters);
     let flight = Arc::clone(flight);
     let seat = Seat {
         engine,

@@ -19,7 +19,7 @@ use types::limits::{HEADER_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::flight::FlightRecorder;
 use crate::guide::Kitchen;
 use crate::inbox::Inbox;
-use crate::metrics::{self, Metrics};
+use crate::metrics::{self, FollowerMetrics, Leading, Metrics, Shown};
 use crate::registrar::Registrar;
 use crate::service::Service;
 use crate::state::{Standing, StatePublisher};
@@ -59,28 +59,17 @@ impl GrpcServer {
         let tls = config.access.tls.as_ref();
         let door = Acceptor::new(tls, Clients::Required, &[b"h2"])?;
         // Whoever watches, and the kubelet, have no certificate.
-        let watchers_door = Acceptor::new(tls, Clients::Anybody, &[b"http/1.1"])?;
         let (listener, address) =
             listen(config.listen).map_err(|source| Error::Listen { address: config.listen, source })?;
-        let watched = match config.metrics_listen {
-            None => None,
-            Some(address) => {
-                let bound = listen(address).map_err(|source| Error::MetricsListen { address, source })?;
-                Some(bound)
-            }
-        };
-        let mut builder = tokio::runtime::Builder::new_multi_thread();
-        let runtime = builder.worker_threads(IO_THREADS).thread_name("grpc").enable_all().build();
-        let runtime = runtime.map_err(|source| Error::Start { what: "the gRPC threads", source })?;
+        let watched = Watched::bind(config)?;
+        let runtime = runtime("grpc")?;
         let closing = CancellationToken::new();
         let (state, metrics) = (Arc::clone(state), Arc::clone(metrics));
-        if let Some((listener, address)) = watched {
-            tracing::info!(%address, "metrics are served");
-            let served = (Arc::clone(&metrics), Arc::clone(&state));
-            runtime.spawn(async move {
-                watchers_door.watch();
-                metrics::serve(incoming(into_tokio(listener), watchers_door), served.0, served.1).await;
-            });
+        if let Some(watched) = watched {
+            state.metrics_port(watched.address.port());
+            let leading =
+                Leading { metrics: Arc::clone(&metrics), inbox: inbox.clone(), plan: boot::parallel(config) };
+            watched.serve(&runtime, Shown::Leader(leading), Arc::clone(&state));
         }
         if let Some(registrar) = Registrar::new(config, address, &state)? {
             runtime.spawn(registrar.keep_registering());
@@ -118,6 +107,59 @@ impl GrpcServer {
             Ok(Err(error)) => Err(Error::Server(error.to_string())),
         }
     }
+}
+
+/// The listener for whoever watches a rank.
+struct Watched {
+    listener: TcpListener,
+    address: SocketAddr,
+    door: Acceptor,
+}
+
+impl Watched {
+    /// Where `config` says, if it does.
+    fn bind(config: &Config) -> Result<Option<Self>, Error> {
+        let Some(address) = config.metrics_listen else { return Ok(None) };
+        // Whoever watches, and the kubelet, have no certificate.
+        let door = Acceptor::new(config.access.tls.as_ref(), Clients::Anybody, &[b"http/1.1"])?;
+        let (listener, address) =
+            listen(address).map_err(|source| Error::MetricsListen { address, source })?;
+        Ok(Some(Self { listener, address, door }))
+    }
+
+    fn serve(self, runtime: &Runtime, shown: Shown, state: Arc<StatePublisher>) {
+        let Self { listener, address, door } = self;
+        tracing::info!(%address, "metrics are served");
+        runtime.spawn(async move {
+            door.watch();
+            metrics::serve(incoming(into_tokio(listener), door), shown, state).await;
+        });
+    }
+}
+
+/// Serves what a follower shows for as long as it is held.
+pub(crate) struct FollowerServer {
+    _runtime: Runtime,
+}
+
+impl FollowerServer {
+    /// Listens where `config` says, if it does.
+    pub(crate) fn start(
+        config: &Config,
+        metrics: &Arc<FollowerMetrics>,
+        state: &Arc<StatePublisher>,
+    ) -> Result<Option<Self>, Error> {
+        let Some(watched) = Watched::bind(config)? else { return Ok(None) };
+        let runtime = runtime("metrics")?;
+        watched.serve(&runtime, Shown::Follower(Arc::clone(metrics)), Arc::clone(state));
+        Ok(Some(Self { _runtime: runtime }))
+    }
+}
+
+fn runtime(name: &'static str) -> Result<Runtime, Error> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.worker_threads(IO_THREADS).thread_name(name).enable_all().build();
+    runtime.map_err(|source| Error::Start { what: "the threads that answer callers", source })
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {

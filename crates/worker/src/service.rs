@@ -121,7 +121,7 @@ impl Worker for Service {
             .validate(0, vocab_size)
             .map_err(|error| GenerationFields::Worker.refuse(error))?;
         let key = request.key;
-        let asker = Asker { request: std::mem::take(&mut request.request_id).into(), span };
+        let asker = Asker { request: std::mem::take(&mut request.request_id).into(), span, counted: true };
         let asked = Asked {
             asker: asker.clone(),
             prompt_tokens: request.prompt.len(),

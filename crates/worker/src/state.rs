@@ -78,7 +78,7 @@ pub(crate) struct StatePublisher {
 impl StatePublisher {
     pub(crate) fn new() -> Self {
         let phase = worker::Phase::Starting.into();
-        let sender = watch::Sender::new(WorkerState { phase, percent: 0, model: None, load: None });
+        let sender = watch::Sender::new(WorkerState { phase, ..WorkerState::default() });
         Self { sender, standing: watch::Sender::new(Standing::Unknown), last_load: Mutex::new(None) }
     }
 
@@ -118,6 +118,11 @@ impl StatePublisher {
             wire.phase = worker::Phase::from(state.phase()).into();
             wire.percent = state.percent();
         });
+    }
+
+    /// Where metrics are served.
+    pub(crate) fn metrics_port(&self, port: u16) {
+        self.sender.send_modify(|wire| wire.metrics_port = port.into());
     }
 
     pub(crate) fn model(&self, facts: ModelFacts) {

@@ -12,6 +12,7 @@ use types::SeqId;
 use crate::chunk::{self, Origin};
 use crate::guide::Guides;
 use crate::inbox::{Asker, Sink};
+use crate::metrics::{Clocked, Times};
 use crate::numerics::Numerics;
 use crate::traced::Stages;
 
@@ -22,6 +23,7 @@ pub(crate) struct Streams {
     guides: Arc<Guides>,
     /// What every layer was found to hold, when that is looked at.
     numerics: Option<Numerics>,
+    times: Times,
 }
 
 /// One sequence and the stream it shares with the others of its request: the stream ends with the last of them.
@@ -31,6 +33,7 @@ struct Open {
     /// What its request is called by a cancel; 0 for nothing.
     key: u64,
     request: Arc<str>,
+    clocked: Option<Clocked>,
     /// Of a request that is traced.
     stages: Option<Box<Stages>>,
 }
@@ -47,8 +50,8 @@ impl Open {
 }
 
 impl Streams {
-    pub(crate) const fn new(guides: Arc<Guides>) -> Self {
-        Self { open: BTreeMap::new(), guides, numerics: None }
+    pub(crate) const fn new(guides: Arc<Guides>, times: Times) -> Self {
+        Self { open: BTreeMap::new(), guides, numerics: None, times }
     }
 
     /// Opens the stream of a request's sequences, which are numbered from `first_stream` on.
@@ -63,8 +66,9 @@ impl Streams {
             // A first stream too high is for the engine to refuse.
             let origin = Origin::new(first_stream.saturating_add(index));
             let stages = Stages::queued(&asker.span, origin.index());
+            let clocked = asker.counted.then(Clocked::new);
             let (sink, request) = (sink.clone(), Arc::clone(&asker.request));
-            self.open.insert(SeqId(id), Open { sink, origin, key, request, stages });
+            self.open.insert(SeqId(id), Open { sink, origin, key, request, clocked, stages });
         }
     }
 
@@ -100,7 +104,10 @@ impl Streams {
     pub(crate) fn deliver(&mut self, effect: Effect) {
         match effect {
             Effect::Token { seq, token, logprob } => {
-                if let Some(Open { sink, origin, stages, .. }) = self.open.get_mut(&seq) {
+                if let Some(Open { sink, origin, stages, clocked, .. }) = self.open.get_mut(&seq) {
+                    if let Some(clocked) = clocked {
+                        clocked.drew(&self.times);
+                    }
                     if let Some(stages) = stages {
                         stages.drew();
                     }
@@ -117,6 +124,9 @@ impl Streams {
             Effect::Started { seq, cached_tokens, .. } => {
                 if let Some(open) = self.open.get_mut(&seq) {
                     open.origin.started(cached_tokens);
+                    if let Some(clocked) = &mut open.clocked {
+                        clocked.started(&self.times);
+                    }
                     if let Some(stages) = &mut open.stages {
                         stages.started(cached_tokens);
                     }
@@ -132,7 +142,10 @@ impl Streams {
             }
             Effect::Finished { seq, finish, usage } => {
                 self.guides.close(seq);
-                if let Some(Open { sink, origin, stages, .. }) = self.open.remove(&seq) {
+                if let Some(Open { sink, origin, stages, clocked, .. }) = self.open.remove(&seq) {
+                    if let Some(clocked) = clocked {
+                        clocked.finished(&self.times);
+                    }
                     if let Some(stages) = stages {
                         stages.finished(finish, &usage);
                     }

@@ -16,6 +16,8 @@ const NAMES: &str = include_str!("golden/metrics.txt");
 /// Those that a leader on the CPU has nothing to say about.
 const ONLY_ON_CARDS: [&str; 1] = ["cohort_card_idle_seconds gauge"];
 
+const FOLLOWER_NAMES: &str = include_str!("golden/follower_metrics.txt");
+
 /// A free port of this machine. Another process could take it before the leader does; then the leader says so.
 fn free() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
@@ -111,6 +113,9 @@ fn a_request_is_counted_once_with_its_tokens_and_times() {
         ("vllm:e2e_request_latency_seconds_count", 1.0),
         ("vllm:request_time_per_output_token_seconds_count", 1.0),
         ("vllm:num_preemptions_total", 0.0),
+        ("vllm:request_queue_time_seconds_count", 1.0),
+        ("vllm:request_prefill_time_seconds_count", 1.0),
+        ("vllm:request_inference_time_seconds_count", 1.0),
         ("vllm:num_requests_running", 0.0),
         ("vllm:num_requests_waiting", 0.0),
         ("vllm:kv_cache_usage_perc", 0.0),
@@ -141,6 +146,41 @@ fn a_refusal_is_counted_by_its_reason() {
     assert!((rejected - 1.0).abs() < 1e-9, "{page}");
     rank.shutdown.cancel();
     rank.end().unwrap();
+}
+
+#[test]
+fn a_leader_shows_what_every_rank_has_done_and_a_follower_its_steps() {
+    let addresses = [free(), free()];
+    let leader = Rank::start(Config { metrics_listen: Some(addresses[0]), ..config(0, 2) });
+    let rendezvous = leader.wait(|report| match report {
+        worker::Report::Rendezvous(address) => Some(*address),
+        _ => None,
+    });
+    let follower = Rank::start(Config { metrics_listen: Some(addresses[1]), rendezvous, ..config(1, 2) });
+    let client = Client::connect(leader.listening());
+    leader.ready();
+    client.generate(request(vec![5; 40], 7)).unwrap();
+    let shown = idle_page(addresses[0]);
+    for rank in ["rank=\"0\"", "rank=\"1\""] {
+        assert!(value(&shown, "cohort_rank_steps_total", rank) >= 7.0);
+        assert!(value(&shown, "cohort_rank_rows_total", rank) >= 46.0);
+        assert!(value(&shown, "cohort_collective_calls_total", rank) > 0.0);
+        assert!(value(&shown, "cohort_collective_seconds_total", rank) > 0.0);
+        assert!(value(&shown, "cohort_collective_sent_bytes_total", rank) > 0.0);
+    }
+    assert!(value(&shown, "cohort_expert_rows_total", "expert=\"0\"") >= 0.0);
+    assert!(value(&shown, "cohort_expert_imbalance", "engine=") >= 1.0);
+    assert!(value(&shown, "cohort_load_read_bytes", "engine=") > 0.0);
+    let page = page(addresses[1]);
+    let found: BTreeSet<&str> = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+    let expected: BTreeSet<&str> = FOLLOWER_NAMES.lines().collect();
+    assert_eq!(found, expected, "crates/worker/tests/golden/follower_metrics.txt");
+    assert!(value(&page, "cohort_steps_total", "engine=") >= 7.0);
+    assert!((value(&page, "cohort_phase", "phase=\"serving\"") - 1.0).abs() < 1e-9, "{page}");
+    assert!(get(addresses[1], "/readyz").0.contains("200"));
+    leader.shutdown.cancel();
+    leader.end().unwrap();
+    follower.end().unwrap();
 }
 
 #[test]

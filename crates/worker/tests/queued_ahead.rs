@@ -366,7 +366,9 @@ fn a_step_begins_before_the_one_before_it_is_collected_and_is_drawn_behind_it() 
         [("begin", 1), ("draw", 1), ("begin", 2), ("collect", 1), ("draw", 2), ("collect", 2), ("pause", 0)];
     assert_eq!(executor.asked, expected);
     let mut effects = Vec::new();
-    jobs.into_iter().for_each(|job| pipeline.answer(job, Micros(1), &mut effects));
+    for job in jobs {
+        pipeline.answer(job, Micros(1), &mut effects);
+    }
     let told = flight.last(2);
     let noted: Vec<_> = told.iter().map(|step| (step.gap_us, step.idle_us)).collect();
     assert_eq!(noted, [(None, None), (Some(0), Some(3))], "the device was not kept waiting for the second");

@@ -115,6 +115,8 @@ impl Args {
     /// What the `index`th supervised group of these settings is started with.
     pub(crate) fn supervised(settings: &Settings, index: u32, listen: Option<SocketAddr>) -> Self {
         let metrics_listen = Some(settings.group.metrics_listen.nth(index));
+        let followers = settings.ranks().get() - 1;
+        let rank_metrics_listen = Some(settings.group.rank_metrics_listen.nth(index * followers));
         Self {
             file: FileFlag::default(),
             rendezvous: ANYWHERE,
@@ -123,7 +125,7 @@ impl Args {
             listen: listen.unwrap_or(ANYWHERE),
             model: ModelFlags::from(settings),
             compute: ComputeFlags::from(settings),
-            group: GroupFlags { metrics_listen, ..GroupFlags::from(settings) },
+            group: GroupFlags { metrics_listen, rank_metrics_listen, ..GroupFlags::from(settings) },
             trace: TraceFlags::from(settings),
             supervised: true,
         }

@@ -12,6 +12,7 @@ pub mod kernels;
 pub mod keys;
 pub mod plan;
 pub mod router;
+pub mod top;
 pub mod up;
 pub mod worker;
 
@@ -61,6 +62,8 @@ pub enum Command {
     Plan(Box<plan::Args>),
     /// Ask a running worker what it counts
     Debug(debug::Args),
+    /// Watch a running cluster in the terminal
+    Top(top::Args),
     /// Check the GPU kernels of a model; needs no GPU
     Kernels(kernels::Args),
     /// Make API keys for callers
@@ -92,6 +95,7 @@ impl Command {
             Self::Config(args) => config::run(&args),
             Self::Plan(args) => plan::run(&args),
             Self::Debug(args) => debug::run(&args),
+            Self::Top(args) => top::run(&args),
             Self::Kernels(args) => kernels::run(&args),
             Self::Keys(args) => keys::run(&args),
             Self::Router(args) => router::run(&args, log),
@@ -120,6 +124,7 @@ impl Command {
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Debug(_)
+            | Self::Top(_)
             | Self::Kernels(_)
             | Self::Keys(_)
             | Self::Plan(_) => false,
@@ -139,6 +144,7 @@ impl Command {
             | Self::Bench(_)
             | Self::Config(_)
             | Self::Debug(_)
+            | Self::Top(_)
             | Self::Kernels(_)
             | Self::Keys(_)
             | Self::Plan(_) => TOOL_LEVEL,

@@ -169,6 +169,7 @@ impl Tcp {
         op: Op,
         work: impl FnOnce(&mut Running<'_>) -> Result<Moved, Error>,
     ) -> Result<(), Error> {
+        let begun = Instant::now();
         let mut core = lock(&self.core);
         if let Some(error) = &core.failed {
             return Err(error.clone());
@@ -183,7 +184,7 @@ impl Tcp {
         };
         match outcome {
             Ok(moved) => {
-                self.counters.note(op, core.messages - before, moved);
+                self.counters.note(op, core.messages - before, moved, begun.elapsed());
                 Ok(())
             }
             Err(error) => {

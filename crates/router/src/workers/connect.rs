@@ -37,6 +37,12 @@ pub(crate) fn describe(status: &tonic::Status) -> String {
     text
 }
 
+/// The same host's other port, as a URL; empty for port 0.
+pub(super) fn at_port(address: &str, port: u32) -> String {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    if port == 0 { String::new() } else { format!("{host}:{port}") }
+}
+
 /// A connection that is made when it is used, and again when it must.
 pub(super) fn channel(address: &Address, dialer: Option<&Dialer>) -> Result<Channel, Error> {
     let url = &address.url;

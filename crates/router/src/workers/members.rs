@@ -134,6 +134,7 @@ impl super::State {
             facts: None,
             others: 0,
             kv_blocks: 0,
+            metrics_port: 0,
         };
         match self.seen.iter().position(|seen| seen.standing == Standing::Gone) {
             Some(index) => {

@@ -85,7 +85,12 @@ pub(crate) fn facts(name: &str) -> worker::ModelFacts {
 }
 
 pub(crate) fn state(phase: Phase, percent: u32, model: Option<worker::ModelFacts>) -> worker::WorkerState {
-    worker::WorkerState { phase: worker::Phase::from(phase).into(), percent, model, load: None }
+    worker::WorkerState {
+        phase: worker::Phase::from(phase).into(),
+        percent,
+        model,
+        ..worker::WorkerState::default()
+    }
 }
 
 pub(crate) fn chunk(token_ids: &[u32]) -> worker::GenerateChunk {
@@ -180,6 +185,7 @@ impl Worker for Service {
             messages_sent: 100,
             bytes_sent: 1000,
             bytes_received: 1000,
+            seconds: 0.5,
         };
         let rank =
             worker::RankActivity { steps: 7, rows: 9, collectives: vec![all_reduces], ..Default::default() };

@@ -1,28 +1,63 @@
-//! The leader's HTTP listener for what watches it: metrics and probes. Open as early as the one for routers.
+//! The HTTP listener of a rank for what watches it: metrics and probes. Open before anything is loaded.
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use proto::Phase;
+use proto::worker::{GroupActivity, WorkerState};
 use security::Stream;
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 
-use super::Metrics;
+use super::{FollowerMetrics, Metrics};
+use crate::activity::{self, Plan};
+use crate::inbox::{Inbox, Message};
 use crate::state::{Standing, StatePublisher};
 
-/// What the OpenMetrics text format is called.
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Longest that a page waits for the ranks to tell what they have done; without it those counters stand still.
+const TOLD_MAX: Duration = Duration::from_millis(500);
 
 #[derive(Clone)]
 struct Watched {
-    metrics: Arc<Metrics>,
+    shown: Shown,
     state: Arc<StatePublisher>,
+}
+
+/// Whose page it is.
+#[derive(Clone)]
+pub(crate) enum Shown {
+    /// A leader's, with what its ranks tell.
+    Leader(Leading),
+    /// That of a rank that follows.
+    Follower(Arc<FollowerMetrics>),
+}
+
+/// What a leader's page is made of.
+#[derive(Clone)]
+pub(crate) struct Leading {
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) inbox: Inbox,
+    pub(crate) plan: Plan,
+}
+
+impl Leading {
+    /// What the ranks have done, as far as they can tell in time.
+    async fn told(&self, state: &WorkerState) -> Option<GroupActivity> {
+        if Phase::from_wire(state.phase) != Some(Phase::Serving) {
+            return None;
+        }
+        let (asker, told) = oneshot::channel();
+        self.inbox.ask(Message::Activity(asker)).ok()?;
+        let ranks = tokio::time::timeout(TOLD_MAX, told).await.ok()?.ok()?;
+        Some(activity::wire(&self.plan, &ranks))
+    }
 }
 
 /// Connections for axum, as somebody else accepts them.
@@ -52,7 +87,7 @@ where
 /// takes requests, and a router sends them) for as long as the process lives.
 pub(crate) async fn serve(
     connections: impl tokio_stream::Stream<Item = io::Result<Stream>> + Send + 'static,
-    metrics: Arc<Metrics>,
+    shown: Shown,
     state: Arc<StatePublisher>,
 ) {
     let routes = Router::new()
@@ -60,15 +95,21 @@ pub(crate) async fn serve(
         .route("/livez", get(livez))
         .route("/startupz", get(startupz))
         .route("/readyz", get(readyz))
-        .with_state(Watched { metrics, state });
+        .with_state(Watched { shown, state });
     if let Err(error) = axum::serve(Accepted(Box::pin(connections)), routes).await {
         tracing::error!(%error, "metrics are not served any more");
     }
 }
 
-async fn page(State(watched): State<Watched>) -> impl IntoResponse {
+async fn page(State(watched): State<Watched>, headers: HeaderMap) -> impl IntoResponse {
     let state = watched.state.subscribe().borrow().clone();
-    ([(header::CONTENT_TYPE, OPEN_METRICS)], watched.metrics.render(&state))
+    let page = match &watched.shown {
+        Shown::Leader(leading) => leading.metrics.render(&state, leading.told(&state).await.as_ref()),
+        Shown::Follower(metrics) => metrics.render(&state),
+    };
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let (form, page) = proto::exposed(page, accept);
+    ([(header::CONTENT_TYPE, form)], page)
 }
 
 async fn livez() -> Json<Value> {
@@ -81,7 +122,9 @@ async fn startupz(State(watched): State<Watched>) -> Json<Value> {
 
 async fn readyz(State(watched): State<Watched>) -> (StatusCode, Json<Value>) {
     let (phase, progress) = watched.progress();
-    let acknowledged = *watched.state.standing().borrow() == Standing::Acknowledged;
+    // Routers know leaders only.
+    let follows = matches!(watched.shown, Shown::Follower(_));
+    let acknowledged = follows || *watched.state.standing().borrow() == Standing::Acknowledged;
     let ready = phase == Phase::Serving && acknowledged;
     (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, progress)
 }

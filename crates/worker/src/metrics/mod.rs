@@ -2,12 +2,16 @@
 //! this server has. Requests are measured where their messages leave for the router, on the gRPC threads; the engine
 //! thread only adds to counters; gauges are read from the published state when somebody asks.
 
+mod boot;
+mod engine;
+mod follower;
 mod listener;
+mod ranks;
 mod stream;
 
+use std::borrow::Cow;
 use std::sync::atomic::AtomicU64;
 
-use engine::Effect;
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -15,9 +19,15 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 use proto::Phase;
-use proto::worker::WorkerState;
+use proto::worker::{GroupActivity, WorkerState};
+use types::Bytes;
 
-pub(crate) use listener::serve;
+use boot::Boot;
+use ranks::Ranks;
+
+pub(crate) use self::engine::{Clocked, EngineCounters, Times};
+pub(crate) use self::follower::{FollowerMetrics, StepClock};
+pub(crate) use listener::{Leading, Shown, serve};
 pub(crate) use stream::{Asked, Metered};
 
 use crate::Config;
@@ -39,6 +49,9 @@ const FIRST_TOKEN_SECONDS: [f64; 22] = [
 const TOKEN_SECONDS: [f64; 19] = [
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
+/// Where tokens of a prompt come from, as vLLM says it.
+const COMPUTED: &str = "local_compute";
+const CACHED: &str = "local_cache_hit";
 /// Sequences of one request.
 const SEQUENCES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 
@@ -68,8 +81,13 @@ struct NoLora {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct InPhase {
-    phase: &'static str,
+struct Source {
+    source: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Sleep {
+    sleep_state: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -77,19 +95,14 @@ struct Quantile {
     quantile: &'static str,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Build {
-    version: &'static str,
-    dtype: String,
-    tensor_parallel: u32,
-}
-
 /// Everything a leader counts.
 pub(crate) struct Metrics {
     registry: Registry,
     state: StateGauges,
+    boot: Boot,
     requests: Requests,
     engine: EngineCounters,
+    ranks: Ranks,
 }
 
 /// Set from the published state when somebody asks.
@@ -99,8 +112,6 @@ struct StateGauges {
     waiting: Gauge,
     kv_usage: Ratio,
     cache_config: Family<CacheConfig, Gauge>,
-    phase: Family<InPhase, Gauge>,
-    phase_percent: Gauge,
     host_gap: Family<Quantile, Ratio>,
     card_idle: Family<Quantile, Ratio>,
     kv_blocks_used: Gauge,
@@ -113,6 +124,7 @@ struct Requests {
     prompt_tokens: Counter,
     generation_tokens: Counter,
     cached_tokens: Counter,
+    by_source: Family<Source, Counter>,
     finished: Family<Finished, Counter>,
     rejected: Family<Rejected, Counter>,
     first_token: Histogram,
@@ -126,34 +138,17 @@ struct Requests {
     max_tokens: Histogram,
 }
 
-/// What the engine thread adds to between two steps.
-#[derive(Clone, Default)]
-pub(crate) struct EngineCounters {
-    preemptions: Counter,
-    prefix_queries: Counter,
-    prefix_hits: Counter,
-    steps: Counter,
-}
-
 impl Metrics {
     pub(crate) fn new(config: &Config) -> Self {
         let mut registry = Registry::default();
-        let labels = [("model_name", config.model_name.clone()), ("engine", "0".to_owned())];
-        let labels = labels.map(|(name, value)| (name.into(), value.into()));
-        let ours = registry.sub_registry_with_labels(labels.into_iter());
+        let ours = registry.sub_registry_with_labels(labels(config).into_iter());
         let state = StateGauges::register(ours, config.limits.block_size.tokens());
+        let boot = Boot::register(ours, config);
         // No sequence outgrows the cache.
         let requests = Requests::register(ours, config.limits.kv_tokens);
         let engine = EngineCounters::register(ours);
-        let build = Build {
-            version: env!("CARGO_PKG_VERSION"),
-            dtype: config.dtype.to_string(),
-            tensor_parallel: config.rank.size().get(),
-        };
-        let info = Family::<Build, Gauge>::default();
-        info.get_or_create(&build).set(1);
-        ours.register("cohort_build_info", "Version and shape of this group, always 1", info);
-        Self { registry, state, requests, engine }
+        let ranks = Ranks::register(ours);
+        Self { registry, state, boot, requests, engine, ranks }
     }
 
     /// For the engine thread.
@@ -161,14 +156,19 @@ impl Metrics {
         self.engine.clone()
     }
 
-    /// All of it in the OpenMetrics text format, with the gauges as `state` has them.
-    pub(crate) fn render(&self, state: &WorkerState) -> String {
+    /// So much of the leader's weights is there.
+    pub(crate) fn loading(&self, done: Bytes, total: Bytes) {
+        self.boot.loading(done, total);
+    }
+
+    /// All of it in the OpenMetrics text format, with the gauges as `state` has them and what the ranks have told.
+    pub(crate) fn render(&self, state: &WorkerState, told: Option<&GroupActivity>) -> String {
         self.state.show(state);
-        let mut page = String::new();
-        match text::encode(&mut page, &self.registry) {
-            Ok(()) => page,
-            Err(error) => unreachable!("writing to a string does not fail: {error}"),
+        self.boot.phase(Phase::from_wire(state.phase).unwrap_or(Phase::Starting), state.percent);
+        if let Some(told) = told {
+            self.ranks.show(told);
         }
+        encode(&self.registry)
     }
 }
 
@@ -178,14 +178,17 @@ impl StateGauges {
         let none = NoLora { max_lora: 0, running_lora_adapters: "", waiting_lora_adapters: "" };
         lora.get_or_create(&none).set(1);
         to.register("vllm:lora_requests_info", "Adapters: there are none", lora);
+        let sleep = Family::<Sleep, Gauge>::default();
+        for sleep_state in ["awake", "weights_offloaded", "discard_all"] {
+            sleep.get_or_create(&Sleep { sleep_state }).set(i64::from(sleep_state == "awake"));
+        }
+        to.register("vllm:engine_sleep_state", "1 for awake: this server does not sleep", sleep);
         Self {
             block_size,
             running: add(to, "vllm:num_requests_running", "Sequences in the running batch"),
             waiting: add(to, "vllm:num_requests_waiting", "Sequences that wait for a place in the batch"),
             kv_usage: add(to, "vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1"),
             cache_config: add(to, "vllm:cache_config_info", "The KV cache, always 1"),
-            phase: add(to, "cohort_phase", "1 for the phase the group is in, 0 for the others"),
-            phase_percent: add(to, "cohort_phase_percent", "How much of its phase is done"),
             host_gap: add(
                 to,
                 "cohort_host_gap_seconds",
@@ -220,22 +223,14 @@ impl StateGauges {
             let config = CacheConfig { block_size: self.block_size, num_gpu_blocks: load.kv_blocks };
             self.cache_config.get_or_create(&config).set(1);
         }
-        let now = Phase::from_wire(state.phase).unwrap_or(Phase::Starting);
-        for phase in Phase::ALL {
-            self.phase.get_or_create(&InPhase { phase: phase.name() }).set(i64::from(phase == now));
-        }
-        self.phase_percent.set(state.percent.into());
     }
 }
 
 impl Requests {
     fn register(to: &mut Registry, context_tokens_max: u32) -> Self {
         let lengths = token_counts(context_tokens_max);
-        let seconds = |to: &mut Registry, name: &str, help: &str, buckets: &[f64]| {
-            let histogram = Histogram::new(buckets.iter().copied());
-            to.register(name, help, histogram.clone());
-            histogram
-        };
+        let seconds = histogram;
+        let by_source = by_source(to);
         let finished = Family::<Finished, Counter>::default();
         // There from the start, so that rates are right from the first of them.
         for finished_reason in ["stop", "length", "abort", "error"] {
@@ -248,6 +243,7 @@ impl Requests {
         }
         to.register("vllm:admission_rejections", "Requests that were not taken, by reason", rejected.clone());
         Self {
+            by_source,
             finished,
             rejected,
             prompt_tokens: add(to, "vllm:prompt_tokens", "Tokens of the prompts of requests"),
@@ -301,48 +297,39 @@ impl Requests {
     }
 }
 
-impl EngineCounters {
-    fn register(to: &mut Registry) -> Self {
-        Self {
-            preemptions: add(to, "vllm:num_preemptions", "Sequences that lost their blocks to others"),
-            prefix_queries: add(to, "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache"),
-            prefix_hits: add(to, "vllm:prefix_cache_hits", "Tokens found in the prefix cache"),
-            steps: add(to, "cohort_steps", "Steps run"),
-        }
-    }
-
-    /// A request with so many tokens of prompt goes to the engine, which looks them up in its prefix cache.
-    pub(crate) fn submitted(&self, prompt_tokens: usize) {
-        self.prefix_queries.inc_by(prompt_tokens as u64);
-    }
-
-    /// A step is run.
-    pub(crate) fn stepped(&self) {
-        self.steps.inc();
-    }
-
-    /// Something came of a step.
-    pub(crate) fn count(&self, effect: &Effect) {
-        match effect {
-            Effect::Started { cached_tokens, .. } => {
-                self.prefix_hits.inc_by((*cached_tokens).into());
-            }
-            Effect::Preempted { .. } => {
-                self.preemptions.inc();
-            }
-            Effect::Refused { .. }
-            | Effect::PromptLogprobs { .. }
-            | Effect::Token { .. }
-            | Effect::Finished { .. } => {}
-        }
-    }
-}
-
 /// Registers a metric that starts from nothing.
 fn add<M: Metric + Clone + Default>(to: &mut Registry, name: &str, help: &str) -> M {
     let metric = M::default();
     to.register(name, help, metric.clone());
     metric
+}
+
+fn by_source(to: &mut Registry) -> Family<Source, Counter> {
+    let family: Family<Source, Counter> =
+        add(to, "vllm:prompt_tokens_by_source", "Tokens of prompts, computed or found in the prefix cache");
+    for source in [COMPUTED, CACHED] {
+        let _ = family.get_or_create(&Source { source });
+    }
+    family
+}
+
+fn histogram(to: &mut Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+    let histogram = Histogram::new(buckets.iter().copied());
+    to.register(name, help, histogram.clone());
+    histogram
+}
+
+/// The labels that every metric of a group has.
+fn labels(config: &Config) -> [(Cow<'static, str>, Cow<'static, str>); 2] {
+    [("model_name".into(), config.model_name.clone().into()), ("engine".into(), "0".into())]
+}
+
+fn encode(registry: &Registry) -> String {
+    let mut page = String::new();
+    match text::encode(&mut page, registry) {
+        Ok(()) => page,
+        Err(error) => unreachable!("writing to a string does not fail: {error}"),
+    }
 }
 
 /// 1, 2, 5, 10, 20, 50, … up to `most`.

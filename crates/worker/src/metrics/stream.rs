@@ -11,7 +11,7 @@ use proto::Failure;
 use proto::worker::{FinishReason, GenerateChunk};
 use tonic::Status;
 
-use super::{Finished, Metrics, Rejected};
+use super::{CACHED, COMPUTED, Finished, Metrics, Rejected, Source};
 use crate::inbox::Asker;
 
 /// What a request asked for, as far as it is counted.
@@ -40,6 +40,8 @@ pub(crate) struct Metered<S> {
     /// When each sequence had its last token.
     last: BTreeMap<u32, Instant>,
     tokens: u64,
+    /// Whether the prompt's tokens were counted by where they come from.
+    sourced: bool,
     /// Sequences that have ended.
     ended: u32,
     over: bool,
@@ -61,6 +63,7 @@ impl<S> Metered<S> {
             first: None,
             last: BTreeMap::new(),
             tokens: 0,
+            sourced: false,
             ended: 0,
             over: false,
         }
@@ -69,7 +72,7 @@ impl<S> Metered<S> {
     fn saw(&mut self, item: &Result<GenerateChunk, Status>) {
         match item {
             Ok(chunk) => {
-                self.metrics.requests.cached_tokens.inc_by(chunk.cached_tokens.unwrap_or(0).into());
+                self.saw_cached(chunk.cached_tokens);
                 self.saw_tokens(chunk.index, chunk.token_ids.len());
                 if let Some(finish) = &chunk.finish {
                     self.ended += 1;
@@ -82,6 +85,19 @@ impl<S> Metered<S> {
                 }
             }
             Err(status) => self.failed(status),
+        }
+    }
+
+    /// The first chunk of a request's first sequence says what was found of its prompt.
+    fn saw_cached(&mut self, cached: Option<u32>) {
+        let requests = &self.metrics.requests;
+        requests.cached_tokens.inc_by(cached.unwrap_or(0).into());
+        if let Some(cached) = cached.filter(|_| !std::mem::replace(&mut self.sourced, true)) {
+            let cached = u64::from(cached);
+            let computed = (self.asked.prompt_tokens as u64).saturating_sub(cached);
+            for (source, tokens) in [(COMPUTED, computed), (CACHED, cached)] {
+                requests.by_source.get_or_create(&Source { source }).inc_by(tokens);
+            }
         }
     }
 
@@ -119,7 +135,7 @@ impl<S> Metered<S> {
         if std::mem::replace(&mut self.over, true) {
             return;
         }
-        let Asker { request, span } = &self.asked.asker;
+        let Asker { request, span, .. } = &self.asked.asker;
         tracing::debug!(request = &**request, finished_reason, tokens = self.tokens, "ended");
         for (key, tokens) in [
             ("gen_ai.usage.input_tokens", self.asked.prompt_tokens as i64),

@@ -87,7 +87,7 @@ impl Worker for Service {
             phase: worker::Phase::Serving.into(),
             percent: 100,
             model: Some(self.facts.clone()),
-            load: None,
+            ..worker::WorkerState::default()
         };
         let states = stream::once(async { Ok(state) }).chain(stream::pending());
         Ok(Response::new(Box::pin(states)))
