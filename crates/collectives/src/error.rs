@@ -211,7 +211,7 @@ impl Error {
             | Self::RankOutOfRange { rank, .. }
             | Self::TooLarge { rank, .. } => Some(*rank),
             Self::Absent { ranks, .. } => ranks.first().copied(),
-            Self::Argument { .. } | Self::GaveUp { .. } | Self::Io { .. } => None,
+            Self::Argument { .. } | Self::GaveUp { .. } | Self::Device { .. } | Self::Io { .. } => None,
         }
     }
 
