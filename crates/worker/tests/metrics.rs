@@ -152,12 +152,13 @@ fn a_refusal_is_counted_by_its_reason() {
 fn a_leader_shows_what_every_rank_has_done_and_a_follower_its_steps() {
     let addresses = [free(), free()];
     let leader = Rank::start(Config { metrics_listen: Some(addresses[0]), ..config(0, 2) });
+    let listening = leader.listening();
     let rendezvous = leader.wait(|report| match report {
         worker::Report::Rendezvous(address) => Some(*address),
         _ => None,
     });
     let follower = Rank::start(Config { metrics_listen: Some(addresses[1]), rendezvous, ..config(1, 2) });
-    let client = Client::connect(leader.listening());
+    let client = Client::connect(listening);
     leader.ready();
     client.generate(request(vec![5; 40], 7)).unwrap();
     let shown = idle_page(addresses[0]);
