@@ -221,18 +221,21 @@ impl Followed {
             if !one.now.is_on() {
                 one.now = Span::begin("prefill", Kind::Internal, Some(&one.parent));
             }
-            one.steps += 1;
-            one.rows += planned.rows.len() as i64;
         }
     }
 
-    /// It has run.
+    /// It has run; only now it counts, because the step behind it may have begun before it ended.
     pub(crate) fn after(&mut self, plan: &StepPlan) {
         if self.slots.is_empty() {
             return;
         }
-        for planned in plan.sequences().filter(|planned| planned.logit_rows > 0) {
-            let Some(one) = self.slots.get_mut(&planned.slot).filter(|one| !one.decodes) else { continue };
+        for planned in plan.sequences() {
+            let Some(one) = self.slots.get_mut(&planned.slot) else { continue };
+            one.steps += 1;
+            one.rows += planned.rows.len() as i64;
+            if one.decodes || planned.logit_rows == 0 {
+                continue;
+            }
             one.close();
             one.decodes = true;
             one.now = Span::begin("decode", Kind::Internal, Some(&one.parent));
