@@ -191,7 +191,11 @@ pub(crate) fn run(config: &Config, facts: Followed, plans: PlanReceiver) -> Resu
         match order {
             Order::End => return finish(under_way, (&mut executor, &mut traced, &mut clock)),
             Order::Activity => drop(executor.activity()?),
-            Order::Note(note) => traced.note(note, |slot| engine.sub_group(slot) == own),
+            Order::Note(note) => {
+                // What the slot was until now has its last step counted first.
+                finish(under_way.take(), (&mut executor, &mut traced, &mut clock))?;
+                traced.note(note, |slot| engine.sub_group(slot) == own);
+            }
             Order::Step(plan, None) => {
                 if plan.follows_on() && !executor.feeds() {
                     executor.drawn.clone_from(mail.drawn(plan.step() - 1)?);
