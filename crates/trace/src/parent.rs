@@ -11,6 +11,8 @@ pub const TRACEPARENT: &str = "traceparent";
 pub const TRACESTATE: &str = "tracestate";
 /// Bytes of [`Parent::to_bytes`].
 pub const PARENT_BYTES: usize = 25;
+/// Digits of the parts of a `traceparent`.
+const PART_DIGITS: [usize; 4] = [2, 32, 16, 2];
 /// Longest `tracestate` that is passed on: what the specification asks for at least.
 const TRACESTATE_BYTES_MAX: usize = 512;
 
@@ -38,13 +40,19 @@ impl Extractor for Headers<'_> {
     }
 }
 
+/// Version, trace, span and flags with all their digits: the library takes shorter ones.
+fn has_its_parts(traceparent: &str) -> bool {
+    traceparent.split('-').map(str::len).take(PART_DIGITS.len()).eq(PART_DIGITS)
+}
+
 impl Parent {
     /// Reads the headers of a call; `None` without a `traceparent` that is one. A `tracestate` that is none, or is too long,
     /// is left out.
     #[must_use]
     pub fn read(traceparent: Option<&str>, tracestate: Option<&str>) -> Option<Self> {
         let tracestate = tracestate.filter(|state| state.len() <= TRACESTATE_BYTES_MAX);
-        let headers = Headers { traceparent: traceparent?, tracestate };
+        let headers =
+            Headers { traceparent: traceparent.filter(|header| has_its_parts(header))?, tracestate };
         let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
         let parent = context.span().span_context().clone();
         parent.is_valid().then_some(Self(parent))
