@@ -109,3 +109,17 @@ fn groups_register_serve_and_leave_and_strangers_are_refused() {
         client.generate_once(tokens(&[5, 600], 3)).await.unwrap();
     }));
 }
+#[test]
+fn groups_with_other_plans_and_budgets_serve_one_model_together() {
+    let (_router, url) = router();
+    let plans: [&[&str]; 3] = [&[], &["--tensor-parallel=2"], &["--kv-tokens=8192", "--running-max=4"]];
+    let groups = plans.map(|flags| group(&url, SECRET, flags));
+    for group in &groups {
+        group.says("a router uses this group");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut client = CohortClient::connect(url.clone()).await.unwrap();
+        tokio::time::timeout(PATIENCE, groups_ready(&mut client, 3)).await.expect("in time");
+    });
+}
