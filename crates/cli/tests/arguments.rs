@@ -203,9 +203,10 @@ proptest! {
     #[test]
     fn a_router_reads_back_what_it_was_started_with(
         file in file(), workers in prop::collection::vec("http://[a-z]{1,8}:[1-9][0-9]{0,3}", 0..4),
+        weights in prop::collection::vec("http://[a-z]{1,8}:[1-9][0-9]{0,3}=[0-9]", 0..4),
         model in model(), router in router_flags(), trace in trace_flags(), supervised: bool,
     ) {
-        let args = router::Args { file, workers, model, router, trace, supervised };
+        let args = router::Args { file, workers, weights, model, router, trace, supervised };
         let Command::Router(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -282,8 +283,9 @@ fn every_flag_names_a_key_that_exists() {
     flags.extend(RouterFlags::from(&settings).flags());
     flags.extend(TraceFlags::from(&settings).flags());
     flags.extend(LogFlags::from(&settings.telemetry).flags());
-    // All but the three that are not flags of a child: the router's workers, the group's hosts and the number of groups.
-    assert_eq!(flags.len(), keys.len() - 3);
+    // All but the five that are flags of one command or of none: the router's workers and their weights, the group's hosts, the
+    // number of groups and the weights of those.
+    assert_eq!(flags.len(), keys.len() - 5);
     for flag in flags {
         assert!(keys.contains(flag.key), "{flag:?}");
     }

@@ -1,5 +1,6 @@
 //! What a router needs to know to start. Plain data: `settings` and the command line fill it in.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,9 @@ pub struct Config {
     /// The leaders of the worker groups, each `http://host:port`, and names of which every address is a leader, each
     /// `dns+http://name:port`; at least one, unless groups register.
     pub workers: Vec<String>,
+    /// Shares of the requests, by address or by name as in `workers`; 1 for all others. A group of weight 0 gets no new
+    /// requests and finishes its own.
+    pub weights: BTreeMap<String, u32>,
     /// How names are asked for.
     pub names: Names,
     /// How long a group that registers is remembered without hearing of it; `None` takes no registrations.

@@ -268,7 +268,9 @@ async fn readyz(State(context): State<Context>) -> (StatusCode, Json<Value>) {
     let progress = context.shared.groups.progress();
     let code = match progress {
         Progress::Serving => StatusCode::OK,
-        Progress::Phase(..) | Progress::Unreachable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        Progress::Phase(..) | Progress::Unreachable(_) | Progress::Withheld => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
     };
     let (phase, percent) = progress.describe();
     (code, Json(json!({ "phase": phase, "percent": percent })))

@@ -45,6 +45,12 @@ pub const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
 /// Priorities go from minus this to this: wide enough for tiers, narrow enough that ageing overtakes every one of them
 /// in seconds.
 pub const PRIORITY_MAX: i32 = 100;
+/// The soonest a caller that is turned away is told to come back: sooner it would only be turned away again.
+pub const RETRY_AFTER_MIN: Duration = Duration::from_millis(100);
+/// The latest likewise: what is known of a router's pace says nothing of later times.
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+/// Weight of a worker group among the others: the least share is a hundredth of another's.
+pub const WEIGHT_MAX: u32 = 100;
 /// Size of one gRPC message in bytes: a 1M-token prompt with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Bytes of one request's headers: ids, keys and trace context take a few hundred.

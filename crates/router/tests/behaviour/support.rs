@@ -354,6 +354,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         grpc_listen: any_port(),
         http_listen: Some(any_port()),
         workers: workers.iter().map(|&address| address.to_owned()).collect(),
+        weights: std::collections::BTreeMap::new(),
         names: router::discovery::Names::default(),
         registration_hold: None,
         model_name: None,
