@@ -1,6 +1,8 @@
 //! Every fixed limit of the system, each with the reason it exists. Limits an operator may move are configuration,
 //! and these are their ceilings.
 
+use std::time::Duration;
+
 /// Ranks in one group: the widest plan in use (8 GPUs a host, 16 hosts) with room to spare.
 pub const RANKS_MAX: u32 = 128;
 /// Tokens in one KV block: larger blocks waste memory at every sequence's end.
