@@ -22,7 +22,8 @@ use crate::inbox::Inbox;
 use crate::metrics::{self, FollowerMetrics, Leading, Metrics, Shown};
 use crate::registrar::Registrar;
 use crate::service::Service;
-use crate::state::{Standing, StatePublisher};
+use crate::standing::Standing;
+use crate::state::StatePublisher;
 use crate::{Config, Error, boot};
 
 /// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
