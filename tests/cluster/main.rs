@@ -18,6 +18,7 @@ mod parity;
 mod registration;
 mod reload;
 mod resumes;
+mod rotation;
 mod security;
 mod support;
 mod top;

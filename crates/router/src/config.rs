@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use security::{ClientTls, JwtRules, Secret, ServerTls};
+use security::{ClientTls, JwtRules, ServerTls, SharedSecret};
 
 use crate::discovery::Names;
 use crate::fair::Bounds;
@@ -62,7 +62,7 @@ pub struct Access {
     /// Files for TLS to groups whose address is `https://`.
     pub group_tls: Option<ClientTls>,
     /// The cluster's secret, shown to every group.
-    pub secret: Option<Secret>,
+    pub secret: Option<SharedSecret>,
 }
 
 /// Bounds on what a router takes in.

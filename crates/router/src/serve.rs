@@ -10,7 +10,7 @@ use proto::v1::cohort_server::CohortServer;
 use proto::vllm::control_server::ControlServer;
 use proto::vllm::inference_server::InferenceServer;
 use proto::worker::registry_server::RegistryServer;
-use security::{Acceptor, Badge, Clients, Dialer, KeyFile, Tokens, incoming};
+use security::{Acceptor, Badge, Clients, Dialer, KeyFile, SharedSecret, Tokens, incoming};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -86,6 +86,7 @@ pub async fn serve_changing(
 ) -> Result<(), Error> {
     let Doors { grpc: grpc_door, http: http_door, callers, dialer } = Doors::new(&config.access)?;
     let badge = Badge::new(config.access.secret.as_ref());
+    config.access.secret.iter().for_each(SharedSecret::watch);
     // Watch tasks and listeners end when this function does, however it ends.
     let stop = CancellationToken::new();
     let _stop_on_exit = stop.clone().drop_guard();

@@ -136,7 +136,9 @@ pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> R
     let plan = parallel(config).name;
     let member = Member { rank, plan, config_hash: facts.group_hash };
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
-    let secret = config.access.secret.as_ref().map(|secret| GroupSecret::new(secret.expose().as_bytes()));
+    // As it is now: ranks that have met stay together when it changes.
+    let secret = config.access.secret.as_ref();
+    let secret = secret.map(|secret| GroupSecret::new(secret.now().expose().as_bytes()));
     let options = RendezvousOptions { within: config.boot_timeout, tcp, secret };
     let joined = if rank.is_leader() {
         Rendezvous::bind(config.rendezvous).and_then(|rendezvous| {

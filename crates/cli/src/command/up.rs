@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use security::{KeyFile, Secret};
+use security::{KeyFile, Secret, SharedSecret};
 use settings::{Complaint, Loaded, Settings};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -206,9 +206,11 @@ pub(crate) async fn supervise(
     let secret = match identity::secret(&settings(), StartedBy::User)? {
         Some(secret) => (secret, None),
         // Nobody else is told this one.
-        None => (Secret::random()?, run_dir()),
+        None => (SharedSecret::from(Secret::random()?), run_dir()),
     };
     let (secret, mut run_dir) = secret;
+    // Members that are started again get it as it is then.
+    secret.watch();
     let own = |mut argv: Vec<String>| {
         argv.extend(LogFlags::from(&settings().telemetry).to_argv());
         Spec::own(argv, Some(secret.clone()))
@@ -226,7 +228,7 @@ pub(crate) async fn supervise(
     cluster::run(&cluster, stop, sizes, move |happening| {
         if let (Some(directory), Happening::Said { member: Member::Group(_), line }) = (&mut run_dir, &happening)
             && let Event::Listening { address } = line.event
-            && let Err(error) = directory.note(address, &left)
+            && let Err(error) = directory.note(address, &left.now())
         {
             tracing::warn!(%error, directory = %directory.path().display(), "cohort debug will need the secret");
         }

@@ -127,7 +127,7 @@ async fn a_router_shows_its_groups_its_certificate_and_the_cluster_s_secret() {
     let (address, mut seen) = tls_leader(&authority).await;
     let secret = Secret::random().unwrap();
     let tls = ClientTls { ca: authority.ca(), identity: Some(authority.sign("router")) };
-    let access = Access { group_tls: Some(tls), secret: Some(secret.clone()), ..Access::default() };
+    let access = Access { group_tls: Some(tls), secret: Some(secret.clone().into()), ..Access::default() };
     let router = TestRouter::start(Config { access, ..config(&[&address]) }, demo_files()).await;
     router.wait_for_groups(1).await;
     assert!(secret.is(soon(seen.recv()).await.unwrap().as_bytes()));
