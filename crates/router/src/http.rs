@@ -4,6 +4,7 @@
 mod chat;
 mod cohere;
 mod completions;
+mod doorway;
 mod error;
 mod fields;
 mod form;
@@ -38,6 +39,7 @@ use crate::service::VERSION;
 use crate::text::Text;
 use crate::workers::Progress;
 
+pub(crate) use doorway::{Doorway, Loading};
 use error::ApiError;
 use fields::Fields;
 use generation::Common;
@@ -91,10 +93,7 @@ async fn admit(gate: Arc<Gate>, mut request: Request, next: Next) -> Response {
         Ok(()) => return next.run(request).await,
         Err(failure) => failure,
     };
-    match request.uri().path() {
-        "/v2/chat" | "/cohere/v2/chat" => cohere::refuse(failure.into()),
-        _ => ApiError::from(failure).into_response(),
-    }
+    doorway::refusal(request.uri().path(), failure)
 }
 
 fn now() -> u64 {

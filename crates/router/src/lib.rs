@@ -38,6 +38,6 @@ mod workers;
 pub use config::{Access, Config, HttpPatience, Limits, ModelFiles, QueueLimits};
 pub use error::Error;
 pub use http::read_chat;
-pub use serve::{Bound, serve, serve_changing};
+pub use serve::{Bound, Start, serve, serve_changing};
 pub use trail::Tracing;
 pub use tuned::Change;

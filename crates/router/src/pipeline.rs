@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     /// `None` for a checkpoint without tokenizer.
     pub(crate) text: Option<Text>,
     pub(crate) model_name: Option<String>,
-    pub(crate) tuning: Tuning,
+    pub(crate) tuning: Arc<Tuning>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) running: Arc<Running>,

@@ -27,6 +27,7 @@ use crate::config::Access;
 use crate::discovery::Discovery;
 use crate::gate::{Callers, Gate, GateLayer};
 use crate::gather::Gathered;
+use crate::http::{Doorway, Loading};
 use crate::metrics::Metrics;
 use crate::pipeline::Shared;
 use crate::registry::Desk;
@@ -43,6 +44,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// Time for the last bytes of finished answers to leave before connections are dropped.
 const FLUSH_GRACE: Duration = Duration::from_millis(200);
+/// Per cent of a start after which the text files are read.
+const FILES_PERCENT: u32 = 10;
 /// What health is reported for: the server as a whole, and each service.
 const HEALTH_NAMES: [&str; 4] = ["", "cohort.v1.Cohort", "vllm.Inference", "vllm.Control"];
 
@@ -55,8 +58,17 @@ pub struct Bound {
     pub http: Option<SocketAddr>,
 }
 
-/// Serves until `shutdown`, then withdraws and drains as `config` says. `bound` is called once, as soon as the
-/// listeners answer. Needs a tokio runtime with its time and net drivers.
+/// How far a start is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// HTTP is answered: probes with how far the start is, all else with a refusal. gRPC callers wait.
+    Listening(Bound),
+    /// The text files are read, and requests are taken.
+    Serving(Bound),
+}
+
+/// Serves until `shutdown`, then withdraws and drains as `config` says. `bound` is called once, as soon as requests are
+/// taken. Needs a tokio runtime with its time and net drivers.
 ///
 /// # Errors
 /// [`Error::Bind`] for an address that cannot be had, [`Error::File`] for a tokenizer or template that cannot be
@@ -70,17 +82,23 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let (_, changes) = mpsc::channel(1);
-    serve_changing(config, files, bound, shutdown, changes).await
+    let mut bound = Some(bound);
+    let told = |start| match start {
+        Start::Serving(at) => bound.take().into_iter().for_each(|bound| bound(at)),
+        Start::Listening(_) => {}
+    };
+    serve_changing(config, move || Ok(files), told, shutdown, changes).await
 }
 
-/// As [`serve`], and goes on with other configurations as they come, without dropping a request.
+/// As [`serve`], and goes on with other configurations as they come, without dropping a request. The listeners are up before
+/// `files` are read, which may take a while; `told` hears of both.
 ///
 /// # Errors
-/// As [`serve`].
+/// As [`serve`], and what `files` says.
 pub async fn serve_changing(
     config: Config,
-    files: ModelFiles,
-    bound: impl FnOnce(Bound),
+    files: impl FnOnce() -> Result<ModelFiles, Error> + Send + 'static,
+    mut told: impl FnMut(Start),
     shutdown: CancellationToken,
     changes: mpsc::Receiver<Change>,
 ) -> Result<(), Error> {
@@ -113,23 +131,35 @@ pub async fn serve_changing(
             _ => None,
         },
     };
-    let shared = share(&config, files, groups, callers).await?;
+    let refuse = CancellationToken::new();
+    let (loading, tuning) = (Loading::default(), Arc::new(Tuning::new(&config)));
+    let doorway = Doorway::new(loading.clone());
+    let http = http.map(|listener| (listener, http_door));
+    let mut http = AbortOnDropHandle::new(tokio::spawn(serve_http(
+        http,
+        doorway.clone(),
+        Arc::clone(&tuning),
+        refuse.clone(),
+    )));
+    told(Start::Listening(places));
+    let text = tokio::select! {
+        text = read_text(files, loading) => text?,
+        // Nothing is open yet.
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let shared = share(&config, text, (groups, callers), tuning);
+    doorway.open(http::routes(Arc::clone(&shared)));
     tokio::spawn(stop.clone().run_until_cancelled_owned(turn_away(shutdown.clone(), Arc::clone(&shared))));
     tokio::spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&discovery).keep_asking()));
     let changing = tuned::keep_changing(Arc::clone(&shared), discovery, changes);
     tokio::spawn(stop.clone().run_until_cancelled_owned(changing));
-
-    let refuse = CancellationToken::new();
     let mut grpc = AbortOnDropHandle::new(tokio::spawn(serve_grpc(
         (grpc, grpc_door),
         Arc::clone(&shared),
         (config.connection_age_max, desk),
         (refuse.clone(), stop.clone()),
     )));
-    let http = http.map(|listener| (listener, http_door));
-    let mut http =
-        AbortOnDropHandle::new(tokio::spawn(serve_http(http, Arc::clone(&shared), refuse.clone())));
-    bound(places);
+    told(Start::Serving(places));
     tokio::select! {
         () = shutdown.cancelled() => {}
         ended = &mut grpc => return joined("gRPC", ended),
@@ -183,28 +213,40 @@ fn local_address(
     listener.local_addr().map_err(|source| Error::Bind { address, flag, source })
 }
 
-async fn share(
+/// What turns text into tokens, which takes a large vocabulary seconds.
+async fn read_text(
+    files: impl FnOnce() -> Result<ModelFiles, Error> + Send + 'static,
+    loading: Loading,
+) -> Result<Option<Text>, Error> {
+    let read = move || {
+        let files = files()?;
+        loading.set(FILES_PERCENT);
+        Text::load_telling(&files, |percent| loading.set(percent))
+    };
+    let text = tokio::task::spawn_blocking(read).await;
+    text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })?
+}
+
+fn share(
     config: &Config,
-    files: ModelFiles,
-    groups: Arc<Groups>,
-    callers: Callers,
-) -> Result<Arc<Shared>, Error> {
-    let text = tokio::task::spawn_blocking(move || Text::load(&files)).await;
-    let text = text.map_err(|error| Error::File { file: "tokenizer.json", reason: error.to_string() })??;
+    text: Option<Text>,
+    (groups, callers): (Arc<Groups>, Callers),
+    tuning: Arc<Tuning>,
+) -> Arc<Shared> {
     let closing = CancellationToken::new();
     let metrics = Arc::new(Metrics::new(&groups));
-    Ok(Arc::new(Shared {
+    Arc::new(Shared {
         gate: Arc::new(Gate::new(callers, Arc::clone(&metrics))),
         metrics,
         groups,
         text,
         model_name: config.model_name.clone(),
-        tuning: Tuning::new(config),
+        tuning,
         running: Arc::new(Running::new(closing.clone())),
         withdrawn: CancellationToken::new(),
         closing,
         tracing: config.tracing,
-    }))
+    })
 }
 
 async fn turn_away(shutdown: CancellationToken, shared: Arc<Shared>) {
@@ -273,12 +315,12 @@ fn gathered(
 
 async fn serve_http(
     listener: Option<(TcpListener, Acceptor)>,
-    shared: Arc<Shared>,
+    doorway: Doorway,
+    tuning: Arc<Tuning>,
     refuse: CancellationToken,
 ) -> Result<(), Error> {
     let Some(listener) = listener else { return std::future::pending().await };
-    let routes = http::routes(Arc::clone(&shared));
-    http::listen(listener, routes, move || shared.tuning.get().http_patience, refuse).await;
+    http::listen(listener, doorway, move || tuning.get().http_patience, refuse).await;
     Ok(())
 }
 

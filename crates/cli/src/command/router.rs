@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use router::Change;
+use router::{Change, Start};
 use settings::{HttpListen, Loaded, Settings};
 use tokio::sync::{mpsc, oneshot};
 
@@ -149,14 +149,17 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
              router.registration in the file"
         );
     }
-    let files = embedded::text_files(settings)?;
+    let files = {
+        let settings = settings.clone();
+        move || embedded::text_files(&settings)
+    };
     let mut config = settings.router();
     config.access.secret = identity::secret(settings, StartedBy::supervised(args.supervised))?;
     let supervised = args.supervised;
     super::serving_runtime()?.block_on(async {
         let (changes, changed) = mpsc::channel(1);
         let serving =
-            router::serve_changing(config, files, |bound| announce(bound, supervised), stop, changed);
+            router::serve_changing(config, files, |start| announce(start, supervised), stop, changed);
         let changing = async {
             match supervised {
                 true => obey(given, &changes).await,
@@ -230,8 +233,9 @@ async fn keep_reloading(
     }
 }
 
-/// Says where the router serves.
-fn announce(bound: router::Bound, supervised: bool) {
+/// Says where the router serves, once it does.
+fn announce(start: Start, supervised: bool) {
+    let Start::Serving(bound) = start else { return };
     let serving = Serving { grpc: bound.grpc, http: bound.http };
     match supervised {
         true => report::say(&Line { pid: std::process::id(), rank: None, event: Event::Serving(serving) }),

@@ -1,8 +1,10 @@
-use router::{Config, Error, ModelFiles, serve};
+use router::{Config, Error, ModelFiles, Start, serve};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{any_port, config, soon};
+use crate::http_client::get;
+use crate::support::{Leader, any_port, config, demo_files, soon};
 
 const WORKER: &str = "http://127.0.0.1:9";
 
@@ -38,6 +40,51 @@ async fn a_worker_address_must_be_a_url_with_a_port() {
         }
     }
     assert!(matches!(start(config(&[]), ModelFiles::default()).await, Error::NoWorkers));
+}
+
+#[tokio::test]
+async fn probes_are_answered_while_the_text_files_are_read_and_all_else_is_told_how_far_that_is() {
+    let leader = Leader::serving().await;
+    let (go_on, told) = std::sync::mpsc::channel::<()>();
+    let files = move || {
+        // Until the test says so.
+        told.recv().unwrap();
+        Ok(demo_files())
+    };
+    let (starts, mut started) = tokio::sync::mpsc::unbounded_channel();
+    let (_changes, changed) = tokio::sync::mpsc::channel(1);
+    let serving = router::serve_changing(
+        config(&[&leader.address]),
+        files,
+        move |start| starts.send(start).unwrap(),
+        CancellationToken::new(),
+        changed,
+    );
+    let serving = tokio::spawn(serving);
+    let Start::Listening(bound) = soon(started.recv()).await.unwrap() else {
+        panic!("it listens before anything is read")
+    };
+    let http = bound.http.unwrap();
+    assert_eq!(get(http, "/livez").await.code, 200);
+    for (path, code) in [("/startupz", 200), ("/readyz", 503), ("/health", 503)] {
+        let answer = get(http, path).await;
+        assert_eq!(
+            (answer.code, answer.json()),
+            (code, json!({ "phase": "loading", "percent": 0 })),
+            "{path}"
+        );
+    }
+    for path in ["/v1/models", "/v2/chat"] {
+        let answer = get(http, path).await;
+        assert_eq!((answer.code, answer.header("retry-after")), (503, Some("1")), "{answer:?}");
+        assert!(answer.body.contains("loading, 0 % done"), "{answer:?}");
+    }
+    go_on.send(()).unwrap();
+    assert_eq!(soon(started.recv()).await.unwrap(), Start::Serving(bound));
+    let ready = async { while get(http, "/readyz").await.code != 200 {} };
+    soon(ready).await;
+    assert_eq!(get(http, "/v1/models").await.code, 200);
+    serving.abort();
 }
 
 #[tokio::test]
