@@ -48,6 +48,7 @@ fn one_request_is_one_tree_over_router_leader_and_follower() {
     let mut client = cluster.client();
     let mut request = asked(PROMPT);
     request.request_id = "plum-1".into();
+    request.session_id = "garden-7".into();
     cluster.block_on(client.generate_once(called(request, true))).unwrap();
     let spans = spans(&mut cluster, &collector, 11);
     assert_eq!(spans.len(), 11, "{spans:#?}");
@@ -82,6 +83,8 @@ fn one_request_is_one_tree_over_router_leader_and_follower() {
     assert_eq!(root.text("gen_ai.provider.name"), "cohere");
     assert_eq!(root.text("gen_ai.request.model"), "cohort-demo");
     assert_eq!(root.text("gen_ai.response.id"), "plum-1");
+    assert_eq!(root.text("gen_ai.conversation.id"), "garden-7");
+    assert_eq!(root.fact("gen_ai.request.stream"), Some(&Value::BoolValue(false)));
     assert_eq!(generate.text("gen_ai.request.id"), "plum-1");
     assert_eq!(root.number("gen_ai.request.max_tokens"), 6);
     for span in [root, generate] {
@@ -126,7 +129,7 @@ fn prompts_and_answers_are_written_down_only_when_that_is_asked_for() {
         Cluster::up(&[&collector.flag(), "--http-listen=127.0.0.1:0", "--trace-record-content"]);
     let http = cluster.http();
     let body = format!(
-        r#"{{"messages": [{{"role": "user", "content": "{PROMPT}"}}], "max_tokens": 5, "temperature": 0}}"#
+        r#"{{"messages": [{{"role": "user", "content": "{PROMPT}"}}], "max_tokens": 5, "temperature": 0, "stream": true}}"#
     );
     let mut stream = TcpStream::connect(http.strip_prefix("http://").unwrap()).unwrap();
     write!(
@@ -144,6 +147,7 @@ fn prompts_and_answers_are_written_down_only_when_that_is_asked_for() {
     assert_eq!(root.parent, CALLER);
     assert!(root.text("gen_ai.input.messages").contains(PROMPT));
     assert!(root.text("gen_ai.output.messages").contains("assistant"));
+    assert_eq!(root.fact("gen_ai.request.stream"), Some(&Value::BoolValue(true)));
     let others = spans.iter().filter(|span| span.id != root.id);
     assert!(!format!("{:?}", others.collect::<Vec<_>>()).contains("plumtree"));
 }

@@ -154,7 +154,8 @@ async fn generate(
     asked: (Common, Vec<v1::GenerateRequest>),
 ) -> Result<Response, ApiError> {
     let (common, requests) = asked;
-    let call = call(parts, &common.request.request_id)?.listed(&shared.running);
+    let mut call = call(parts, &common.request.request_id)?.listed(&shared.running);
+    call.trail.streams(common.stream);
     let answers = shared.generate_all(&call, requests).await.map_err(|failure| common.named(failure))?;
     let view = view(shared, api, &call, &common)?;
     let per_prompt = common.count();

@@ -37,6 +37,8 @@ pub const BAD_WORD_TEXTS_MAX: usize = BAD_WORDS_MAX / 2;
 pub const BAD_WORD_BYTES_MAX: usize = 256;
 /// Bytes of one cache salt: it is hashed, so more adds nothing.
 pub const CACHE_SALT_BYTES_MAX: usize = 1024;
+/// Bytes of one session id: it is written into traces, where an id has a few dozen.
+pub const SESSION_ID_BYTES_MAX: usize = 256;
 /// Temperature above this is noise; OpenAI allows 2.
 pub const TEMPERATURE_MAX: f32 = 100.0;
 /// Tokens generated when a request does not say how many (and the context allows): enough for an answer, and
