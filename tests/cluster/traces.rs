@@ -6,9 +6,11 @@ use std::net::TcpStream;
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use proto::v1::{GenerateRequest, generate_request};
 use rustix::process::Signal;
+use security::ServerTls;
 use tonic::Request;
 
 use crate::collector::{Collector, Seen};
+use crate::security::certificates;
 use crate::support::{Cluster, signal, tokens};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -105,6 +107,24 @@ fn one_request_is_one_tree_over_router_leader_and_follower() {
     assert!(spans.iter().all(|span| !span.failed), "{spans:#?}");
     let written = format!("{spans:?}");
     assert!(!written.contains("plumtree"), "a prompt is in {written}");
+}
+
+#[test]
+fn a_collector_behind_tls_is_sent_spans_when_its_authority_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path(), &["collector"]);
+    let file = |name: &str| dir.path().join(name);
+    let collector = Collector::encrypted(&ServerTls {
+        certificate: file("collector.crt"),
+        key: file("collector.key"),
+        client_ca: None,
+    });
+    let ca = format!("--otlp-ca={}", file("ca.crt").display());
+    let mut cluster = Cluster::up(&[&collector.flag(), &ca]);
+    let mut client = cluster.client();
+    cluster.block_on(client.generate_once(called(asked(PROMPT), true))).unwrap();
+    let spans = spans(&mut cluster, &collector, 9);
+    assert!(spans.iter().any(|span| span.service == "cohort-leader"), "{spans:#?}");
 }
 
 #[test]

@@ -115,8 +115,16 @@ fn each_bad_value_is_refused_with_its_key() {
         ("telemetry.sample_ratio = 1.5", "telemetry.sample_ratio: must be between 0 and 1, not 1.5"),
         ("telemetry.sample_ratio = 'all'", "telemetry.sample_ratio: must be a number, not \"all\""),
         (
+            "telemetry.otlp_endpoint = 'https://a'\ntelemetry.otlp_ca = 'c'",
+            "telemetry.otlp_endpoint: \"https://a\" is not an address such as http://127.0.0.1:4317",
+        ),
+        (
             "telemetry.otlp_endpoint = 'https://a:1'",
-            "telemetry.otlp_endpoint: \"https://a:1\" is not an address such as http://127.0.0.1:4317",
+            "telemetry.otlp_ca: is needed where telemetry.otlp_endpoint is https://",
+        ),
+        (
+            "telemetry.otlp_endpoint = 'http://a:1'\ntelemetry.otlp_ca = 'c'",
+            "telemetry.otlp_ca: is of no use without an https:// telemetry.otlp_endpoint",
         ),
         (
             "telemetry.record_content = true",
