@@ -20,6 +20,7 @@ mod reload;
 mod resumes;
 mod rotation;
 mod security;
+mod strangers;
 mod support;
 mod top;
 mod traces;
