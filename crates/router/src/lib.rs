@@ -19,7 +19,6 @@ mod gather;
 mod http;
 mod metrics;
 mod migrations;
-pub mod pace;
 pub mod pick;
 mod pipeline;
 mod registry;

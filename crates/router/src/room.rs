@@ -3,12 +3,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::Failure;
+use proto::{Failure, Pace};
 use tokio::sync::{Notify, oneshot};
 
 use crate::config::Limits;
 use crate::fair::{Full, Queue, Ticket, Waiter};
-use crate::pace::Pace;
 
 /// Places among the admitted requests, and a queue for them when all are taken.
 #[derive(Debug)]

@@ -29,7 +29,6 @@ mod named_groups;
 mod no_tokenizer;
 mod obedient;
 mod other_group;
-mod pace;
 mod parsed_answers;
 mod parsing;
 mod picking;

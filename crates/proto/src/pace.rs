@@ -1,22 +1,23 @@
-//! How soon it is worth to come back to a full router: as soon as whoever waits has been let in, at the pace at which places
-//! became free lately. Pure: it is told the time.
+//! How soon it is worth to come back to a router or group that is full: as soon as whoever waits has been let in, at the pace at
+//! which places became free lately. Pure: it is told the time.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use proto::RETRY_AFTER;
 use types::limits::{RETRY_AFTER_MAX, RETRY_AFTER_MIN};
+
+use crate::RETRY_AFTER;
 
 /// Times places became free that are looked back at: enough to even out long and short answers, few enough to notice when
 /// they become longer.
 const KEPT: usize = 64;
-/// A router that was not full for so long begins anew: what left meanwhile says how many came, not how many can.
+/// What was not full for so long begins anew: what left meanwhile says how many came, not how many can.
 pub const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// How places become free while all are taken.
 #[derive(Debug, Default)]
 pub struct Pace {
-    /// When the count began, once the router was full.
+    /// When the count began, once all were taken.
     since: Option<Instant>,
     /// Since when it is not full any more.
     eased: Option<Instant>,

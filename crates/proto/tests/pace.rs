@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use proto::RETRY_AFTER;
-use router::pace::{PAUSE_MAX, Pace};
+use proto::{PAUSE_MAX, Pace, RETRY_AFTER};
 use types::limits::{RETRY_AFTER_MAX, RETRY_AFTER_MIN};
 
 const MS: Duration = Duration::from_millis(1);
 
-/// A router that is full from `start` on and of whose places one becomes free every `each`, `times` over.
+/// What is full from `start` on and of whose places one becomes free every `each`, `times` over.
 fn steady(start: Instant, each: Duration, times: u32) -> (Pace, Instant) {
     let mut pace = Pace::default();
     pace.full(start);
@@ -75,7 +74,7 @@ fn only_what_became_free_lately_counts() {
 }
 
 #[test]
-fn time_in_which_the_router_was_not_full_does_not_count() {
+fn time_in_which_there_were_places_does_not_count() {
     let (mut pace, now) = steady(Instant::now(), 200 * MS, 5);
     // A moment in between changes nothing.
     pace.eased(now);
