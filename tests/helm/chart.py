@@ -42,6 +42,7 @@ CHART_OWNED = [
     ("router", "keys_file"),
     ("router", "jwt", "jwks_file"),
     ("group", "tls"),
+    ("telemetry", "otlp_ca"),
 ]
 # The committed names of metrics.
 GOLDEN_METRICS = [

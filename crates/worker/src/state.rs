@@ -92,7 +92,7 @@ impl StatePublisher {
                         tracing::error!(%router, %why, "a router does not use this group")
                     }
                     Standing::Acknowledged => tracing::info!(%router, "a router uses this group"),
-                    Standing::Left => tracing::warn!(%router, "no router uses this group any more"),
+                    Standing::Left => tracing::info!(%router, "no router uses this group any more"),
                     Standing::Unknown => {}
                 }
                 *standing = new;

@@ -126,6 +126,10 @@ router:
     jwks_file: /etc/cohort-jwt/{{ .Values.security.jwt.key }}
   {{- end }}
 {{- end }}
+{{- if .Values.security.tls.collector.secretName }}
+telemetry:
+  otlp_ca: /etc/cohort-otlp-ca/ca.crt
+{{- end }}
 {{- if include "cohort.groupTls" . }}
 group:
   tls:
@@ -158,6 +162,7 @@ none of that part's business. */ -}}
 {{- $secrets = list (list "group-tls" (include "cohort.groupTls" $root)) -}}
 {{- end -}}
 {{- $secrets = append $secrets (list "secret" $root.Values.security.clusterSecret.secretName) -}}
+{{- $secrets = append $secrets (list "otlp-ca" $root.Values.security.tls.collector.secretName "ca.crt") -}}
 {{- if and (eq (index . 1) "group") (eq (include "cohort.discovery" $root) "registration") -}}
 {{- $secrets = append $secrets (list "router-ca" (include "cohort.routerTls" $root) "ca.crt") -}}
 {{- end -}}
@@ -292,6 +297,9 @@ group:
 {{- $config = mergeOverwrite $config (dict "model" (dict "path" $path)) -}}
 {{- end -}}
 {{- $config = mergeOverwrite $config (include "cohort.securityConfig" . | fromYaml) -}}
+{{- if and .Values.security.tls.collector.secretName (not (hasPrefix "https://" (dig "telemetry" "otlp_endpoint" "" .Values.config))) -}}
+{{- fail "security.tls.collector.secretName is of no use without an https:// config.telemetry.otlp_endpoint" -}}
+{{- end -}}
 {{- $jwt := ($config.router.jwt | default dict) -}}
 {{- if and .Values.security.jwt.secretName (not (and $jwt.issuers $jwt.audiences)) -}}
 {{- fail "security.jwt.secretName needs config.router.jwt.issuers and config.router.jwt.audiences: tokens of anybody for anybody prove nothing" -}}
