@@ -92,7 +92,7 @@ async fn groups_ready(client: &mut CohortClient<Channel>, groups: u32) {
 
 #[test]
 fn groups_register_serve_and_leave_and_strangers_are_refused() {
-    let (_router, url) = router();
+    let (router, url) = router();
     let (one, other) = (group(&url, SECRET, &[]), group(&url, SECRET, &[]));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let within = |what: std::pin::Pin<Box<dyn Future<Output = ()> + '_>>| {
@@ -116,6 +116,9 @@ fn groups_register_serve_and_leave_and_strangers_are_refused() {
     within(Box::pin(async {
         client.generate_once(tokens(&[5, 600], 3)).await.unwrap();
     }));
+    // Without any router it is not ready, and says so to whoever probes.
+    router.stop();
+    one.says("no router uses this group any more");
 }
 
 #[test]

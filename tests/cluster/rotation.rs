@@ -47,7 +47,10 @@ fn a_secret_is_changed_in_three_steps_while_requests_run_and_none_of_them_fails(
         Ok::<_, tonic::Status>(answered)
     });
     for (step, secrets) in [[&old, &new].as_slice(), &[&new, &old], &[&new]].into_iter().enumerate() {
-        fs::write(&path, lines(secrets)).unwrap();
+        // At once: a file that is seen half written would be one more that is read.
+        let next = dir.path().join("next");
+        fs::write(&next, lines(secrets)).unwrap();
+        fs::rename(&next, &path).unwrap();
         cluster.wait("every process has read the file", |cluster| {
             (lines_with(cluster, "the cluster's secret") == READERS * (step + 1)).then_some(())
         });
@@ -55,7 +58,7 @@ fn a_secret_is_changed_in_three_steps_while_requests_run_and_none_of_them_fails(
     // A group that is started again belongs to the cluster as it is now.
     signal(cluster.rank(0), Signal::KILL);
     cluster.wait("the group is back", |cluster| {
-        (lines_with(cluster, "a router uses this group") == 3).then_some(())
+        (lines_with(cluster, "a router uses this group") >= 3).then_some(())
     });
     enough.store(true, Ordering::Relaxed);
     let answered = cluster.block_on(asking).unwrap();

@@ -72,7 +72,7 @@ pub struct Router {
     pub first_message: Latency,
     /// Whole requests.
     pub whole: Latency,
-    /// Groups that take requests, and all.
+    /// Groups that serve, whatever their weight.
     pub groups_up: usize,
     /// All groups.
     pub groups: usize,

@@ -197,10 +197,13 @@ async fn the_groups_of_an_encrypted_name_are_believed_for_that_name_and_not_for_
     let named = Config { access: access.clone(), names, ..config(&["dns+https://groups.example:7000"]) };
     let router = TestRouter::start(named, demo_files()).await;
     // Until the first answer there is nothing to be served.
-    while router.client().await.get_model_info(v1::GetModelInfoRequest {}).await.is_err() {
-        tokio::task::yield_now().await;
-    }
-    router.wait_for_groups(1).await;
+    soon(async {
+        while router.client().await.get_model_info(v1::GetModelInfoRequest {}).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+        router.wait_for_groups(1).await;
+    })
+    .await;
     let by_address = Config { access, ..config(&[&format!("https://{address}")]) };
     let router = TestRouter::start(by_address, demo_files()).await;
     let refused = refused_certificate(&router).await;
