@@ -169,7 +169,8 @@ fn what_needs_a_restart_and_a_broken_file_are_refused_and_the_running_configurat
         "did you mean router.grpc_listen",
     );
     assert!(said.contains("cluster.toml:2: router.grpc_lisen"), "{said}");
-    assert!(said.contains("cluster.toml:4: router.limits.requests_max: must be between 1"), "{said}");
+    // A line of its own, which may come later.
+    edited.cluster.wait_for_line("cluster.toml:4: router.limits.requests_max: must be between 1");
     edited.edit("[router\n", "the running one stays: cluster file");
     edited.edit(
         "[group]\nkv_tokens = 4096\n[router]\nkeys_file = \"/nowhere/keys\"\n",
