@@ -4,12 +4,12 @@
 mod chat;
 mod cohere;
 mod completions;
-mod doorway;
 mod error;
 mod fields;
 mod form;
 mod generation;
 mod listen;
+mod start;
 mod stream;
 mod tokens;
 mod view;
@@ -39,11 +39,11 @@ use crate::service::VERSION;
 use crate::text::Text;
 use crate::workers::Progress;
 
-pub(crate) use doorway::{Doorway, Loading};
 use error::ApiError;
 use fields::Fields;
 use generation::Common;
 pub(crate) use listen::serve as listen;
+pub(crate) use start::routes as start;
 use view::{Api, View};
 
 /// Enough of the configuration's hash to tell two of them apart.
@@ -93,7 +93,7 @@ async fn admit(gate: Arc<Gate>, mut request: Request, next: Next) -> Response {
         Ok(()) => return next.run(request).await,
         Err(failure) => failure,
     };
-    doorway::refusal(request.uri().path(), failure)
+    start::refusal(request.uri().path(), failure)
 }
 
 fn now() -> u64 {

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::http::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -19,8 +20,8 @@ use tower::ServiceExt;
 use types::limits::HEADER_BYTES_MAX;
 
 use crate::config::HttpPatience;
+use crate::doorway::Doorway;
 use crate::gate::Certified;
-use crate::http::Doorway;
 
 /// Most connections at once; further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 16_384;
@@ -30,7 +31,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Serves until `refuse`; then open answers are finished and idle connections closed.
 pub(crate) async fn serve(
     (listener, acceptor): (TcpListener, Acceptor),
-    routes: Doorway,
+    routes: Doorway<Router>,
     patience: impl Fn() -> HttpPatience,
     refuse: CancellationToken,
 ) {
