@@ -9,6 +9,7 @@
 
 mod convert;
 mod exposition;
+mod pace;
 mod phase;
 mod prompt;
 mod status;
@@ -16,6 +17,7 @@ mod timeout;
 
 pub use convert::{GenerationFields, bad_words, constraint, priority, stop_strings};
 pub use exposition::{OPEN_METRICS, TEXT, exposed};
+pub use pace::{PAUSE_MAX, Pace};
 pub use phase::Phase;
 pub use prompt::{Chat, Message, Prompt, Role, ToolChoice};
 pub use status::{Failure, RETRY_AFTER, Violation};

@@ -147,7 +147,8 @@ impl Cohort for Service {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let call = call(&request, &request.get_ref().request_id)?;
+        let mut call = call(&request, &request.get_ref().request_id)?;
+        call.trail.streams(true);
         let result = self.shared.generate(call.clone(), request.into_inner()).await;
         let labelled = call.clone();
         let stream = match result {

@@ -73,11 +73,12 @@ pub(super) async fn chat(State(context): State<Context>, request: Request) -> Re
 
 async fn answer(shared: &Arc<Shared>, request: Request, id: &mut String) -> Result<Response, ApiError> {
     let (parts, mut fields) = read(shared, request).await?;
-    let call = call(&parts, "")?.listed(&shared.running);
+    let mut call = call(&parts, "")?.listed(&shared.running);
     call.request_id.clone_into(id);
     let Asked { request, stream, show } = request::take(&mut fields, shared.text.as_ref());
     fields.finish()?;
     let tokenizer = shared.text.as_ref().map(|text| Arc::clone(text.tokenizer()));
+    call.trail.streams(stream);
     let answer = shared.generate(call, request).await.map_err(named)?;
     let view = View::new(id.clone(), show, tokenizer);
     if stream {
