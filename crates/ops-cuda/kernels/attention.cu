@@ -8,8 +8,8 @@
 // Bytes of a decode row: 2·keys·K·D·2 (bf16). North, full layer at 8K: 16.8 MB, floor 5.0 us at 3.35 TB/s; sliding
 // layer (4096): 8.4 MB, 2.5 us. bf16 heads of 64 and 128 go through attend_token and attend_prompt, the rest through
 // attend, which reads a prompt's keys once per row. Measured (North, one row at 8K, attend_token, turning and appending
-// included, H200, inside a recorded step beside the experts, 2026-11-30): sliding layer 19 us, full layer 24 us; by itself,
-// qkv not included, 15.1 and 17.7 us. A block has four warps, so that blocks of the experts fit beside it.
+// included, H200, 2026-11-30): by itself 15.4 us a sliding layer, 18.2 us a full one; 19 and 24 us inside a recorded step
+// beside the experts. A block has four warps, so that blocks of the experts fit beside it.
 
 // Position of a row that means nothing: it has no keys, and its result is zero.
 #define PADDING 0xffffffffu

@@ -124,38 +124,54 @@ __device__ __forceinline__ void fresh_numbers(const float* at, float* out) {
 // Ranges whose sums a merging lane asks for at once.
 #define MERGED 16
 
-// Merges the ranges of one row's heads: a warp per head.
+// Merges the ranges of one row's heads. A warp has several of them side by side, so that it waits for all at once.
 __device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 group) {
-    constexpr int COUNT = D / WARP;
-    u32 lane = threadIdx.x % WARP;
-    for (u32 h = threadIdx.x / WARP; h < GROUP; h += TOKEN_WARPS) {
-        u32 head = group * GROUP + h;
-        const float* stats = stats_of(p, part_of(p, blockIdx.z, head, min(lane, p.ranges - 1)));
-        float most = lane < p.ranges ? fresh(stats) : LOWEST, own = most;
+    constexpr int COUNT = D / WARP, HEADS = (GROUP + TOKEN_WARPS - 1) / TOKEN_WARPS;
+    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    // Past the last head a warp repeats it, and stores nothing.
+    auto head = [&](int i) { return min(warp + i * TOKEN_WARPS, GROUP - 1u); };
+    float most[HEADS], count[HEADS], weight[HEADS], total[HEADS], sums[HEADS][COUNT] = {};
 #pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, step));
-        float weight = lane < p.ranges ? exp2f(own - most) : 0.0f;
-        float total = warp_sum(lane < p.ranges ? fresh(stats + 1) * weight : 0.0f);
-        // A lane has COUNT neighbouring numbers, and many ranges on their way at once.
-        float sums[COUNT] = {};
-        const float* parts = p.parts + part_of(p, blockIdx.z, head, 0) * D + lane * COUNT;
+    for (int i = 0; i < HEADS; i++) {
+        const float* stats = stats_of(p, part_of(p, blockIdx.z, group * GROUP + head(i), min(lane, p.ranges - 1)));
+        most[i] = fresh(stats), count[i] = fresh(stats + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < HEADS; i++) {
+        float own = lane < p.ranges ? most[i] : LOWEST, all = own;
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) all = fmaxf(all, __shfl_xor_sync(ALL, all, step));
+        weight[i] = lane < p.ranges ? exp2f(own - all) : 0.0f;
+        total[i] = warp_sum(lane < p.ranges ? count[i] * weight[i] : 0.0f);
+    }
+    // A lane has COUNT neighbouring numbers, and many ranges on their way at once.
 #pragma unroll 1
-        for (u32 first = 0; first < p.ranges; first += MERGED) {
-            float held[MERGED][COUNT];
+    for (u32 first = 0; first < p.ranges; first += MERGED) {
+        float held[HEADS][MERGED][COUNT];
 #pragma unroll
-            for (u32 i = 0; i < MERGED; i++) fresh_numbers<COUNT>(parts + (u64)min(first + i, p.ranges - 1) * GROUP * D, held[i]);
+        for (int i = 0; i < HEADS; i++) {
+            const float* parts = p.parts + part_of(p, blockIdx.z, group * GROUP + head(i), 0) * D + lane * COUNT;
 #pragma unroll
-            for (u32 i = 0; i < MERGED; i++) {
+            for (u32 n = 0; n < MERGED; n++) fresh_numbers<COUNT>(parts + (u64)min(first + n, p.ranges - 1) * GROUP * D, held[i][n]);
+        }
+#pragma unroll
+        for (int i = 0; i < HEADS; i++) {
+#pragma unroll
+            for (u32 n = 0; n < MERGED; n++) {
                 // Past the last range the weight is zero.
-                float factor = __shfl_sync(ALL, weight, (first + i) % WARP);
-                if (first + i >= p.ranges) factor = 0.0f;
+                float factor = __shfl_sync(ALL, weight[i], (first + n) % WARP);
+                if (first + n >= p.ranges) factor = 0.0f;
 #pragma unroll
-                for (int n = 0; n < COUNT; n++) sums[n] = fmaf(held[i][n], factor, sums[n]);
+                for (int d = 0; d < COUNT; d++) sums[i][d] = fmaf(held[i][n][d], factor, sums[i][d]);
             }
         }
-        T* out = p.out + ((u64)row * p.query_heads + head) * D + lane * COUNT;
+    }
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) out[i] = narrow(total > 0.0f ? sums[i] / total : 0.0f);
+    for (int i = 0; i < HEADS; i++) {
+        if (warp + i * TOKEN_WARPS >= GROUP) continue;
+        T* out = p.out + ((u64)row * p.query_heads + group * GROUP + head(i)) * D + lane * COUNT;
+#pragma unroll
+        for (int d = 0; d < COUNT; d++) out[d] = narrow(total[i] > 0.0f ? sums[i][d] / total[i] : 0.0f);
     }
 }
 
@@ -201,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, c = lane % 4, h = lane / 4;
     u32 range = blockIdx.x, group = blockIdx.y, row = p.singles[blockIdx.z];
     u32 kv = group * GROUP / (p.query_heads / p.kv_heads);
-    await_inputs();
+    // Positions, tables and keys of steps before are there already.
     u32 end = p.position[row] + 1, sequence = p.sequence[row];
     u32 start = p.window && end > p.window ? end - p.window : 0;
     u32 each = ((end - start + p.ranges - 1) / p.ranges + KEYS - 1) / KEYS * KEYS;
@@ -214,12 +230,12 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
         return first < high ? (u32)(cached(p.tables, sequence, key, p.block_tokens, p.kv_heads, kv) / D) : 0;
     };
     u32 first = low + warp * KEYS, slot = place(first);
+    const T* plane = lane < KEYS ? p.keys : p.values;
+#pragma unroll
+    for (u32 at = 0; first < high && at < D; at += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(plane + (u64)slot * D + at));
+    await_inputs();
     const T* from = p.q + ((u64)row * p.query_heads + group * GROUP + min(h, GROUP - 1)) * D + c * 8;
     if (p.qkv) {
-        // Keys and values are on their way while the queries are turned.
-        const T* plane = lane < KEYS ? p.keys : p.values;
-#pragma unroll
-        for (u32 at = 0; first < high && at < D; at += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(plane + (u64)slot * D + at));
         turn_token(p, row, group, end - 1, low < high && high == end, sequence, turned);
         __syncthreads();
         from = turned[min(h, GROUP - 1)] + c * 8;

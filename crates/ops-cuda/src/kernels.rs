@@ -54,7 +54,8 @@ impl Source {
     /// Routing and experts.
     #[must_use]
     pub fn experts(dtype: DType) -> Self {
-        Self::new("experts.cu", include_str!("../kernels/experts.cu"), dtype)
+        let body = concat!(include_str!("../kernels/routing.cuh"), include_str!("../kernels/experts.cu"));
+        Self::new("experts.cu", body, dtype)
     }
 
     /// Tokens drawn from logits.

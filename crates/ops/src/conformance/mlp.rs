@@ -90,7 +90,7 @@ pub(super) fn routers<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
             for sizes in [Sizes { first: 1, local: 5, ..sizes }, sizes] {
                 let (x, weight) = (bench.rows(hidden, &x)?, bench.weight(&[experts, hidden], &weight)?);
                 let routed = bench.backend.router(&x, &weight, Routing { top_k, scoring })?;
-                compare(bench, routed, (Routing { top_k, scoring }, &logits), &sizes)?;
+                compare(bench, &routed, (Routing { top_k, scoring }, &logits), &sizes)?;
             }
         }
     }
@@ -110,13 +110,13 @@ struct Sizes {
 fn run<B: Backend>(bench: &mut Bench<B>, routing: Routing, logits: &[f32], s: &Sizes) -> Result<(), Error> {
     let device_logits = bench.rows(s.experts, logits)?;
     let routed = bench.backend.route(&device_logits, routing)?;
-    compare(bench, routed, (routing, logits), s)
+    compare(bench, &routed, (routing, logits), s)
 }
 
 /// Experts of random weights on random rows: `routed` must be what `routing` makes of `logits`.
 fn compare<B: Backend>(
     bench: &mut Bench<B>,
-    routed: B::Routed,
+    routed: &B::Routed,
     (routing, logits): (Routing, &[f32]),
     s: &Sizes,
 ) -> Result<(), Error> {
@@ -131,7 +131,7 @@ fn compare<B: Backend>(
         bench.expert_weight(&[s.local, 2 * s.intermediate, s.hidden], &local(&gate_up, up_size))?;
     let device_down = bench.expert_weight(&[s.local, s.hidden, s.intermediate], &local(&down, down_size))?;
     let device_x = bench.rows(s.hidden, &x)?;
-    let out = bench.backend.routed_experts(&device_x, &routed, &device_up, &device_down, s.first)?;
+    let out = bench.backend.routed_experts(&device_x, routed, &device_up, &device_down, s.first)?;
 
     let mut expected = Vec::new();
     for (x, logits) in r::wide(&x).chunks(s.hidden).zip(r::wide(logits).chunks(s.experts)) {
