@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
@@ -32,6 +33,7 @@ use crate::pipeline::Shared;
 use crate::registry::Desk;
 use crate::running::Running;
 use crate::service::Service;
+use crate::services::Services;
 use crate::text::Text;
 use crate::tuned::Tuning;
 use crate::workers::{Groups, Progress};
@@ -239,6 +241,13 @@ async fn serve_grpc(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let gate = GateLayer(Arc::clone(&shared.gate));
     let control = ControlServer::new(vllm::Control::new(shared)).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let mut others = Routes::new(inference).add_service(control).add_service(health);
+    others = others.add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?);
+    others = others.add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?);
+    if let Some(desk) = desk {
+        others = others.add_service(desk);
+    }
+    let services = Services { cohort, others: others.prepare() };
     let mut server = Server::builder();
     if !age_max.is_zero() {
         server = server.max_connection_age(age_max);
@@ -251,14 +260,7 @@ async fn serve_grpc(
         .http2_max_header_list_size(Some(HEADER_BYTES_MAX))
         .layer(gate)
         .layer(MapResponseLayer::new(undecoded::explain))
-        .add_service(cohort)
-        .add_service(inference)
-        .add_service(control)
-        .add_optional_service(desk)
-        .add_service(health)
-        .add_service(reflection().build_v1().map_err(|error| broken(error.to_string()))?)
-        .add_service(reflection().build_v1alpha().map_err(|error| broken(error.to_string()))?)
-        .serve_with_incoming_shutdown(gathered(incoming(listener, door)), refuse.cancelled_owned())
+        .serve_with_incoming_shutdown(services, gathered(incoming(listener, door)), refuse.cancelled_owned())
         .await
         .map_err(|error| broken(error.to_string()))
 }

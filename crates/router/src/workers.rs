@@ -9,10 +9,9 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use proto::worker::worker_client::WorkerClient;
 use proto::{Phase, worker};
-use security::{Badge, Dialer, Identified};
+use security::{Badge, Dialer};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::affinity::{Affinity, Chain};
@@ -23,10 +22,12 @@ use crate::pick::{Candidate, Why, choose};
 
 mod connect;
 mod facts;
+mod line;
 mod members;
 
-pub(crate) use connect::describe;
+pub(crate) use connect::{describe, in_time};
 pub(crate) use facts::{Facts, Progress};
+pub(crate) use line::Line;
 pub(crate) use members::Address;
 
 /// A leader that cannot be reached is tried again after this, doubled each time up to the maximum.
@@ -68,8 +69,7 @@ struct Seen {
 #[derive(Debug)]
 pub(crate) struct Group {
     address: String,
-    channel: Channel,
-    badge: Badge,
+    line: Line,
     in_flight: AtomicUsize,
     /// Told when the last of those has ended.
     idle: Notify,
@@ -82,8 +82,8 @@ impl Group {
         &self.address
     }
 
-    pub(crate) fn client(&self) -> WorkerClient<Identified> {
-        WorkerClient::with_interceptor(self.channel.clone(), self.badge.clone())
+    pub(crate) fn client(&self) -> WorkerClient<Line> {
+        WorkerClient::with_origin(self.line.clone(), self.line.uri().clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
@@ -247,7 +247,7 @@ impl Groups {
     }
 
     /// A client of group `index`, as [`Groups::place`] counts them.
-    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Identified>> {
+    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Line>> {
         self.state().groups.get(index).map(|group| group.client())
     }
 
@@ -399,9 +399,9 @@ impl Groups {
     /// Tells a leader what is made of its group.
     async fn acknowledge(&self, group: &Group, refusal: String) {
         let router_id = self.router_id.clone();
-        let mut request = tonic::Request::new(worker::AcknowledgeRequest { router_id, refusal });
-        request.set_timeout(ACKNOWLEDGE_TIMEOUT);
-        if let Err(status) = group.client().acknowledge(request).await {
+        let request = worker::AcknowledgeRequest { router_id, refusal };
+        let told = in_time(ACKNOWLEDGE_TIMEOUT, group.client().acknowledge(request)).await;
+        if let Err(status) = told {
             tracing::warn!(group = %group.address, %status, "the group did not hear what is made of it");
         }
     }
