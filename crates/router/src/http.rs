@@ -201,7 +201,7 @@ fn view(shared: &Shared, api: Api, call: &Call, common: &Common) -> Result<View,
             "fp_{VERSION}_{}",
             facts.config_hash.get(..FINGERPRINT_DIGITS).unwrap_or(&facts.config_hash)
         ),
-        eos_token_ids: facts.eos_token_ids,
+        eos_token_ids: facts.eos_token_ids.clone(),
         tokenizer: shared.text.as_ref().map(|text| Arc::clone(text.tokenizer())),
         shown: common.shown,
         logprobs: common.logprobs,

@@ -122,7 +122,7 @@ struct State {
     /// One for each of `groups`.
     seen: Vec<Seen>,
     /// What is served: the facts of the first group heard, for as long as a group that has them is there.
-    served: Option<Facts>,
+    served: Option<Arc<Facts>>,
     /// One for each of `groups`.
     breakers: Vec<Breaker>,
     affinity: Affinity,
@@ -209,7 +209,7 @@ impl Groups {
     }
 
     /// What is served, as soon as one group has said so.
-    pub(crate) fn served(&self) -> Option<Facts> {
+    pub(crate) fn served(&self) -> Option<Arc<Facts>> {
         self.state().served.clone()
     }
 
@@ -443,7 +443,7 @@ impl Groups {
         let (takes, after) = (state.takes(index), state.seen[index].clone());
         let (served, group) = (state.served.clone(), Arc::clone(&state.groups[index]));
         drop(state);
-        log(&group, (took, &before), (takes, &after), served.as_ref());
+        log(&group, (took, &before), (takes, &after), served.as_deref());
         self.changed.send_replace(());
     }
 
@@ -512,7 +512,7 @@ impl State {
         });
         // With nobody there the old facts stay: they still describe requests well enough to refuse the bad ones.
         if !kept && let Some(first) = present.find_map(|seen| seen.facts.clone()) {
-            self.served = Some(first);
+            self.served = Some(Arc::new(first));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `/tokenize` and `/detokenize`, in vLLM's form.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::{Request, State};
 use proto::{Failure, Prompt, v1};
@@ -73,7 +75,7 @@ pub(super) async fn detokenize(
 }
 
 /// What is served, if it is what the request asks for.
-fn served(context: &Context, fields: &mut Fields) -> Result<Facts, Failure> {
+fn served(context: &Context, fields: &mut Fields) -> Result<Arc<Facts>, Failure> {
     let (name, facts) = context.shared.served()?;
     match fields.take::<String>("model").filter(|asked| !asked.is_empty() && *asked != name) {
         Some(asked) => Err(Failure::UnknownModel { asked, served: vec![name] }),
