@@ -1,6 +1,5 @@
 //! A collector of traces: it takes spans by OTLP over gRPC, as a real one does, and keeps them.
 
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
@@ -11,9 +10,9 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
 };
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue};
+use security::{Acceptor, Clients, ServerTls, incoming};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
@@ -65,7 +64,7 @@ impl Seen {
 
 /// Runs until it is dropped.
 pub(crate) struct Collector {
-    address: SocketAddr,
+    url: String,
     seen: Arc<Mutex<Vec<Seen>>>,
     _runtime: Runtime,
 }
@@ -111,20 +110,31 @@ fn hex(bytes: &[u8]) -> String {
 
 impl Collector {
     pub(crate) fn start() -> Self {
+        Self::behind(None)
+    }
+
+    /// One that is reached through TLS.
+    pub(crate) fn encrypted(tls: &ServerTls) -> Self {
+        Self::behind(Some(tls))
+    }
+
+    fn behind(tls: Option<&ServerTls>) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let door = Acceptor::new(tls, Clients::Anybody, &[b"h2"]).unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let (address, seen) = (listener.local_addr().unwrap(), Arc::default());
         let service = TraceServiceServer::new(Taker(Arc::clone(&seen)));
         runtime.spawn(async {
-            Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)).await
+            Server::builder().add_service(service).serve_with_incoming(incoming(listener, door)).await
         });
-        Self { address, seen, _runtime: runtime }
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        Self { url: format!("{scheme}://{address}"), seen, _runtime: runtime }
     }
 
     /// The flag that sends traces here.
     pub(crate) fn flag(&self) -> String {
-        format!("--otlp-endpoint=http://{}", self.address)
+        format!("--otlp-endpoint={}", self.url)
     }
 
     /// What has arrived of a trace.

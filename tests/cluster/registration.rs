@@ -8,8 +8,10 @@ use std::time::Duration;
 use proto::v1::GetModelInfoRequest;
 use proto::v1::cohort_client::CohortClient;
 use rustix::process::{Pid, Signal, kill_process};
+use security::{ClientTls, Dialer};
 use tonic::transport::Channel;
 
+use crate::security::certificates;
 use crate::support::{cohort, tokens};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -56,12 +58,18 @@ impl Drop for Process {
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 fn router() -> (Process, String) {
-    let mut command = cohort(&["router", "--registration", "--grpc-listen=127.0.0.1:0", "--http-listen=off"]);
+    let (router, address) = router_with(&[]);
+    (router, format!("http://{address}"))
+}
+
+fn router_with(flags: &[&str]) -> (Process, String) {
+    let all =
+        [&["router", "--registration", "--grpc-listen=127.0.0.1:0", "--http-listen=off"], flags].concat();
+    let mut command = cohort(&all);
     command.env("COHORT_CLUSTER_SECRET", SECRET);
     let router = Process::start(command);
     let line = router.says("serving gRPC at ");
-    let address = line.split("serving gRPC at ").nth(1).unwrap().trim().to_owned();
-    (router, format!("http://{address}"))
+    (router, line.split("serving gRPC at ").nth(1).unwrap().trim().to_owned())
 }
 
 fn group(router: &str, secret: &str, flags: &[&str]) -> Process {
@@ -84,7 +92,7 @@ async fn groups_ready(client: &mut CohortClient<Channel>, groups: u32) {
 
 #[test]
 fn groups_register_serve_and_leave_and_strangers_are_refused() {
-    let (_router, url) = router();
+    let (router, url) = router();
     let (one, other) = (group(&url, SECRET, &[]), group(&url, SECRET, &[]));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let within = |what: std::pin::Pin<Box<dyn Future<Output = ()> + '_>>| {
@@ -108,4 +116,66 @@ fn groups_register_serve_and_leave_and_strangers_are_refused() {
     within(Box::pin(async {
         client.generate_once(tokens(&[5, 600], 3)).await.unwrap();
     }));
+    // Without any router it is not ready, and says so to whoever probes.
+    router.stop();
+    one.says("no router uses this group any more");
+}
+
+#[test]
+fn groups_with_other_plans_and_budgets_serve_one_model_together() {
+    let (_router, url) = router();
+    let plans: [&[&str]; 3] = [&[], &["--tensor-parallel=2"], &["--kv-tokens=8192", "--running-max=4"]];
+    let groups = plans.map(|flags| group(&url, SECRET, flags));
+    for group in &groups {
+        group.says("a router uses this group");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut client = CohortClient::connect(url.clone()).await.unwrap();
+        tokio::time::timeout(PATIENCE, groups_ready(&mut client, 3)).await.expect("in time");
+    });
+}
+
+#[test]
+fn a_group_behind_tls_registers_at_a_router_behind_tls_when_both_believe_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path(), &["router", "group", "caller"]);
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (ca, other) = (file("ca.crt"), tempfile::tempdir().unwrap());
+    certificates(other.path(), &[]);
+    // Callers, and so groups that register, need a certificate of the same authority.
+    let (_router, address) = router_with(&[
+        &format!("--tls-certificate={}", file("router.crt")),
+        &format!("--tls-key={}", file("router.key")),
+        &format!("--tls-client-ca={ca}"),
+        &format!("--cluster-tls-ca={ca}"),
+        &format!("--cluster-tls-certificate={}", file("router.crt")),
+        &format!("--cluster-tls-key={}", file("router.key")),
+    ]);
+    let url = format!("https://{address}");
+    let own = [
+        format!("--group-tls-certificate={}", file("group.crt")),
+        format!("--group-tls-key={}", file("group.key")),
+        format!("--group-tls-client-ca={ca}"),
+    ];
+    let own: Vec<&str> = own.iter().map(String::as_str).collect();
+    let believing = |ca: &str| {
+        let believes = format!("--routers-ca={ca}");
+        group(&url, SECRET, &[&own[..], &[&believes]].concat())
+    };
+    let misled = believing(&other.path().join("ca.crt").display().to_string());
+    misled.says("a router did not take the registration");
+    let group = believing(&ca);
+    group.says("registered at a router");
+    group.says("a router uses this group");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let identity = Some((dir.path().join("caller.crt"), dir.path().join("caller.key")));
+        let tls = ClientTls { ca: dir.path().join("ca.crt"), identity };
+        let endpoint = tonic::transport::Endpoint::from_shared(url.clone()).unwrap();
+        let mut client = CohortClient::new(Dialer::new(&tls, &[b"h2"]).unwrap().channel(&endpoint));
+        tokio::time::timeout(PATIENCE, groups_ready(&mut client, 1)).await.expect("in time");
+        let answer = client.generate_once(tokens(&[5, 600], 3)).await.unwrap().into_inner();
+        assert_eq!(answer.token_ids.len(), 3);
+    });
 }

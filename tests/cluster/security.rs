@@ -14,7 +14,7 @@ use tonic::transport::Channel;
 use crate::support::{Cluster, cohort, ended, tokens};
 
 /// Writes an authority, `ca.crt`, and a certificate it signed, `NAME.crt` and `NAME.key`, for each name.
-fn certificates(dir: &Path, names: &[&str]) {
+pub(crate) fn certificates(dir: &Path, names: &[&str]) {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::security::certificates;
 use crate::support::{Cluster, cohort, ended, tokens};
 
 fn look(args: &[&str]) -> Value {
@@ -45,6 +46,35 @@ fn a_router_leads_to_its_groups_and_they_to_their_ranks() {
 }
 
 #[test]
+fn pages_behind_tls_are_read_with_the_authority_that_signed_for_them() {
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path(), &["router", "group"]);
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let mut cluster = Cluster::up(&[
+        "--http-listen=127.0.0.1:0",
+        "--metrics-listen=127.0.0.1:0",
+        &format!("--tls-certificate={}", file("router.crt")),
+        &format!("--tls-key={}", file("router.key")),
+        &format!("--group-tls-certificate={}", file("group.crt")),
+        &format!("--group-tls-key={}", file("group.key")),
+        &format!("--cluster-tls-ca={}", file("ca.crt")),
+    ]);
+    let router = cluster.http().replace("http://", "https://");
+    let (ca, args) = (file("ca.crt"), ["--router", &router, "--interval", "0"]);
+    let seen = cluster.wait("the router to have reached its group", |_| {
+        let seen = look(&[&args[..], &["--ca", &ca]].concat());
+        (seen["groups"][0]["phase"] == "serving").then_some(seen)
+    });
+    assert!(seen["groups"][0]["address"].as_str().unwrap().starts_with("https://"), "{seen}");
+    assert_eq!(seen["routers"][0]["groups_up"], 1, "{seen}");
+    let other = tempfile::tempdir().unwrap();
+    certificates(other.path(), &[]);
+    let stranger = other.path().join("ca.crt").display().to_string();
+    let seen = look(&[&args[..], &["--ca", &stranger]].concat());
+    assert!(seen["routers"][0]["down"].as_str().unwrap().contains("certificate"), "{seen}");
+}
+
+#[test]
 fn an_endpoint_that_is_down_is_shown_as_down() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let address = format!("http://127.0.0.1:{port}");
@@ -59,7 +89,10 @@ fn an_endpoint_that_is_down_is_shown_as_down() {
 #[test]
 fn what_cannot_be_looked_at_is_named() {
     for (args, expected) in [
-        (&["top", "--group", "https://a:1", "--once"][..], "https is not spoken here"),
+        (
+            &["top", "--group", "https://a:1", "--once"][..],
+            "name the file of the authority to believe with --ca",
+        ),
         (&["top", "--router", "a", "--once"], "is not an address such as http://127.0.0.1:8080"),
         (&["top", "--interval", "0"], "--interval must be between 0.1 and 3600 seconds, not 0"),
         (&["top", "--group", "http://127.0.0.1:1"], "stdout is no terminal; use --once, or --json"),

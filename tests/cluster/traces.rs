@@ -6,9 +6,11 @@ use std::net::TcpStream;
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use proto::v1::{GenerateRequest, generate_request};
 use rustix::process::Signal;
+use security::ServerTls;
 use tonic::Request;
 
 use crate::collector::{Collector, Seen};
+use crate::security::certificates;
 use crate::support::{Cluster, signal, tokens};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -48,6 +50,7 @@ fn one_request_is_one_tree_over_router_leader_and_follower() {
     let mut client = cluster.client();
     let mut request = asked(PROMPT);
     request.request_id = "plum-1".into();
+    request.session_id = "garden-7".into();
     cluster.block_on(client.generate_once(called(request, true))).unwrap();
     let spans = spans(&mut cluster, &collector, 11);
     assert_eq!(spans.len(), 11, "{spans:#?}");
@@ -82,6 +85,8 @@ fn one_request_is_one_tree_over_router_leader_and_follower() {
     assert_eq!(root.text("gen_ai.provider.name"), "cohere");
     assert_eq!(root.text("gen_ai.request.model"), "cohort-demo");
     assert_eq!(root.text("gen_ai.response.id"), "plum-1");
+    assert_eq!(root.text("gen_ai.conversation.id"), "garden-7");
+    assert_eq!(root.fact("gen_ai.request.stream"), Some(&Value::BoolValue(false)));
     assert_eq!(generate.text("gen_ai.request.id"), "plum-1");
     assert_eq!(root.number("gen_ai.request.max_tokens"), 6);
     for span in [root, generate] {
@@ -102,6 +107,24 @@ fn one_request_is_one_tree_over_router_leader_and_follower() {
     assert!(spans.iter().all(|span| !span.failed), "{spans:#?}");
     let written = format!("{spans:?}");
     assert!(!written.contains("plumtree"), "a prompt is in {written}");
+}
+
+#[test]
+fn a_collector_behind_tls_is_sent_spans_when_its_authority_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path(), &["collector"]);
+    let file = |name: &str| dir.path().join(name);
+    let collector = Collector::encrypted(&ServerTls {
+        certificate: file("collector.crt"),
+        key: file("collector.key"),
+        client_ca: None,
+    });
+    let ca = format!("--otlp-ca={}", file("ca.crt").display());
+    let mut cluster = Cluster::up(&[&collector.flag(), &ca]);
+    let mut client = cluster.client();
+    cluster.block_on(client.generate_once(called(asked(PROMPT), true))).unwrap();
+    let spans = spans(&mut cluster, &collector, 9);
+    assert!(spans.iter().any(|span| span.service == "cohort-leader"), "{spans:#?}");
 }
 
 #[test]
@@ -126,7 +149,7 @@ fn prompts_and_answers_are_written_down_only_when_that_is_asked_for() {
         Cluster::up(&[&collector.flag(), "--http-listen=127.0.0.1:0", "--trace-record-content"]);
     let http = cluster.http();
     let body = format!(
-        r#"{{"messages": [{{"role": "user", "content": "{PROMPT}"}}], "max_tokens": 5, "temperature": 0}}"#
+        r#"{{"messages": [{{"role": "user", "content": "{PROMPT}"}}], "max_tokens": 5, "temperature": 0, "stream": true}}"#
     );
     let mut stream = TcpStream::connect(http.strip_prefix("http://").unwrap()).unwrap();
     write!(
@@ -144,6 +167,7 @@ fn prompts_and_answers_are_written_down_only_when_that_is_asked_for() {
     assert_eq!(root.parent, CALLER);
     assert!(root.text("gen_ai.input.messages").contains(PROMPT));
     assert!(root.text("gen_ai.output.messages").contains("assistant"));
+    assert_eq!(root.fact("gen_ai.request.stream"), Some(&Value::BoolValue(true)));
     let others = spans.iter().filter(|span| span.id != root.id);
     assert!(!format!("{:?}", others.collect::<Vec<_>>()).contains("plumtree"));
 }

@@ -30,12 +30,19 @@ CHART_OWNED = [
     ("router", "grpc_listen"),
     ("router", "http_listen"),
     ("router", "workers"),
+    ("router", "weights"),
+    ("router", "registration"),
+    ("group", "routers"),
+    ("group", "advertise"),
+    ("group", "routers_ca"),
     ("group", "metrics_listen"),
+    ("group", "rank_metrics_listen"),
     ("group", "hosts"),
     ("router", "tls"),
     ("router", "keys_file"),
     ("router", "jwt", "jwks_file"),
     ("group", "tls"),
+    ("telemetry", "otlp_ca"),
 ]
 # The committed names of metrics.
 GOLDEN_METRICS = [
@@ -151,6 +158,7 @@ class Checks:
         """The binary takes these arguments: all before --help are read first."""
         args = [re.sub(r"\$\(LWS_LEADER_ADDRESS\)", "leader.example", arg) for arg in args]
         args = [re.sub(r"\$\(LWS_WORKER_INDEX\)", "1", arg) for arg in args]
+        args = [re.sub(r"\$\(POD_NAME\)", "pod-0", arg) for arg in args]
         said = self.run(self.cohort, *args, "--help")
         self.check(said.returncode == 0, f"{label}: cohort {' '.join(args)}: {said.stderr}")
 

@@ -55,16 +55,24 @@ impl TlsFlags {
         (flag, server): (&str, &str),
         alpn: &'static [&'static [u8]],
     ) -> anyhow::Result<Dialer> {
-        let file =
-            |of: &Option<PathBuf>, name| of.clone().or_else(|| std::env::var_os(name).map(PathBuf::from));
-        let ca = file(&self.ca, CA_VARIABLE).with_context(|| {
+        self.dialer_if_told(alpn)?.with_context(|| {
             format!(
                 "{flag} {server}: name the file of the authority to believe with --ca, or in {CA_VARIABLE}"
             )
-        })?;
+        })
+    }
+
+    /// As [`TlsFlags::dialer`], but `None` when no authority is named.
+    ///
+    /// # Errors
+    /// What is wrong with a file.
+    pub(crate) fn dialer_if_told(&self, alpn: &'static [&'static [u8]]) -> anyhow::Result<Option<Dialer>> {
+        let file =
+            |of: &Option<PathBuf>, name| of.clone().or_else(|| std::env::var_os(name).map(PathBuf::from));
+        let Some(ca) = file(&self.ca, CA_VARIABLE) else { return Ok(None) };
         let certificate = file(&self.certificate, CERTIFICATE_VARIABLE);
         let identity = certificate.zip(file(&self.certificate_key, CERTIFICATE_KEY_VARIABLE));
-        Ok(Dialer::new(&ClientTls { ca, identity }, alpn)?)
+        Ok(Some(Dialer::new(&ClientTls { ca, identity }, alpn)?))
     }
 }
 

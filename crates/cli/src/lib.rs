@@ -20,5 +20,6 @@ pub mod supervisor;
 mod table;
 pub mod telemetry;
 pub mod top;
+mod wire;
 
 pub use out::write_note;

@@ -2,10 +2,14 @@
 //! requests, which go to a collector.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::sync::OnceLock;
+use std::time::Duration;
 
+use security::{ClientTls, Dialer};
 use settings::{LogFormat, Telemetry};
-use trace::{Export, Exporter};
+use tonic::transport::Endpoint;
+use trace::{Connect, Export, Exporter};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::{FilterExt, FilterFn};
 use tracing_subscriber::layer::SubscriberExt;
@@ -15,6 +19,9 @@ use tracing_subscriber::{EnvFilter, Layer, Registry};
 use types::TpRank;
 
 use crate::style;
+
+/// Longest wait for a connection to an encrypted collector.
+const COLLECTOR_CONNECT_MAX: Duration = Duration::from_secs(2);
 
 /// What this process is called in traces.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,7 +83,9 @@ pub fn start(telemetry: &Telemetry, role: &Role, default: &str) -> Running {
     let lines = lines.with_filter(filter.and(events));
     let endpoint = telemetry.otlp_endpoint.as_ref().filter(|_| role.serves);
     let exporting = endpoint.map(|endpoint| {
-        trace::start(&Export { endpoint: endpoint.clone(), service: role.service, facts: role.facts.clone() })
+        let export = Export { endpoint: endpoint.clone(), service: role.service, facts: role.facts.clone() };
+        let connect = telemetry.otlp_ca.as_deref().map(|ca| encrypted(endpoint, ca)).transpose()?;
+        Ok::<_, anyhow::Error>(trace::start(&export, connect)?)
     });
     let (layer, exporter, broken) = match exporting {
         None => (None, None, None),
@@ -88,9 +97,19 @@ pub fn start(telemetry: &Telemetry, role: &Role, default: &str) -> Running {
         tracing::warn!("{unread}; logging at `{default}`");
     }
     if let Some(error) = broken {
-        tracing::warn!("{error}; nothing is traced");
+        tracing::warn!("{error:#}; nothing is traced");
     }
     Running { _exporter: exporter }
+}
+
+/// How to reach a collector whose certificate is signed by an authority of the file `ca`.
+fn encrypted(endpoint: &str, ca: &Path) -> anyhow::Result<Connect> {
+    let dialer = Dialer::new(&ClientTls { ca: ca.to_owned(), identity: None }, &[b"h2"])?;
+    let endpoint = Endpoint::from_shared(endpoint.to_owned())?.connect_timeout(COLLECTOR_CONNECT_MAX);
+    Ok(Box::new(move || {
+        dialer.watch();
+        dialer.channel(&endpoint)
+    }))
 }
 
 /// What is logged, for whoever changes it.

@@ -161,12 +161,16 @@ fn router_flags() -> impl Strategy<Value = RouterFlags> {
 }
 
 fn trace_flags() -> impl Strategy<Value = TraceFlags> {
-    (of("http://[a-z]{1,8}:[1-9][0-9]{0,3}"), of(0.0..1.0_f64), any::<[Option<bool>; 2]>()).prop_map(
-        |(otlp_endpoint, trace_sample_ratio, [trace_follow_callers, trace_record_content])| TraceFlags {
-            otlp_endpoint,
-            trace_sample_ratio,
-            trace_follow_callers,
-            trace_record_content,
+    let otlp = (of("http://[a-z]{1,8}:[1-9][0-9]{0,3}"), of("[a-z]{1,8}"));
+    (otlp, of(0.0..1.0_f64), any::<[Option<bool>; 2]>()).prop_map(
+        |((otlp_endpoint, otlp_ca), trace_sample_ratio, [trace_follow_callers, trace_record_content])| {
+            TraceFlags {
+                otlp_endpoint,
+                otlp_ca,
+                trace_sample_ratio,
+                trace_follow_callers,
+                trace_record_content,
+            }
         },
     )
 }
@@ -203,9 +207,10 @@ proptest! {
     #[test]
     fn a_router_reads_back_what_it_was_started_with(
         file in file(), workers in prop::collection::vec("http://[a-z]{1,8}:[1-9][0-9]{0,3}", 0..4),
+        weights in prop::collection::vec("http://[a-z]{1,8}:[1-9][0-9]{0,3}=[0-9]", 0..4),
         model in model(), router in router_flags(), trace in trace_flags(), supervised: bool,
     ) {
-        let args = router::Args { file, workers, model, router, trace, supervised };
+        let args = router::Args { file, workers, weights, model, router, trace, supervised };
         let Command::Router(read) = parse(&args.to_argv()).command else { panic!("another command") };
         prop_assert_eq!(*read, args);
     }
@@ -229,7 +234,7 @@ fn flags_made_from_settings_give_the_same_settings() {
                 router.jwt.concurrency = 3\nrouter.jwt.priority_min = -4\ngroup.tls.certificate = 'e'\ngroup.tls.key = 'f'\ngroup.tls.client_ca = 'g'\n\
                 cluster.secret_file = 'k'\ncluster.tls.ca = 'h'\ncluster.tls.certificate = 'i'\ncluster.tls.key = 'j'\n\
                 telemetry.log_level = 'router=debug,info'\ntelemetry.log_format = 'json'\n\
-                telemetry.otlp_endpoint = 'http://a:1'\ntelemetry.sample_ratio = 0.25\n\
+                telemetry.otlp_endpoint = 'https://a:1'\ntelemetry.otlp_ca = 'q'\ntelemetry.sample_ratio = 0.25\n\
                 telemetry.follow_callers = false\ntelemetry.record_content = true";
     let mut path = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
     std::io::Write::write_all(&mut path, text.as_bytes()).unwrap();
@@ -274,6 +279,7 @@ fn every_flag_names_a_key_that_exists() {
     settings.group.fault_dir = Some("p".into());
     settings.telemetry.log_level = Some("info".into());
     settings.telemetry.otlp_endpoint = Some("http://a:1".into());
+    settings.telemetry.otlp_ca = Some("c".into());
     settings.group.routers = vec!["r".into()];
     (settings.group.advertise, settings.group.routers_ca) = (Some("a".into()), Some("c".into()));
     let mut flags = ModelFlags::from(&settings).flags();
@@ -282,8 +288,9 @@ fn every_flag_names_a_key_that_exists() {
     flags.extend(RouterFlags::from(&settings).flags());
     flags.extend(TraceFlags::from(&settings).flags());
     flags.extend(LogFlags::from(&settings.telemetry).flags());
-    // All but the three that are not flags of a child: the router's workers, the group's hosts and the number of groups.
-    assert_eq!(flags.len(), keys.len() - 3);
+    // All but the five that are flags of one command or of none: the router's workers and their weights, the group's hosts, the
+    // number of groups and the weights of those.
+    assert_eq!(flags.len(), keys.len() - 5);
     for flag in flags {
         assert!(keys.contains(flag.key), "{flag:?}");
     }

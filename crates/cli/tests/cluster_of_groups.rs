@@ -8,13 +8,18 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use cli::report::{Event, Line, Serving};
-use cli::supervisor::cluster::{Cluster, Happening, Member, Size, run};
+use cli::supervisor::cluster::{Cluster, Happening, Leader, Member, Size, run};
 use cli::supervisor::{Backoff, Spec};
 use support::{saying, shell, within_reason};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 const WAIT: &str = "trap 'exit 0' TERM; while :; do read -r line; done";
+
+/// As the router is told of it.
+fn led(group: u32) -> Leader {
+    Leader { group, address: leader(group) }
+}
 
 fn leader(index: u32) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 9000 + u16::try_from(index).unwrap()))
@@ -41,7 +46,7 @@ fn good_router() -> String {
 #[derive(Default)]
 struct Started {
     groups: RefCell<Vec<(u32, Option<SocketAddr>)>>,
-    routers: RefCell<Vec<(Vec<SocketAddr>, Option<Serving>)>>,
+    routers: RefCell<Vec<(Vec<Leader>, Option<Serving>)>>,
 }
 
 /// Runs a cluster of these scripts; told to stop when `enough` says so.
@@ -61,7 +66,7 @@ fn cluster(
                 started.groups.borrow_mut().push((index, listen));
                 Ok(shell(&group(index, earlier), &[]))
             },
-            router: |leaders: &[SocketAddr], served| -> anyhow::Result<Spec> {
+            router: |leaders: &[Leader], served| -> anyhow::Result<Spec> {
                 let earlier = started.routers.borrow().len();
                 started.routers.borrow_mut().push((leaders.to_vec(), served));
                 Ok(shell(&router(earlier), &[]))
@@ -87,7 +92,7 @@ fn the_router_starts_once_all_leaders_listen_and_the_cluster_is_up_once_all_are_
         |happening| matches!(happening, Happening::Up(at) if *at == serving()),
     );
     result.unwrap();
-    assert_eq!(started.routers.into_inner(), [(vec![leader(0), leader(1)], None)]);
+    assert_eq!(started.routers.into_inner(), [(vec![led(0), led(1)], None)]);
 }
 
 #[test]
@@ -158,7 +163,7 @@ fn a_router_that_dies_is_restarted_at_the_same_addresses() {
     );
     result.unwrap();
     assert_eq!(waits, [Backoff::FIRST]);
-    assert_eq!(started.routers.into_inner()[1], (vec![leader(0)], Some(serving())));
+    assert_eq!(started.routers.into_inner()[1], (vec![led(0)], Some(serving())));
 }
 
 #[test]

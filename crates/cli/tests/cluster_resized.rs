@@ -8,11 +8,16 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use cli::report::{Event, Line, Serving};
-use cli::supervisor::cluster::{Cluster, Happening, Member, Size, run};
+use cli::supervisor::cluster::{Cluster, Happening, Leader, Member, Size, run};
 use cli::supervisor::{Order, Spec};
 use support::{saying, shell, within_reason};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+
+/// As the router is told of it.
+fn led(group: u32) -> Leader {
+    Leader { group, address: leader(group) }
+}
 
 fn leader(index: u32) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 9000 + u16::try_from(index).unwrap()))
@@ -45,7 +50,7 @@ fn resized(
     groups: u32,
     script: impl Fn(u32, usize) -> String,
     mut next: impl FnMut(&Happening, &dyn Fn(u32)) -> bool,
-) -> (Vec<String>, Vec<Vec<SocketAddr>>) {
+) -> (Vec<String>, Vec<Vec<Leader>>) {
     let (log, lists) = (RefCell::new(Vec::new()), RefCell::new(Vec::new()));
     let starts = RefCell::new(Vec::new());
     within_reason(async {
@@ -57,7 +62,7 @@ fn resized(
                 starts.borrow_mut().push(index);
                 Ok(shell(&script(index, earlier), &[]))
             },
-            router: |leaders: &[SocketAddr], _| -> anyhow::Result<Spec> {
+            router: |leaders: &[Leader], _| -> anyhow::Result<Spec> {
                 lists.borrow_mut().push(leaders.to_vec());
                 Ok(shell(&router(), &[]))
             },
@@ -100,7 +105,7 @@ fn a_group_that_is_added_starts_and_the_router_is_told_its_address() {
         },
     );
     assert_eq!(log, ["group 0 started", "router started", "group 1 started"]);
-    assert_eq!(lists.last().unwrap(), &[leader(0), leader(1)]);
+    assert_eq!(lists.last().unwrap(), &[led(0), led(1)]);
 }
 
 #[test]
@@ -123,7 +128,7 @@ fn groups_that_are_taken_away_end_after_the_router_has_heard_of_it() {
         },
     );
     assert_eq!(order, ["told", "left", "left"]);
-    assert_eq!(lists.last().unwrap(), &[leader(0)]);
+    assert_eq!(lists.last().unwrap(), &[led(0)]);
     assert!(!log.iter().any(|line| line.ends_with("again")), "{log:?}");
 }
 
@@ -143,7 +148,7 @@ fn a_group_that_is_wanted_again_at_once_stays() {
         },
     );
     assert!(!log.iter().any(|line| line.ends_with("left")), "{log:?}");
-    assert_eq!(lists.last().unwrap(), &[leader(0), leader(1)]);
+    assert_eq!(lists.last().unwrap(), &[led(0), led(1)]);
 }
 
 #[test]
@@ -163,7 +168,7 @@ fn a_group_that_is_added_and_fails_is_tried_again_and_does_not_end_the_cluster()
         log,
         ["group 0 started", "router started", "group 1 started", "group 1 again", "group 1 started"]
     );
-    assert_eq!(lists.last().unwrap(), &[leader(0), leader(1)]);
+    assert_eq!(lists.last().unwrap(), &[led(0), led(1)]);
 }
 
 #[test]

@@ -42,6 +42,30 @@ fn the_screen_of_a_recorded_cluster_is_as_it_was() {
 }
 
 #[test]
+fn a_group_has_the_weight_that_routers_say_and_is_shown_with_none() {
+    let weighed = |weights: [&str; 2]| {
+        let router = |weight: &str| {
+            let group = "http://10.0.0.2:7000";
+            let info =
+                format!("cohort_router_group_info{{group=\"{group}\",metrics=\"http://10.0.0.2:9100\"}} 1\n");
+            Page::parse(&format!("{info}cohort_router_group_weight{{group=\"{group}\"}} {weight}\n"))
+        };
+        let mut sample = sample(1);
+        sample.routers = weights.map(|weight| (weight.to_owned(), Ok(router(weight).unwrap()))).into();
+        Cluster::between(None, &sample)
+    };
+    let of = |cluster: &Cluster| cluster.groups[0].shows.as_ref().unwrap().weight;
+    assert_eq!(of(&Cluster::between(None, &sample(1))), None, "an older router does not say");
+    let held = weighed(["0", "0.0"]);
+    assert_eq!(of(&held), Some(0.0));
+    assert!(screen(&held, Shown::default()).contains("  weight 0  "));
+    // One router gives it requests.
+    let used = weighed(["0", "3"]);
+    assert_eq!(of(&used), Some(3.0));
+    assert!(screen(&used, Shown::default()).contains("   serving  "));
+}
+
+#[test]
 fn a_screen_that_is_too_small_shows_what_fits() {
     let cluster = Cluster::between(Some(&sample(0)), &sample(1));
     for (width, height) in [(1, 1), (20, 4), (300, 2)] {

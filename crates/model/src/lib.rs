@@ -33,7 +33,7 @@ pub use cohere_moe::{Forward, KvBudget, Model, Parts, Pending};
 pub use config::{Attention, Combination, LayerConfig, Mlp, ModelConfig, MoeConfig, SharedExperts};
 pub use dispatch::slice as dispatch_slice;
 pub use error::{Complaint, Error, HeaderFault, TensorProblem};
-pub use identity::{config_hash, dummy_hash};
+pub use identity::{config_hash, dummy_hash, group_hash};
 pub use load::{LoadSummary, Progress, load, load_dummy};
 pub use memory::{WeightBytes, kv_bytes_per_block, kv_bytes_per_token, resident_pieces};
 pub use partial::{Partial, Reduced};

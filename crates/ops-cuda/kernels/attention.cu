@@ -7,8 +7,9 @@
 // softmaxes (LANES lanes each hold one key), merged in shared memory; ranges are merged by a second launch.
 // Bytes of a decode row: 2·keys·K·D·2 (bf16). North, full layer at 8K: 16.8 MB, floor 5.0 us at 3.35 TB/s; sliding
 // layer (4096): 8.4 MB, 2.5 us. bf16 heads of 64 and 128 go through attend_token and attend_prompt, the rest through
-// attend, which reads a prompt's keys once per row. Measured (North, one row at 8K, attend_token, ncu with cold
-// caches, 2026-11-24): sliding layer 12.7 us, full layer 16.7 us on an H200; 14.1 and 18.7 us on an H100.
+// attend, which reads a prompt's keys once per row. Measured (North, one row at 8K, attend_token, turning and appending
+// included, H200, inside a recorded step beside the experts, 2026-11-30): sliding layer 19 us, full layer 24 us; by itself,
+// qkv not included, 15.1 and 17.7 us. A block has four warps, so that blocks of the experts fit beside it.
 
 // Position of a row that means nothing: it has no keys, and its result is zero.
 #define PADDING 0xffffffffu
@@ -59,12 +60,22 @@ extern "C" __global__ void append(const AppendParams p) {
                 to = plane + cached(p.tables, p.sequence[row], position, p.block_tokens, p.kv_heads, kv);
             }
             u64 at = ((u64)row * heads + head) * D + 2 * i;
-            float a = either(p.qkv, p.qkv_f32, at), b = either(p.qkv, p.qkv_f32, at + 1);
+            float a, b;
+            if (BF16 && !p.qkv_f32) {
+                u32 pair = ((const u32*)p.qkv)[at / 2];
+                a = low(pair), b = high(pair);
+            } else {
+                a = either(p.qkv, p.qkv_f32, at), b = either(p.qkv, p.qkv_f32, at + 1);
+            }
             if (p.rope && head < p.query_heads + p.kv_heads) {
                 float x = a * cosine - b * sine, y = b * cosine + a * sine;
                 a = x, b = y;
             }
-            to[2 * i] = narrow(a), to[2 * i + 1] = narrow(b);
+#if BF16
+            ((u32*)to)[i] = (u32)bf16_bits(a) | (u32)bf16_bits(b) << 16;
+#else
+            to[2 * i] = a, to[2 * i + 1] = b;
+#endif
         }
     }
 }
@@ -87,6 +98,9 @@ struct AttendParams {
     const u32* singles; // rows that are alone in their sequence (attend_token)
     const u32* tiles;   // per tile: first row, rows; of one sequence (attend_prompt)
     u32* arrived;       // [singles, groups], zero (attend_token)
+    const T* qkv;       // [T, (Q + 2K)·D] of rows that `append` has not seen (attend_token); null: it has
+    const float* turns; // as in AppendParams
+    u32 rope;
 };
 
 // Where a (row, head) keeps the sums of one range: number of the part, counted in heads.

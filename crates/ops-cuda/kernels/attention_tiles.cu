@@ -6,7 +6,7 @@
 #define KEYS 16
 #define CHUNKS (D / 32)
 #define HALVES (D / 64)
-#define TOKEN_WARPS 8
+#define TOKEN_WARPS 4
 
 __device__ __forceinline__ u32 packed(float first, float second) {
     return (u32)bf16_bits(first) | (u32)bf16_bits(second) << 16;
@@ -159,11 +159,45 @@ __device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 
     }
 }
 
+// What `append` does, for the queries of one row and group of heads; the block that sees the row's own position (`own`)
+// also turns its key, which goes to the cache with the value. Blocks that share a key/value head write the same there.
+__device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 group, u32 position, bool own, u32 sequence, T (*turned)[D]) {
+    constexpr u32 PAIRS = D / 2, SIDE_BY_SIDE = TOKEN_WARPS * WARP / PAIRS, ROUNDS = (GROUP + 2 + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE;
+    u32 pair = threadIdx.x % PAIRS, kv = group * GROUP / (p.query_heads / p.kv_heads);
+    const u32* from = (const u32*)(p.qkv + (u64)row * (p.query_heads + 2 * p.kv_heads) * D) + pair;
+    u32 held[ROUNDS];
+#pragma unroll
+    for (u32 n = 0; n < ROUNDS; n++) {
+        u32 i = threadIdx.x / PAIRS + n * SIDE_BY_SIDE;
+        u32 head = i < GROUP ? group * GROUP + i : p.query_heads + (i - GROUP) * p.kv_heads + kv;
+        held[n] = i < GROUP + (own ? 2 : 0) ? from[head * PAIRS] : 0;
+    }
+    float sine = 0.0f, cosine = 1.0f;
+    if (p.rope) {
+        sincosf((float)position * p.turns[pair], &sine, &cosine);
+        sine = rounded(sine), cosine = rounded(cosine);
+    }
+    u64 place = own ? cached(p.tables, sequence, position, p.block_tokens, p.kv_heads, kv) : 0;
+#pragma unroll
+    for (u32 n = 0; n < ROUNDS; n++) {
+        u32 i = threadIdx.x / PAIRS + n * SIDE_BY_SIDE;
+        if (i >= GROUP + (own ? 2 : 0)) continue;
+        float a = low(held[n]), b = high(held[n]);
+        if (p.rope && i <= GROUP) {
+            float x = a * cosine - b * sine, y = b * cosine + a * sine;
+            a = x, b = y;
+        }
+        T* to = i < GROUP ? turned[i] : (T*)(i == GROUP ? p.keys : p.values) + place;
+        ((u32*)to)[pair] = packed(a, b);
+    }
+}
+
 // A block per (row, group of heads, range of at most 32): its warps share the keys, merge in shared memory, and the last
-// block of a row merges its ranges.
+// block of a row merges its ranges. With `qkv` it also does what `append` would.
 extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(const AttendParams p) {
     __shared__ float stats[TOKEN_WARPS][GROUP][2];
     __shared__ float merged[TOKEN_WARPS][GROUP][D];
+    __shared__ __align__(16) T turned[GROUP][D];
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, c = lane % 4, h = lane / 4;
     u32 range = blockIdx.x, group = blockIdx.y, row = p.singles[blockIdx.z];
     u32 kv = group * GROUP / (p.query_heads / p.kv_heads);
@@ -175,18 +209,32 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
     Seen seen[2] = {{low, h < GROUP ? high : 0}, {0, 0}};
     Sums sums = {};
     sums.most[0] = sums.most[1] = LOWEST;
-    u32 q[CHUNKS * 2][4];
+    auto place = [&](u32 first) {
+        u32 key = min(first + lane % KEYS, high - 1);
+        return first < high ? (u32)(cached(p.tables, sequence, key, p.block_tokens, p.kv_heads, kv) / D) : 0;
+    };
+    u32 first = low + warp * KEYS, slot = place(first);
     const T* from = p.q + ((u64)row * p.query_heads + group * GROUP + min(h, GROUP - 1)) * D + c * 8;
+    if (p.qkv) {
+        // Keys and values are on their way while the queries are turned.
+        const T* plane = lane < KEYS ? p.keys : p.values;
+#pragma unroll
+        for (u32 at = 0; first < high && at < D; at += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(plane + (u64)slot * D + at));
+        turn_token(p, row, group, end - 1, low < high && high == end, sequence, turned);
+        __syncthreads();
+        from = turned[min(h, GROUP - 1)] + c * 8;
+    }
+    u32 q[CHUNKS * 2][4];
 #pragma unroll
     for (int n = 0; n < CHUNKS; n++) {
         uint4 data = load16(from + n * 32);
         q[n * 2][0] = data.x, q[n * 2][2] = data.y, q[n * 2 + 1][0] = data.z, q[n * 2 + 1][2] = data.w;
         q[n * 2][1] = q[n * 2][3] = q[n * 2 + 1][1] = q[n * 2 + 1][3] = 0;
     }
-    for (u32 first = low + warp * KEYS; first < high; first += TOKEN_WARPS * KEYS) {
-        u32 key = min(first + lane % KEYS, high - 1);
-        u32 slot = (u32)(cached(p.tables, sequence, key, p.block_tokens, p.kv_heads, kv) / D);
+    for (; first < high; first += TOKEN_WARPS * KEYS) {
+        u32 next = place(first + TOKEN_WARPS * KEYS);
         meet(p, q, first, slot, seen, sums);
+        slot = next;
     }
     float total = sums.total[0];
     total += __shfl_xor_sync(ALL, total, 1);

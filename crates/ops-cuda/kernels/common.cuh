@@ -63,14 +63,18 @@ __device__ __forceinline__ uint4 load16(const void* at) { return *(const uint4*)
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+__device__ __forceinline__ void unpack_f32(uint4 v, float* out) {
+    out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y);
+    out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+}
+
 // The VECTOR numbers of sixteen bytes.
 __device__ __forceinline__ void unpack(uint4 v, float* out) {
 #if BF16
     out[0] = low(v.x), out[1] = high(v.x), out[2] = low(v.y), out[3] = high(v.y);
     out[4] = low(v.z), out[5] = high(v.z), out[6] = low(v.w), out[7] = high(v.w);
 #else
-    out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y);
-    out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+    unpack_f32(v, out);
 #endif
 }
 
@@ -149,5 +153,13 @@ __device__ __forceinline__ bool last_to_arrive(u32* counter, u32 count) {
 __device__ __forceinline__ void await_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream start, up to its `await_inputs`, once all blocks of this launch have come here: for one
+// that takes little room and whose successor has something to fetch meanwhile.
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

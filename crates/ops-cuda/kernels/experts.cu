@@ -6,8 +6,9 @@
 // H 2048, bf16): 75 MB a layer, floor 22.5 us on an H100 at 3.35 TB/s; Command A+ (k 8, I 4096, H 4096): 805 MB, 240 us.
 // For 3 to 256 rows expert_up_tiles and expert_down_tiles read each touched expert once; more rows are grouped for gemm.cu.
 // Grouping 8192 rows (H200, events, 2026-11-30): one block 77.6 us, several 17.7 us.
-// Measured (North, one row, ncu with cold caches, 2026-11-24): H200 expert_up 18.5 us, expert_down 11.1 us, router 9.4 us;
-// H100 23.4, 13.6 and 10.2 us. For 8192 rows on an H100: group_pairs 77 us (one block), combine 217 us (the bytes' floor).
+// Measured (North, one row, H200, inside a recorded step beside attention, 2026-11-30): router 4.9 us after the norm (8.9 with
+// its choice), expert_up with the choice 20 us, expert_down 11 us. H100, by themselves: 23.4 and 13.6 us. For 8192 rows:
+// combine 82 us of bf16 (217 us of fp32 on an H100).
 // All launches of a layer's routed experts (H200, cohort bench kernels, 2026-11-24): 64 rows 331 us, 87 % of the floor
 // (1.21 GB of weights); 256 rows 345 us, 84 %.
 
@@ -35,48 +36,71 @@ __device__ __forceinline__ u64 rank_key(float v, u32 expert) {
 
 #define KEYS 4
 
-// k times the best key below the one before, by one warp. `Load` reads the logit of an expert.
+// A row's logits as keys: a lane has those of experts lane, lane + 32, … `Load` reads the logit of an expert. The first
+// KEYS of a lane stay in registers; models with more experts look the others up each time.
 template <class Load>
-__device__ __forceinline__ void choose(const RouteParams& p, u32 row, Load load) {
-    u32 lane = threadIdx.x % WARP;
-    if (p.position && p.position[row] == PADDING) {
-        for (u32 i = lane; i < p.top_k; i += WARP) p.experts[(u64)row * p.top_k + i] = NONE, p.weights[(u64)row * p.top_k + i] = 0.0f;
-        return;
-    }
-    u64 before = ~0ull;
-    float most = 0.0f, total = 0.0f;
-    // The first KEYS of a lane stay in registers; models with more experts look the others up each time.
+struct Ranking {
     u64 keys[KEYS];
+    u32 count;
+    Load load;
+
+    __device__ __forceinline__ Ranking(u32 experts, Load from) : count(experts), load(from) {
 #pragma unroll
-    for (u32 i = 0; i < KEYS; i++) {
-        u32 e = i * WARP + lane;
-        keys[i] = e < p.count ? rank_key(load(e), e) : 0;
+        for (u32 i = 0; i < KEYS; i++) {
+            u32 e = i * WARP + threadIdx.x % WARP;
+            keys[i] = e < count ? rank_key(load(e), e) : 0;
+        }
     }
-    // Choice i stays with lane i % 32 until the total is known.
-    u32 chosen[2] = {};
-    float scores[2] = {};
-    for (u32 i = 0; i < p.top_k; i++) {
+
+    // The best key below `before`; all lanes of the warp get it.
+    __device__ __forceinline__ u64 next(u64 before) const {
         u64 best = 0;
 #pragma unroll
         for (u32 n = 0; n < KEYS; n++) {
             if (keys[n] < before && keys[n] > best) best = keys[n];
         }
-        for (u32 e = KEYS * WARP + lane; e < p.count; e += WARP) {
+        for (u32 e = KEYS * WARP + threadIdx.x % WARP; e < count; e += WARP) {
             u64 key = rank_key(load(e), e);
             if (key < before && key > best) best = key;
         }
         u32 top = __reduce_max_sync(ALL, (u32)(best >> 32));
         u32 rest = __reduce_max_sync(ALL, (u32)(best >> 32) == top ? (u32)best : 0);
-        before = (u64)top << 32 | rest;
+        return (u64)top << 32 | rest;
+    }
+};
+
+__device__ __forceinline__ u32 expert_of(u64 key) { return ~(u32)key; }
+
+__device__ __forceinline__ bool means_nothing(const RouteParams& p, u32 row) {
+    return p.position && p.position[row] == PADDING;
+}
+
+// k times the best key below the one before, by one warp.
+template <class Load>
+__device__ __forceinline__ void choose(const RouteParams& p, u32 row, Load load) {
+    u32 lane = threadIdx.x % WARP;
+    if (means_nothing(p, row)) {
+        for (u32 i = lane; i < p.top_k; i += WARP) p.experts[(u64)row * p.top_k + i] = NONE, p.weights[(u64)row * p.top_k + i] = 0.0f;
+        return;
+    }
+    Ranking<Load> ranking(p.count, load);
+    u64 before = ~0ull;
+    float most = 0.0f, total = 0.0f;
+    // Choice i stays with lane i % 32 until the total is known.
+    u32 chosen[2] = {};
+    float scores[2] = {};
+    for (u32 i = 0; i < p.top_k; i++) {
+        before = ranking.next(before);
+        u32 top = (u32)(before >> 32);
         float logit = __uint_as_float(top & 0x80000000u ? top ^ 0x80000000u : ~top);
         if (i == 0) most = logit;
         float score = p.softmax ? expf(logit - most) : sigmoid(logit);
         total += score;
         if (lane == i % WARP) {
             if (i < WARP) {
-                chosen[0] = ~rest, scores[0] = score;
+                chosen[0] = expert_of(before), scores[0] = score;
             } else {
-                chosen[1] = ~rest, scores[1] = score;
+                chosen[1] = expert_of(before), scores[1] = score;
             }
         }
     }
@@ -89,6 +113,16 @@ __device__ __forceinline__ void choose(const RouteParams& p, u32 row, Load load)
         p.experts[(u64)row * p.top_k + i] = chosen[n];
         p.weights[(u64)row * p.top_k + i] = scores[n] / divisor;
     }
+}
+
+// Choice `which` of a row by one warp, the same that `choose` makes.
+template <class Load>
+__device__ __forceinline__ u32 choice(const RouteParams& p, u32 row, u32 which, Load load) {
+    if (means_nothing(p, row)) return NONE;
+    Ranking<Load> ranking(p.count, load);
+    u64 key = ~0ull;
+    for (u32 i = 0; i <= which; i++) key = ranking.next(key);
+    return expert_of(key);
 }
 
 extern "C" __global__ void __launch_bounds__(128) route(const RouteParams p) {
@@ -104,33 +138,39 @@ struct RouterParams {
     float* logits;     // [T, E], made here
     const T* x;        // [T, H]
     const T* w;        // [E, H]
-    u32* arrived;      // [1], zero
+    u32* arrived;      // [1], zero; null: who uses the choices makes them
     u32 hidden;        // H, whole vectors
 };
 
 #define ROUTER_ROWS 8
+// Vectors of an expert's weights that a lane asks for before the rows are there.
+#define ROUTER_FLIGHT 8
 
 // Logits and choice for at most ROUTER_ROWS rows in one launch: a warp per expert; the last block to finish chooses.
-extern "C" __global__ void __launch_bounds__(128) router(const RouterParams p) {
+extern "C" __global__ void __launch_bounds__(128, 4) router(const RouterParams p) {
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rows = p.route.rows;
     u32 expert = blockIdx.x * (blockDim.x / WARP) + warp;
+    const T* w = p.w + (u64)min(expert, p.route.count - 1) * p.hidden;
+    const u32 stride = WARP * VECTOR;
+    uint4 weights[ROUTER_FLIGHT];
+    auto request = [&](u32 first) {
+#pragma unroll
+        for (int i = 0; i < ROUTER_FLIGHT; i++) {
+            u32 k = first + i * stride;
+            weights[i] = k < p.hidden ? load16(w + k) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    request(lane * VECTOR);
     await_inputs();
     if (expert < p.route.count) {
-        const T* w = p.w + (u64)expert * p.hidden;
         float sums[ROUTER_ROWS] = {};
-        const u32 stride = WARP * VECTOR;
-        for (u32 first = lane * VECTOR; first < p.hidden; first += 4 * stride) {
-            uint4 weights[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 k = first + i * stride;
-                weights[i] = k < p.hidden ? load16(w + k) : make_uint4(0, 0, 0, 0);
-            }
+        for (u32 first = lane * VECTOR; first < p.hidden; first += ROUTER_FLIGHT * stride) {
+            if (first >= ROUTER_FLIGHT * stride) request(first);
 #pragma unroll
             for (int r = 0; r < ROUTER_ROWS; r++) {
                 if (r >= rows) break;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < ROUTER_FLIGHT; i++) {
                     u32 k = first + i * stride;
                     if (k < p.hidden) sums[r] = dot16(load16(p.x + (u64)r * p.hidden + k), weights[i], sums[r]);
                 }
@@ -138,15 +178,30 @@ extern "C" __global__ void __launch_bounds__(128) router(const RouterParams p) {
         }
 #pragma unroll
         for (int r = 0; r < ROUTER_ROWS; r++) {
+            if (r >= rows) break;
             float v = warp_sum(sums[r]);
-            if (lane == 0 && r < rows) p.logits[(u64)r * p.route.count + expert] = rounded(v);
+            if (lane == 0) p.logits[(u64)r * p.route.count + expert] = rounded(v);
         }
     }
-    if (!last_to_arrive(p.arrived, gridDim.x)) return;
+    if (!p.arrived || !last_to_arrive(p.arrived, gridDim.x)) return;
     for (u32 row = warp; row < rows; row += blockDim.x / WARP) {
         const float* logits = p.logits + (u64)row * p.route.count;
         choose(p.route, row, [&](u32 e) { return fresh(logits + e); });
     }
+}
+
+struct ChooseParams {
+    RouteParams route;   // its logits are not read
+    const float* logits; // [T, E] of `router`
+};
+
+// The choice that `router` left, for who does not make it on the way.
+extern "C" __global__ void __launch_bounds__(128) route_left(const ChooseParams p) {
+    u32 row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    await_inputs();
+    if (row >= p.route.rows) return;
+    const float* logits = p.logits + (u64)row * p.route.count;
+    choose(p.route, row, [&](u32 e) { return logits[e]; });
 }
 
 struct ExpertUpParams {
@@ -159,18 +214,40 @@ struct ExpertUpParams {
     u32 local; // experts of this rank
     u32 hidden;
     u32 inter;
-    u32 pairs; // T·k
+    u32 pairs;           // T·k
+    RouteParams route;   // where the choices are to be made here: its experts are those above, its logits are not read
+    const float* logits; // [T, E] of `router`, whose choices are made here; null: they are there (expert_up)
 };
 
 // activated[pair, i] = silu(gate) · up with gate = x · w[e, i], up = x · w[e, I + i], rounded as the reference stores.
+//
+// Where `router` left the choice, every block makes its own out of the logits, at the price of the load that it would
+// wait for anyway: that spares the router's blocks waiting for each other. One block more for each pair leaves the choices
+// of its row for expert_down.
 extern "C" __global__ void __launch_bounds__(128) expert_up(const ExpertUpParams p) {
+    __shared__ u32 own;
     u32 lane = threadIdx.x % WARP;
     u32 i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    u32 pair = blockIdx.y;
+    u32 pair = blockIdx.y, row = pair / p.top_k, expert;
     await_inputs();
-    u32 expert = p.experts[pair] - p.first;
-    if (i >= p.inter || p.experts[pair] < p.first || expert >= p.local) return;
-    const T* x = p.x + (u64)(pair / p.top_k) * p.hidden;
+    if (p.logits) {
+        auto load = [&](u32 e) { return p.logits[(u64)row * p.route.count + e]; };
+        if (blockIdx.x + 1 == gridDim.x) {
+            if (pair % p.top_k == 0 && threadIdx.x < WARP) choose(p.route, row, load);
+            return;
+        }
+        if (threadIdx.x < WARP) {
+            u32 made = choice(p.route, row, pair % p.top_k, load);
+            if (lane == 0) own = made;
+        }
+        __syncthreads();
+        expert = own;
+    } else {
+        expert = p.experts[pair];
+    }
+    if (i >= p.inter || expert < p.first || expert - p.first >= p.local) return;
+    expert -= p.first;
+    const T* x = p.x + (u64)row * p.hidden;
     const T* gate = p.gate_up + ((u64)expert * 2 * p.inter + i) * p.hidden;
     const T* up = gate + (u64)p.inter * p.hidden;
     float g = 0.0f, u = 0.0f;
@@ -219,7 +296,7 @@ struct ExpertDownParams {
 // Choices of a row at most: their experts and weights wait in shared memory.
 #define CHOICES_MAX 64
 // Vectors of weights that a lane has in flight.
-#define FLIGHT (BF16 ? 8 : 4)
+#define FLIGHT (BF16 ? 6 : 4)
 
 // out[t, h] = Σ over the choices on this rank of weight · (activated · w[e, h]): a warp per element. Vectors are
 // numbered through all choices, so that a lane has loads of several experts on their way at once.
@@ -529,27 +606,53 @@ extern "C" __global__ void __launch_bounds__(1024) place_pairs(const GroupParams
 
 struct CombineParams {
     float* out;           // [T, H]
-    const float* y;       // [T·k, H]; rows of other ranks' pairs hold nothing
+    const void* y;        // [T·k, H], fp32 or T; rows of other ranks' pairs hold nothing
     const u32* experts;   // [T, k]
     const float* weights; // [T, k]
     u32 top_k;
     u32 first;
     u32 local;
     u32 hidden;
+    u32 y_f32;
 };
+
+// Neighbours that a thread adds up.
+#define COMBINED 8
 
 // out[t] = Σ weight · y[pair], in the order of the choices.
 extern "C" __global__ void __launch_bounds__(256) combine(const CombineParams p) {
-    u32 row = blockIdx.x, h = blockIdx.y * blockDim.x + threadIdx.x;
+    u32 row = blockIdx.x, h = (blockIdx.y * blockDim.x + threadIdx.x) * COMBINED;
     await_inputs();
-    if (h < p.hidden) {
-        float sum = 0.0f;
-        for (u32 i = 0; i < p.top_k; i++) {
-            u32 pair = row * p.top_k + i, expert = p.experts[pair] - p.first;
-            if (p.experts[pair] >= p.first && expert < p.local) {
-                sum = fmaf(p.weights[pair], p.y[(u64)pair * p.hidden + h], sum);
+    if (h >= p.hidden) return;
+    bool whole = p.hidden % COMBINED == 0;
+    float sum[COMBINED] = {};
+#pragma unroll 4
+    for (u32 i = 0; i < p.top_k; i++) {
+        u32 pair = row * p.top_k + i, expert = p.experts[pair] - p.first;
+        if (p.experts[pair] < p.first || expert >= p.local) continue;
+        float weight = p.weights[pair], y[COMBINED];
+        u64 at = (u64)pair * p.hidden + h;
+        if (whole && (p.y_f32 || !BF16)) {
+            unpack_f32(load16((const float*)p.y + at), y), unpack_f32(load16((const float*)p.y + at + 4), y + 4);
+        } else if (whole) {
+            unpack(load16((const T*)p.y + at), y);
+        } else {
+#pragma unroll
+            for (u32 n = 0; n < COMBINED; n++) y[n] = h + n < p.hidden ? either(p.y, p.y_f32, at + n) : 0.0f;
+        }
+#pragma unroll
+        for (u32 n = 0; n < COMBINED; n++) sum[n] = fmaf(weight, y[n], sum[n]);
+    }
+    float* out = p.out + (u64)row * p.hidden + h;
+#pragma unroll
+    for (u32 n = 0; n < COMBINED; n += 4) {
+        if (whole) {
+            *(float4*)(out + n) = make_float4(sum[n], sum[n + 1], sum[n + 2], sum[n + 3]);
+        } else {
+#pragma unroll
+            for (u32 i = n; i < n + 4; i++) {
+                if (h + i < p.hidden) out[i] = sum[i];
             }
         }
-        p.out[(u64)row * p.hidden + h] = sum;
     }
 }

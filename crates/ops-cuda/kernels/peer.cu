@@ -45,10 +45,11 @@
 struct Peers {
     u64 slots[RANKS_MAX]; // by rank: [2][ranks][places], what was sent to it; its own is this card's
     u32* state;           // calls; blocks that arrived; not 0: the line is over
-    u32* host;            // page-locked: not 0: give up; calls that have begun; 1 + the rank that was waited for then
+    u32* host;            // page-locked: not 0: give up; the number of the call that has begun; 1 + the rank that was waited for then
     u32 rank;
     u32 ranks;
     u32 places;
+    u32 number; // of this call in its step
 };
 
 __device__ __forceinline__ u32 now(const u32* at) { return *(const volatile u32*)at; }
@@ -134,10 +135,10 @@ __device__ __forceinline__ void clean(const Peers& p, u32 call, u32 used) {
     }
 }
 
-// Tells the host that the call has begun, once its own part is on its way: what is written to the host has arrived before the
+// Tells the host which call has begun, once its own part is on its way: what is written to the host has arrived before the
 // others' parts have, and the launch does not end later for it.
-__device__ __forceinline__ void tell(const Peers& p, u32 call) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) *(volatile u32*)(p.host + 1) = call + 1;
+__device__ __forceinline__ void tell(const Peers& p) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *(volatile u32*)(p.host + 1) = p.number;
 }
 
 // The call ends when its last block does. All threads have read the count before.
@@ -171,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(PEER_THREADS, 1) all_reduce(const _
         }
         send<ALL_REDUCE_PAIRS>(p.peers, call, first, pairs, own);
     }
-    tell(p.peers, call);
+    tell(p.peers);
     for (u32 first = blockIdx.x * tile; first < p.pairs; first += gridDim.x * tile) {
         u32 pairs = min(tile, p.pairs - first);
 #pragma unroll
@@ -217,6 +218,7 @@ __device__ __forceinline__ void store2(T* at, float2 v) { *(float2*)at = v; }
 // The rounding points are those of `residual_norm`.
 template <int PAIRS>
 __device__ __forceinline__ void all_reduce_norm(const AllReduceNormParams& p) {
+    release_next();
     u32 pairs = p.width / 2, first = blockIdx.x * pairs;
     float2 weight[PAIRS], own[PAIRS], x[PAIRS], sum[PAIRS];
     // Weights are there before anything else is. Long rows have no registers for them, nor for x.
@@ -243,7 +245,7 @@ __device__ __forceinline__ void all_reduce_norm(const AllReduceNormParams& p) {
         own[i].x = fmaf(p.scale, more[i].x, own[i].x), own[i].y = fmaf(p.scale, more[i].y, own[i].y);
     }
     send<PAIRS>(p.peers, call, first, pairs, own);
-    tell(p.peers, call);
+    tell(p.peers);
     receive<PAIRS>(p.peers, call, first, pairs, own, sum);
     float added = 0.0f, squares = 0.0f, mean = 0.0f;
 #pragma unroll

@@ -15,7 +15,7 @@ use crate::tensor::{Tensor, size};
 const GROUP_MAX: usize = 8;
 /// Warps of a block of `attend` and of `attend_token`.
 const WARPS: u32 = 4;
-const TOKEN_WARPS: u32 = 8;
+const TOKEN_WARPS: u32 = 4;
 /// Keys that make a range of their own worth a block.
 const RANGE_KEYS: u32 = 32;
 const RANGES_MAX: u32 = 128;
@@ -209,11 +209,19 @@ impl CudaBackend {
             rope: u32::from(turns.is_some()),
         };
         let threads = size("attention", (d / 2).next_multiple_of(32).min(128))?;
-        // Many rows fill the card by themselves, and an angle then serves several heads.
-        let shares = if rows < SHARED_ANGLE_ROWS { heads } else { heads.min(4) };
-        let grid = Grid::new(size("attention", rows)?, shares, threads);
-        self.device().launch_early(kernels.append, grid, &append)?;
+        if !self.appends_on_the_way(kernels) {
+            // Many rows fill the card by themselves, and an angle then serves several heads.
+            let shares = if rows < SHARED_ANGLE_ROWS { heads } else { heads.min(2) };
+            let grid = Grid::new(size("attention", rows)?, shares, threads);
+            self.device().launch_early(kernels.append, grid, &append)?;
+        }
+        self.device().mark_branch()?;
         self.attend_ranges(kernels, &queries, &append, (shape, window, kv))
+    }
+
+    /// Whether all rows are turned and appended by the launch that attends: where each is alone in its sequence.
+    fn appends_on_the_way(&self, kernels: &AttentionKernels) -> bool {
+        kernels.tiles.is_some() && self.step().tiles().1 == 0
     }
 
     /// Single tokens and prompts by kernels of their own where the tensor cores can take the heads; else a launch over
@@ -249,6 +257,9 @@ impl CudaBackend {
             singles: 0,
             tiles: 0,
             arrived: 0,
+            qkv: if self.appends_on_the_way(kernels) { append.qkv } else { 0 },
+            turns: append.turns,
+            rope: append.rope,
         };
         match kernels.tiles {
             Some([token, prompt]) => {

@@ -15,9 +15,7 @@ use ops::{
 use types::{Bytes, DType, TokenId};
 
 use crate::attention::{AttentionKernels, HeadShape, KvLayer, RopeKey, frequencies, head_shape};
-use crate::cache::KernelCache;
-use crate::check::KernelShape;
-use crate::device::{Device, Grid};
+use crate::device::{Device, Grid, Options};
 use crate::dummy::DummyKernel;
 use crate::graph::{Course, Recordings};
 use crate::idle::Idle;
@@ -28,22 +26,6 @@ use crate::memory::{self, DeviceBuffer, Pinned};
 use crate::sampling::{DRAWN_ROWS_MAX, Staging, left_to_host};
 use crate::step::Step;
 use crate::tensor::{Routed, Tensor, Weight, same_shape, size};
-
-/// How to use a card.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Which of the cards that `probe` found.
-    pub ordinal: usize,
-    /// Compute dtype.
-    pub dtype: DType,
-    /// Memory for activations; [`crate::Activations::bytes`] says how much a model needs.
-    pub activations: Bytes,
-    /// Where compiled kernels are kept.
-    pub cache: KernelCache,
-    /// The rank's heads, when they are known: their attention is then compiled beside the other kernels, and not when the
-    /// first cache layer is made.
-    pub heads: Option<KernelShape>,
-}
 
 /// The op set on one card for one rank. Not `Send`: the thread that makes it uses it.
 #[derive(Debug)]
@@ -161,6 +143,7 @@ impl CudaBackend {
     fn start(&mut self, batch: &Batch, rows: Option<usize>) -> Result<(), Error> {
         self.device.bind()?;
         self.device.alone();
+        self.device.begin_sums();
         if self.recordings.abandon() {
             // The stream leaves capture whatever the outcome.
             drop(self.device.lanes().end_capture());
@@ -297,8 +280,7 @@ impl Backend for CudaBackend {
                     self.step.check_tables(spec, *window)?;
                 }
                 let result = Tensor::again(&self.device, &recording.result);
-                recording.graph.launch(self.device.stream())?;
-                self.device.unchain();
+                self.device.repeat(&recording.graph)?;
                 return Ok(result);
             }
         }
@@ -318,7 +300,7 @@ impl Backend for CudaBackend {
             }
         };
         if let Some(recording) = self.recordings.keep(graph, x.kept()) {
-            recording.graph.launch(self.device.stream())?;
+            self.device.repeat(&recording.graph)?;
         }
         self.device.unchain();
         Ok(x)

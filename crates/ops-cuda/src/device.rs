@@ -16,16 +16,14 @@ use cudarc::driver::{CudaContext, result};
 use types::{Bytes, DType};
 
 use crate::arena::FreeList;
-use crate::backend::Options;
-use crate::bulk::BulkTiles;
 use crate::cache::KernelCache;
-use crate::check::{attention_source, in_parallel};
-use crate::comm::{OpenSum, Watch};
-use crate::graph::{Event, Lanes};
-use crate::kernels::{Address, GemmParams, Params, Source};
+use crate::check::{KernelShape, attention_source};
+use crate::comm::{OpenSum, Queued, Watch};
+use crate::graph::{Event, Graph, Lanes};
+use crate::kernels::{Address, Params, Source};
+use crate::loaded::Kernels;
 use crate::memory::{DeviceBuffer, Residence, Resident};
 use crate::nvrtc::Compiled;
-use crate::sampling::Sampling;
 use crate::{Error, arch, probe};
 
 /// The target whose warpgroup products and copy engine some kernels use.
@@ -36,6 +34,22 @@ const OVERLAPPING: i32 = 9;
 const WATCH_EVERY: Duration = Duration::from_millis(2);
 /// Counters for launches whose last block has more to do: one for the router, the others for attention.
 const COUNTERS: usize = 8192;
+
+/// How to use a card.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Which of the cards that `probe` found.
+    pub ordinal: usize,
+    /// Compute dtype.
+    pub dtype: DType,
+    /// Memory for activations; [`crate::Activations::bytes`] says how much a model needs.
+    pub activations: Bytes,
+    /// Where compiled kernels are kept.
+    pub cache: KernelCache,
+    /// The rank's heads, when they are known: their attention is then compiled beside the other kernels, and not when the
+    /// first cache layer is made.
+    pub heads: Option<KernelShape>,
+}
 
 /// A card in use. Not `Send`: one thread owns it.
 #[derive(Debug)]
@@ -61,6 +75,10 @@ pub(crate) struct Device {
     /// Whether what a lane was given last is a kernel of its own.
     chained: Cell<[bool; 2]>,
     overlaps: bool,
+    /// Sums over ranks that were queued in this step so far.
+    sums: Cell<u32>,
+    /// The other branch has been marked.
+    marked: Cell<bool>,
     context: Arc<CudaContext>,
 }
 
@@ -100,6 +118,8 @@ impl Device {
             lane: Cell::new(0),
             chained: Cell::new([false; 2]),
             overlaps: capability.0 >= OVERLAPPING,
+            sums: Cell::new(0),
+            marked: Cell::new(false),
             context,
         };
         device.zero(device.counters.address(), COUNTERS * size_of::<u32>())?;
@@ -167,6 +187,22 @@ impl Device {
         self.lane.set(0);
     }
 
+    /// In the branch that came first: a launch of the other one may wait for this place.
+    pub(crate) fn mark_branch(&self) -> Result<(), Error> {
+        let branches = self.lane.get() == 1;
+        self.marked.set(branches);
+        if branches { self.lanes.mark() } else { Ok(()) }
+    }
+
+    /// What is queued from here on comes after the place that the branch before has marked, if it has.
+    pub(crate) fn follow_branch(&self) -> Result<(), Error> {
+        if self.marked.replace(false) && self.lane.get() == 0 {
+            self.lanes.pass()?;
+            self.chained.set([false, self.chained.get()[1]]);
+        }
+        Ok(())
+    }
+
     /// Nothing without a fork.
     pub(crate) fn join(&self) -> Result<(), Error> {
         if self.free.borrow().is_held() {
@@ -182,6 +218,24 @@ impl Device {
         self.chained.set([false; 2]);
     }
 
+    /// A step begins: its sums over ranks are counted from 1 on.
+    pub(crate) fn begin_sums(&self) {
+        self.sums.set(0);
+    }
+
+    /// The number in its step of a sum over ranks that is to be queued.
+    pub(crate) fn next_sum(&self) -> u32 {
+        self.sums.set(self.sums.get() + 1);
+        self.sums.get()
+    }
+
+    /// Queues a recorded step.
+    pub(crate) fn repeat(&self, graph: &Graph) -> Result<(), Error> {
+        graph.launch(self.stream())?;
+        self.unchain();
+        self.watches.borrow().iter().try_for_each(|watch| watch.queued(Queued::Recorded, self.stream()))
+    }
+
     /// Leaves a sum over ranks to the next launch; nothing else may be launched before it.
     pub(crate) fn leave_open(&self, sum: OpenSum) {
         *self.open.borrow_mut() = Some(sum);
@@ -195,6 +249,7 @@ impl Device {
     /// Back to one lane, whatever was begun.
     pub(crate) fn alone(&self) {
         *self.open.borrow_mut() = None;
+        self.marked.set(false);
         self.lane.set(0);
         self.free.borrow_mut().release();
     }
@@ -401,7 +456,7 @@ impl Function {
 pub(crate) struct Module(CUmodule);
 
 impl Module {
-    fn of(compiled: &Compiled) -> Result<Self, Error> {
+    pub(crate) fn of(compiled: &Compiled) -> Result<Self, Error> {
         // SAFETY: the image is a whole cubin, and the driver copies it.
         let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast::<c_void>()) };
         module.map(Self).map_err(Error::driver("cuModuleLoadData"))
@@ -423,175 +478,5 @@ impl Drop for Module {
     fn drop(&mut self) {
         // SAFETY: loaded by this value and unloaded only here; the driver finishes running kernels first.
         let _ = unsafe { result::module::unload(self.0) };
-    }
-}
-
-/// Bytes of shared memory of the few-row tiles: what eight warps summed of `outs` times `rows` numbers.
-pub(crate) const fn tiles_shared(outs: u32, rows: u32) -> u32 {
-    8 * outs * rows * 4
-}
-
-/// Rows of w in a tensor-core tile.
-pub(crate) const TILE_OUTS: u32 = 128;
-
-/// Bytes of shared memory of the tensor-core tiles: three stages of (rows + columns) × 64 bf16.
-const fn gemm_shared(rows: u32) -> u32 {
-    3 * (rows + TILE_OUTS) * 64 * 2
-}
-
-/// The kernels that every model needs.
-#[derive(Debug)]
-pub(crate) struct Kernels {
-    pub(crate) embed: Function,
-    pub(crate) sum: Function,
-    pub(crate) round: Function,
-    pub(crate) swiglu: Function,
-    pub(crate) gather: Function,
-    pub(crate) norm: Function,
-    pub(crate) fill: Function,
-    pub(crate) pack: Function,
-    pub(crate) unpack: Function,
-    pub(crate) combine_rows: Function,
-    /// For 1, 2, 4 and 8 rows.
-    pub(crate) skinny: [Function; 4],
-    pub(crate) skinny_unaligned: Function,
-    pub(crate) residual_norm: Function,
-    pub(crate) join_ranks: Function,
-    pub(crate) route: Function,
-    pub(crate) router: Function,
-    pub(crate) expert_up: Function,
-    pub(crate) expert_down: Function,
-    pub(crate) group_pairs: Function,
-    /// As much in two launches.
-    pub(crate) group_many: [Function; 2],
-    pub(crate) combine: Function,
-    pub(crate) sampling: Sampling,
-    /// bf16 alone has them.
-    pub(crate) tiles: Option<Tiles>,
-    _modules: Vec<Module>,
-}
-
-/// A product whose tiles go through shared memory.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SharedTiles {
-    function: Function,
-    pub(crate) rows: u32,
-}
-
-impl SharedTiles {
-    fn load(module: &Module, name: &str, rows: u32) -> Result<Self, Error> {
-        let function = module.function(name)?;
-        function.allow_shared(gemm_shared(rows))?;
-        Ok(Self { function, rows })
-    }
-
-    /// Queues `shares` blocks for each of `tiles` tiles of rows and each tile of `outs`.
-    pub(crate) fn launch(
-        self,
-        device: &Device,
-        (tiles, outs, shares): (u32, u32, u32),
-        params: &GemmParams,
-    ) -> Result<(), Error> {
-        let blocks = (tiles, outs.div_ceil(TILE_OUTS), shares);
-        let grid = Grid { blocks, threads: 128, shared: gemm_shared(self.rows) };
-        device.launch_early(self.function, grid, params)
-    }
-}
-
-/// Products on the tensor cores.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Tiles {
-    /// Dense, in tiles of 128 rows.
-    pub(crate) gemm: SharedTiles,
-    /// Adds up what blocks that shared K made.
-    pub(crate) add_shares: Function,
-    /// By expert, plain and gated, in tiles of 32 and of 64 rows.
-    pub(crate) grouped: [[SharedTiles; 2]; 2],
-    /// Dense or by expert, for very many rows; Hopper alone has them.
-    pub(crate) bulk: Option<BulkTiles>,
-    /// For 8, 16, 32 and 64 rows.
-    pub(crate) skinny: [Function; 4],
-    pub(crate) expert_up: Function,
-    pub(crate) expert_down: Function,
-}
-
-impl Tiles {
-    fn load(gemm: &Module, skinny: &Module, experts: &Module, arch: &str) -> Result<Self, Error> {
-        let bulk = if arch == HOPPER { Some(BulkTiles::load(gemm)?) } else { None };
-        let load = |name, rows| SharedTiles::load(gemm, name, rows);
-        let grouped = [
-            [load("gemm32", 32)?, load("gemm32_gated", 32)?],
-            [load("gemm64", 64)?, load("gemm64_gated", 64)?],
-        ];
-        let (gemm, add_shares) = (load("gemm128", 128)?, gemm.function("add_shares")?);
-        let skinny = [
-            skinny.function("tiles8")?,
-            skinny.function("tiles16")?,
-            skinny.function("tiles32")?,
-            skinny.function("tiles64")?,
-        ];
-        skinny[3].allow_shared(tiles_shared(32, 64))?;
-        let (expert_up, expert_down) =
-            (experts.function("expert_up_tiles")?, experts.function("expert_down_tiles")?);
-        Ok(Self { gemm, add_shares, grouped, bulk, skinny, expert_up, expert_down })
-    }
-}
-
-impl Kernels {
-    /// Compiles what every model needs, and `more` beside it.
-    fn load(
-        (dtype, more): (DType, Vec<Source>),
-        arch: &str,
-        cache: &KernelCache,
-    ) -> Result<(Self, Vec<(Source, Compiled)>), Error> {
-        let common = Source::common(dtype);
-        let count = common.len();
-        let all = [common, more].concat();
-        // Compiling takes seconds for each file when nothing is kept yet.
-        let mut compiled = in_parallel(&all, |source| cache.get(source, arch))?;
-        let early = all.into_iter().skip(count).zip(compiled.split_off(count)).collect();
-        Ok((Self::of(&compiled, arch)?, early))
-    }
-
-    fn of(compiled: &[Compiled], arch: &str) -> Result<Self, Error> {
-        let mut modules = compiled.iter().map(Module::of);
-        let mut next = || modules.next().unwrap_or_else(|| unreachable!("every model has these files"));
-        let (rows, skinny, experts, sample) = (next()?, next()?, next()?, next()?);
-        let tiles = modules.next().transpose()?;
-        let functions = match &tiles {
-            Some(gemm) => Some(Tiles::load(gemm, &skinny, &experts, arch)?),
-            None => None,
-        };
-        Ok(Self {
-            embed: rows.function("embed")?,
-            sum: rows.function("sum")?,
-            round: rows.function("round_to_storage")?,
-            swiglu: rows.function("swiglu")?,
-            gather: rows.function("gather")?,
-            norm: rows.function("norm_rows")?,
-            fill: rows.function("fill")?,
-            pack: rows.function("pack_rows")?,
-            unpack: rows.function("unpack_rows")?,
-            combine_rows: rows.function("combine_rows")?,
-            residual_norm: rows.function("residual_norm")?,
-            join_ranks: rows.function("join_ranks")?,
-            skinny: [
-                skinny.function("skinny1")?,
-                skinny.function("skinny2")?,
-                skinny.function("skinny4")?,
-                skinny.function("skinny8")?,
-            ],
-            skinny_unaligned: skinny.function("skinny_unaligned")?,
-            route: experts.function("route")?,
-            router: experts.function("router")?,
-            expert_up: experts.function("expert_up")?,
-            expert_down: experts.function("expert_down")?,
-            group_pairs: experts.function("group_pairs")?,
-            group_many: [experts.function("count_pairs")?, experts.function("place_pairs")?],
-            combine: experts.function("combine")?,
-            sampling: Sampling::of(&sample)?,
-            tiles: functions,
-            _modules: [rows, skinny, experts, sample].into_iter().chain(tiles).collect(),
-        })
     }
 }

@@ -62,6 +62,7 @@ impl CudaBackend {
         if let Some(there) = routed.on_host.get() {
             return Ok(there);
         }
+        self.settle(routed)?;
         let words = self.words(routed.experts.address(), routed.rows * routed.top_k)?;
         Ok(routed.on_host.get_or_init(|| words))
     }
@@ -94,7 +95,14 @@ impl CudaBackend {
             }
         }
         let experts = self.upload_words(&chosen)?;
-        Ok(Routed { experts, weights: routed.weights, rows, top_k, on_host: OnceCell::from(chosen) })
+        Ok(Routed {
+            experts,
+            weights: routed.weights,
+            rows,
+            top_k,
+            left: None,
+            on_host: OnceCell::from(chosen),
+        })
     }
 
     /// See [`ops::Backend::slice_rows`].
@@ -164,6 +172,7 @@ impl CudaBackend {
             weights: Piece::new(self.device(), rows * top_k * WORD)?,
             rows,
             top_k,
+            left: None,
             on_host: OnceCell::new(),
         };
         let params = UnpackParams {

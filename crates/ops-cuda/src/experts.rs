@@ -8,12 +8,13 @@ use types::DType;
 use crate::arena::Piece;
 use crate::backend::CudaBackend;
 use crate::bulk::{BULK_ROWS, BulkProduct};
-use crate::device::{Grid, Tiles};
+use crate::device::Grid;
 use crate::kernels::{
-    Address, CombineParams, ExpertDownParams, ExpertDownTilesParams, ExpertUpParams, GemmParams, GroupParams,
-    RouteParams, RouterParams,
+    Address, ChooseParams, CombineParams, ExpertDownParams, ExpertDownTilesParams, ExpertUpParams,
+    GemmParams, GroupParams, RouteParams, RouterParams,
 };
-use crate::tensor::{Routed, Tensor, Weight, size};
+use crate::loaded::Tiles;
+use crate::tensor::{LeftChoice, Routed, Tensor, Weight, size};
 
 /// Rows that the kernel of logits and choice takes.
 const ROUTER_ROWS: usize = 8;
@@ -31,9 +32,24 @@ const GROUP_ALONE: usize = 8192;
 const GROUP_EACH: usize = 2048;
 /// Choices of a row that the kernels have room for.
 const CHOICES_MAX: usize = 64;
+/// Neighbours that a thread of the weighted sum has.
+const COMBINED: u32 = 8;
 /// Warps of a block of the few-row kernels.
 const WARPS: usize = 4;
 const WORD: usize = 4;
+
+/// For kernels that find the choice made.
+const NO_ROUTE: RouteParams = RouteParams {
+    experts: 0,
+    weights: 0,
+    logits: 0,
+    rows: 0,
+    count: 0,
+    top_k: 0,
+    softmax: 0,
+    renormalize: 0,
+    position: 0,
+};
 
 /// Sizes of a stack of experts.
 #[derive(Debug, Clone, Copy)]
@@ -109,6 +125,7 @@ impl CudaBackend {
             weights: Piece::new(self.device(), rows * top_k * WORD)?,
             rows,
             top_k,
+            left: None,
             on_host: OnceCell::new(),
         };
         let params = RouteParams {
@@ -125,7 +142,8 @@ impl CudaBackend {
         Ok((routed, params))
     }
 
-    /// Logits and choice in one launch, for few rows; `None` where that kernel does not fit.
+    /// Logits and choice in one launch, for few rows; `None` where that kernel does not fit. The choice is left to the
+    /// experts where they make it on their way.
     pub(crate) fn route_few(
         &self,
         x: &Tensor,
@@ -143,18 +161,28 @@ impl CudaBackend {
             return Ok(None);
         }
         let logits = Tensor::new(self.device(), x.rows(), experts, DType::F32)?;
-        let (routed, route) = self.routed(&logits, (x.rows(), experts), routing)?;
+        let (mut routed, route) = self.routed(&logits, (x.rows(), experts), routing)?;
+        let leaves = x.rows() <= SEPARATE_ROWS;
         let params = RouterParams {
             route,
             logits: logits.address(),
             x: x.address(),
             w: weight.address(),
-            arrived,
+            arrived: if leaves { 0 } else { arrived },
             hidden: size("router", hidden)?,
         };
         let grid = Grid::new(route.count.div_ceil(WARPS as u32), 1, 128);
         self.device().launch_early(self.device().kernels.router, grid, &params)?;
+        routed.left = leaves.then_some(LeftChoice { logits, route });
         Ok(Some(routed))
+    }
+
+    /// Makes a choice that was left, for who reads it in any other way than [`CudaBackend::one_by_one`].
+    pub(crate) fn settle(&self, routed: &Routed) -> Result<(), Error> {
+        let Some(LeftChoice { logits, route }) = &routed.left else { return Ok(()) };
+        let params = ChooseParams { route: *route, logits: logits.address() };
+        let grid = Grid::new(route.rows.div_ceil(WARPS as u32), 1, 128);
+        Ok(self.device().launch_early(self.device().kernels.route_left, grid, &params)?)
     }
 
     pub(crate) fn run_experts(
@@ -172,6 +200,7 @@ impl CudaBackend {
         let aligned = stack.hidden.is_multiple_of(8) && stack.inter.is_multiple_of(8);
         match self.device().kernels.tiles {
             Some(tiles) if x.rows() > SEPARATE_ROWS && aligned => {
+                self.settle(routed)?;
                 let few = FEW_PAIRS * stack.local as usize;
                 if x.rows() <= FEW_ROWS && routed.rows * routed.top_k <= few {
                     self.expert_by_expert(x, routed, &stack, tiles)
@@ -183,7 +212,7 @@ impl CudaBackend {
         }
     }
 
-    /// A warp per element and choice.
+    /// A warp per element and choice. Makes choices that were left.
     fn one_by_one(&self, x: &Tensor, routed: &Routed, stack: &Stack) -> Result<Tensor, Error> {
         let pairs = routed.rows * routed.top_k;
         let activated = self.tensor(pairs, stack.inter as usize)?;
@@ -201,9 +230,14 @@ impl CudaBackend {
             hidden,
             inter,
             pairs: size("routed_experts", pairs)?,
+            route: routed.left.as_ref().map_or(NO_ROUTE, |left| left.route),
+            logits: routed.left.as_ref().map_or(0, |left| left.logits.address()),
         };
         let kernels = &self.device().kernels;
-        let grid = Grid::new(inter.div_ceil(WARPS as u32), size("routed_experts", pairs)?, 128);
+        let blocks = inter.div_ceil(WARPS as u32) + u32::from(routed.left.is_some());
+        let grid = Grid::new(blocks, size("routed_experts", pairs)?, 128);
+        // Its blocks fill the card. Those of attention are few and large, and find no room once these are there.
+        self.device().follow_branch()?;
         self.device().launch_early(kernels.expert_up, grid, &up)?;
         let down = ExpertDownParams {
             out: out.address(),
@@ -245,6 +279,8 @@ impl CudaBackend {
             hidden,
             inter,
             pairs: size(OP, pairs)?,
+            route: NO_ROUTE,
+            logits: 0,
         };
         // A warp has 8 gate rows and their up rows, or 16 rows of down.
         let grid = Grid::new(inter.div_ceil(8 * WARPS as u32), local, 128);
@@ -277,8 +313,10 @@ impl CudaBackend {
             first: stack.first,
             local: stack.local,
             hidden: stack.hidden,
+            y_f32: y.is_f32(),
         };
-        let grid = Grid::new(size("routed_experts", routed.rows)?, stack.hidden.div_ceil(256), 256);
+        let blocks = stack.hidden.div_ceil(COMBINED * 256);
+        let grid = Grid::new(size("routed_experts", routed.rows)?, blocks, 256);
         self.device().launch_early(self.device().kernels.combine, grid, &combine)?;
         Ok(out)
     }
@@ -361,7 +399,10 @@ impl CudaBackend {
             }
             None => gated.launch(self.device(), (tiles, product.n, 1), &product)?,
         }
-        let y = Tensor::new(self.device(), pairs, stack.hidden as usize, DType::F32)?;
+        // Of very many rows each product is rounded to storage before it is weighted, as the reference's grouped products
+        // are; that is half of what goes to memory and back.
+        let kept = if bulk.is_some() { self.storage() } else { DType::F32 };
+        let y = Tensor::new(self.device(), pairs, stack.hidden as usize, kept)?;
         let product = GemmParams {
             c: y.address(),
             a: activated.address(),
@@ -369,7 +410,7 @@ impl CudaBackend {
             n: stack.hidden,
             k: stack.inter,
             a_divisor: 1,
-            c_f32: 1,
+            c_f32: y.is_f32(),
             ..product
         };
         match bulk {

@@ -27,6 +27,8 @@ pub(crate) fn form_rows(rows: usize) -> Option<usize> {
 pub(crate) struct Lanes {
     streams: [CUstream; 2],
     marks: [Event; 2],
+    /// Where the second lane was when the first one may go on.
+    passed: Event,
 }
 
 impl Lanes {
@@ -38,7 +40,8 @@ impl Lanes {
             stream::create_with_priority(stream::StreamKind::NonBlocking, priority)
                 .map_err(Error::driver("cuStreamCreateWithPriority"))
         };
-        Ok(Self { streams: [create(0)?, create(greatest)?], marks: [Event::new()?, Event::new()?] })
+        let marks = [Event::new()?, Event::new()?];
+        Ok(Self { streams: [create(0)?, create(greatest)?], marks, passed: Event::new()? })
     }
 
     pub(crate) const fn stream(&self, lane: usize) -> CUstream {
@@ -50,6 +53,16 @@ impl Lanes {
         let other = 1 - lane;
         self.marks[other].record(self.streams[other])?;
         self.marks[other].hold(self.streams[lane])
+    }
+
+    /// Marks the place in the second lane that [`Lanes::pass`] waits for.
+    pub(crate) fn mark(&self) -> Result<(), Error> {
+        self.passed.record(self.streams[1])
+    }
+
+    /// What is queued on the first lane from here on comes after the place that was marked last.
+    pub(crate) fn pass(&self) -> Result<(), Error> {
+        self.passed.hold(self.streams[0])
     }
 
     /// Begins to record the first lane; the other one joins by [`Lanes::follow`].
@@ -67,8 +80,10 @@ impl Lanes {
         if captured.is_null() {
             return Err(Error::Driver { call: "cuStreamEndCapture", reason: "no graph".to_owned() });
         }
+        // Without the flag all kernels would have the priority of the stream that the graph is launched on.
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
         // SAFETY: the graph was just captured; it is destroyed below and not used by its executable copy.
-        let exec = unsafe { graph::instantiate(captured, CUgraphInstantiate_flags(0)) };
+        let exec = unsafe { graph::instantiate(captured, flags) };
         // SAFETY: as above.
         let _ = unsafe { graph::destroy(captured) };
         exec.map(Graph).map_err(Error::driver("cuGraphInstantiate"))

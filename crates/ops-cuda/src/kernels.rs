@@ -135,6 +135,7 @@ params! {
     EmbedParams { out: Address, table: Address, tokens: Address, drawn: Address, first: u32, rows: u32, width: u32 }
     JoinParams { out: Address, parts: Address, rows: u32, each: u32, width: u32 }
     SumParams { out: Address, a: Address, b: Address, count: u64, scale: f32, out_f32: u32, a_f32: u32, b_f32: u32 }
+    NoteParams { at: Address, value: u32 }
     RoundParams { out: Address, x: Address, count: u64 }
     SwigluParams { out: Address, gate_up: Address, rows: u64, width: u32 }
     GatherParams { out: Address, x: Address, which: Address, width: u32, is_f32: u32 }
@@ -162,12 +163,13 @@ params! {
         rows: u32, count: u32, top_k: u32, softmax: u32, renormalize: u32, position: Address,
     }
     RouterParams { route: RouteParams, logits: Address, x: Address, w: Address, arrived: Address, hidden: u32 }
+    ChooseParams { route: RouteParams, logits: Address }
     ResidualNormParams {
         x: Address, out: Address, sum: Address, more: Address, weight: Address,
         width: u32, scale: f32, eps: f32, layer: u32,
     }
     PeersParams {
-        slots: [Address; PEERS_MAX], state: Address, host: Address, rank: u32, ranks: u32, places: u32,
+        slots: [Address; PEERS_MAX], state: Address, host: Address, rank: u32, ranks: u32, places: u32, number: u32,
     }
     AllReduceParams { peers: PeersParams, data: Address, pairs: u32 }
     AllReduceNormParams {
@@ -181,6 +183,7 @@ params! {
     ExpertUpParams {
         activated: Address, x: Address, gate_up: Address, experts: Address,
         top_k: u32, first: u32, local: u32, hidden: u32, inter: u32, pairs: u32,
+        route: RouteParams, logits: Address,
     }
     ExpertDownTilesParams {
         y: Address, activated: Address, down: Address, experts: Address,
@@ -196,7 +199,7 @@ params! {
     }
     CombineParams {
         out: Address, y: Address, experts: Address, weights: Address,
-        top_k: u32, first: u32, local: u32, hidden: u32,
+        top_k: u32, first: u32, local: u32, hidden: u32, y_f32: u32,
     }
     AppendParams {
         q: Address, keys: Address, values: Address, qkv: Address, position: Address, sequence: Address,
@@ -207,7 +210,7 @@ params! {
         out: Address, parts: Address, q: Address, keys: Address, values: Address, position: Address,
         sequence: Address, tables: Address,
         query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32, rows: u32,
-        singles: Address, tiles: Address, arrived: Address,
+        singles: Address, tiles: Address, arrived: Address, qkv: Address, turns: Address, rope: u32,
     }
     AttendWideParams { attend: AttendParams, chunk: u32, q: TensorMap, keys: TensorMap, values: TensorMap }
 }

@@ -30,6 +30,7 @@ mod idle;
 mod kernels;
 mod landing;
 mod libraries;
+mod loaded;
 mod loading;
 mod measure;
 mod memory;
@@ -44,13 +45,14 @@ mod timing;
 
 pub use activations::Activations;
 pub use attention::KvLayer;
-pub use backend::{CudaBackend, Options};
+pub use backend::CudaBackend;
 pub use cache::KernelCache;
 pub use check::{KernelReport, KernelShape, ProgramReport, check, sources};
 pub use comm::{
     CardLine, ONE_SHOT_DEFAULT, ONE_SHOT_VARIABLE, Patience, SoloDevice, Staged, connect, connect_cards,
     one_shot, peer_bytes, place_on_machine,
 };
+pub use device::Options;
 pub use error::Error;
 pub use kernels::Source;
 pub use landing::Drawing;

@@ -5,8 +5,9 @@ use types::DType;
 
 use crate::backend::CudaBackend;
 use crate::bulk::{BULK_OUTS, BULK_ROWS, BulkProduct};
-use crate::device::{Grid, TILE_OUTS, Tiles, tiles_shared};
+use crate::device::Grid;
 use crate::kernels::{GemmParams, ResidualNormParams, SharesParams, SkinnyParams, SumParams, SwigluParams};
+use crate::loaded::{TILE_OUTS, Tiles, tiles_shared};
 use crate::tensor::{Tensor, Weight, size};
 
 /// Rows up to which the tensor cores read weights past shared memory.

@@ -9,7 +9,7 @@ use types::DType;
 
 use crate::arena::Piece;
 use crate::device::Device;
-use crate::kernels::Address;
+use crate::kernels::{Address, RouteParams};
 use crate::memory::Resident;
 
 /// Activations [rows, width] in the arena, fp32 or bf16.
@@ -173,8 +173,18 @@ pub struct Routed {
     pub(crate) weights: Piece,
     pub(crate) rows: usize,
     pub(crate) top_k: usize,
+    /// The choice is still to be made: `experts` and `weights` say nothing before.
+    pub(crate) left: Option<LeftChoice>,
     /// `experts`, once the host has asked for them.
     pub(crate) on_host: OnceCell<Vec<u32>>,
+}
+
+/// What a choice that the router left is made of.
+#[derive(Debug)]
+pub(crate) struct LeftChoice {
+    /// [T, E] fp32
+    pub(crate) logits: Tensor,
+    pub(crate) route: RouteParams,
 }
 
 /// Refuses operands of an element-wise op that do not match.

@@ -10,6 +10,7 @@
 mod codec;
 mod convert;
 mod exposition;
+mod pace;
 mod phase;
 mod prompt;
 mod status;
@@ -18,6 +19,7 @@ mod timeout;
 pub use codec::{Codec, Writer};
 pub use convert::{GenerationFields, bad_words, constraint, priority, stop_strings};
 pub use exposition::{OPEN_METRICS, TEXT, exposed};
+pub use pace::{PAUSE_MAX, Pace};
 pub use phase::Phase;
 pub use prompt::{Chat, Message, Prompt, Role, ToolChoice};
 pub use status::{Failure, RETRY_AFTER, Violation};

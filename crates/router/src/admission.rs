@@ -63,7 +63,7 @@ impl Shared {
 
     fn turn_away(&self, turned: Turned) -> Failure {
         self.metrics.turned_away(turned);
-        turned.refusal(&self.tuning.get().limits)
+        turned.refusal(&self.tuning.get().limits, self.tuning.room().retry_after())
     }
 }
 

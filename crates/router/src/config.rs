@@ -1,11 +1,12 @@
 //! What a router needs to know to start. Plain data: `settings` and the command line fill it in.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use security::{ClientTls, JwtRules, Secret, ServerTls};
+use security::{ClientTls, JwtRules, ServerTls, SharedSecret};
 
 use crate::discovery::Names;
 use crate::fair::Bounds;
@@ -21,6 +22,9 @@ pub struct Config {
     /// The leaders of the worker groups, each `http://host:port`, and names of which every address is a leader, each
     /// `dns+http://name:port`; at least one, unless groups register.
     pub workers: Vec<String>,
+    /// Shares of the requests, by address or by name as in `workers`; 1 for all others. A group of weight 0 gets no new
+    /// requests and finishes its own.
+    pub weights: BTreeMap<String, u32>,
     /// How names are asked for.
     pub names: Names,
     /// How long a group that registers is remembered without hearing of it; `None` takes no registrations.
@@ -58,7 +62,7 @@ pub struct Access {
     /// Files for TLS to groups whose address is `https://`.
     pub group_tls: Option<ClientTls>,
     /// The cluster's secret, shown to every group.
-    pub secret: Option<Secret>,
+    pub secret: Option<SharedSecret>,
 }
 
 /// Bounds on what a router takes in.

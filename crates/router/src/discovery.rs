@@ -17,6 +17,8 @@ use crate::{Config, Error};
 const NAME_PREFIX: &str = "dns+";
 /// Addresses of one name that are looked at: far more groups than a router serves.
 const ADDRESSES_MAX: usize = 1024;
+/// Weight of a group of which nothing is said.
+const WEIGHT_DEFAULT: u32 = 1;
 /// Longest wait for an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -87,29 +89,33 @@ impl fmt::Display for Name {
 }
 
 impl Name {
-    fn address(&self, at: SocketAddr) -> Address {
+    /// Where one of its groups listens, and the name that group's certificate must have.
+    fn address(&self, at: SocketAddr) -> (String, Option<String>) {
         let certified = (self.scheme == "https").then(|| self.host.clone());
-        Address { url: format!("{}://{at}", self.scheme), certified }
+        (format!("{}://{at}", self.scheme), certified)
     }
 }
 
 /// The sources of a configuration.
 #[derive(Debug, Clone, Default)]
 struct Sources {
-    fixed: Vec<Address>,
+    fixed: Vec<String>,
     names: BTreeMap<Name, Known>,
     /// Leaders that have registered, until when they count.
     registered: BTreeMap<String, Instant>,
     registration_hold: Option<Duration>,
+    /// Of addresses, and of names for each of their addresses; all others weigh 1.
+    weights: BTreeMap<String, u32>,
 }
 
 impl Sources {
     fn of(config: &Config) -> Result<Self, Error> {
         let registration_hold = config.registration_hold;
-        let mut sources = Self { registration_hold, ..Self::default() };
+        let weights = config.weights.clone();
+        let mut sources = Self { registration_hold, weights, ..Self::default() };
         for text in &config.workers {
             match text.strip_prefix(NAME_PREFIX) {
-                None => sources.fixed.push(Address::from(text.as_str())),
+                None => sources.fixed.push(text.clone()),
                 Some(url) => _ = sources.names.insert(name(text, url)?, Known::default()),
             }
         }
@@ -117,9 +123,19 @@ impl Sources {
     }
 
     fn addresses(&self) -> Vec<Address> {
-        let named = self.names.iter().flat_map(|(name, known)| known.addresses().map(|at| name.address(at)));
-        let registered = self.registered.keys().map(|url| Address::from(url.as_str()));
-        let mut all: Vec<Address> = self.fixed.iter().cloned().chain(named).chain(registered).collect();
+        // What is said of an address counts before what is said of its name.
+        let weigh = |url: String, certified, of_name: u32| {
+            let weight = self.weights.get(&url).copied().unwrap_or(of_name);
+            Address { url, certified, weight }
+        };
+        let plain = self.fixed.iter().map(|url| weigh(url.clone(), None, WEIGHT_DEFAULT));
+        let named = self.names.iter().flat_map(|(name, known)| {
+            let of_name = self.weights.get(&name.to_string()).copied().unwrap_or(WEIGHT_DEFAULT);
+            known.addresses().map(move |at| (name.address(at), of_name))
+        });
+        let named = named.map(|((url, certified), of_name)| weigh(url, certified, of_name));
+        let registered = self.registered.keys().map(|url| weigh(url.clone(), None, WEIGHT_DEFAULT));
+        let mut all: Vec<Address> = plain.chain(named).chain(registered).collect();
         all.dedup();
         all
     }

@@ -9,6 +9,7 @@ mod fields;
 mod form;
 mod generation;
 mod listen;
+mod start;
 mod stream;
 mod tokens;
 mod view;
@@ -42,6 +43,7 @@ use error::ApiError;
 use fields::Fields;
 use generation::Common;
 pub(crate) use listen::serve as listen;
+pub(crate) use start::routes as start;
 use view::{Api, View};
 
 /// Enough of the configuration's hash to tell two of them apart.
@@ -93,10 +95,7 @@ async fn admit(gate: Arc<Gate>, mut request: Request, next: Next) -> Response {
         Ok(()) => return next.run(request).await,
         Err(failure) => failure,
     };
-    match request.uri().path() {
-        "/v2/chat" | "/cohere/v2/chat" => cohere::refuse(failure.into()),
-        _ => ApiError::from(failure).into_response(),
-    }
+    start::refusal(request.uri().path(), failure)
 }
 
 fn now() -> u64 {
@@ -169,7 +168,8 @@ async fn generate(
     asked: (Common, Vec<v1::GenerateRequest>),
 ) -> Result<Response, ApiError> {
     let (common, requests) = asked;
-    let call = call(parts, &common.request.request_id)?.listed(&shared.running);
+    let mut call = call(parts, &common.request.request_id)?.listed(&shared.running);
+    call.trail.streams(common.stream);
     let answers = shared.generate_all(&call, requests).await.map_err(|failure| common.named(failure))?;
     let view = view(shared, api, &call, &common)?;
     let per_prompt = common.count();
@@ -299,7 +299,9 @@ async fn readyz(State(context): State<Context>) -> (StatusCode, Json<Value>) {
     let progress = context.shared.groups.progress();
     let code = match progress {
         Progress::Serving => StatusCode::OK,
-        Progress::Phase(..) | Progress::Unreachable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        Progress::Phase(..) | Progress::Unreachable(_) | Progress::Withheld => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
     };
     let (phase, percent) = progress.describe();
     (code, Json(json!({ "phase": phase, "percent": percent })))

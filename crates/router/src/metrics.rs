@@ -106,6 +106,7 @@ pub(crate) struct Metrics {
     group_up: Family<OfGroup, Gauge>,
     group_open: Family<OfGroup, Gauge>,
     group_broken: Family<OfGroup, Gauge>,
+    group_weight: Family<OfGroup, Gauge>,
     group_info: Family<GroupInfo, Gauge>,
 }
 
@@ -171,6 +172,11 @@ impl Metrics {
             "cohort_router_group_breaker_open",
             "1 for a group that is left alone for failing, else 0",
         );
+        let group_weight = add(
+            to,
+            "cohort_router_group_weight",
+            "Share of the requests that a group gets beside the others; 0 for none",
+        );
         let group_info =
             add(to, "cohort_router_group_info", "Where the leader of a group serves its metrics, always 1");
         let room = RoomGauges::new(to);
@@ -179,7 +185,7 @@ impl Metrics {
             add(to, "cohort_router_overloaded", "Requests that were not admitted, by the bound they met"),
             add(to, "cohort_router_tokens", "Tokens of requests that ended well, by kind"),
             add(to, "http_requests", "HTTP requests answered, by path and class of status"),
-            add(to, "cohort_router_group_up", "1 for a group that takes requests, else 0"),
+            add(to, "cohort_router_group_up", "1 for a group that serves, else 0"),
             add(to, "cohort_router_group_requests_open", "Requests of this router that a group works on"),
         );
         let metrics = Self {
@@ -194,6 +200,7 @@ impl Metrics {
             group_up,
             group_open,
             group_broken,
+            group_weight,
             group_info,
         };
         metrics.start_at_nothing();
@@ -231,13 +238,17 @@ impl Metrics {
     /// All of it in the OpenMetrics text format, with the gauges as they are now.
     pub(crate) fn render(&self, room: Occupancy, groups: &[GroupView]) -> String {
         self.room.set(room);
-        // A group may be reached at another place than before.
+        // A group may have left, or be reached at another place than before.
         self.group_info.clear();
-        for GroupView { address, takes, in_flight, broken, metrics } in groups {
+        for gauge in [&self.group_up, &self.group_open, &self.group_broken, &self.group_weight] {
+            gauge.clear();
+        }
+        for GroupView { address, up, in_flight, weight, broken, metrics } in groups {
             let info = GroupInfo { group: address.clone(), metrics: metrics.clone() };
             self.group_info.get_or_create(&info).set(1);
             let label = OfGroup { group: address.clone() };
-            self.group_up.get_or_create(&label).set((*takes).into());
+            self.group_up.get_or_create(&label).set((*up).into());
+            self.group_weight.get_or_create(&label).set((*weight).into());
             self.group_broken.get_or_create(&label).set((*broken).into());
             self.group_open.get_or_create(&label).set(i64::try_from(*in_flight).unwrap_or(i64::MAX));
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proto::{Failure, GenerationFields, Prompt, Role, Violation, bad_words, stop_strings, v1, worker};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
-use types::limits::{CACHE_SALT_BYTES_MAX, MESSAGE_BYTES_MAX};
+use types::limits::{CACHE_SALT_BYTES_MAX, MESSAGE_BYTES_MAX, SESSION_ID_BYTES_MAX};
 use types::{Generation, GenerationSpec, Priority, TokenId};
 
 use crate::answer::{Answer, Assembler, Reading};
@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     /// `None` for a checkpoint without tokenizer.
     pub(crate) text: Option<Text>,
     pub(crate) model_name: Option<String>,
-    pub(crate) tuning: Tuning,
+    pub(crate) tuning: Arc<Tuning>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) running: Arc<Running>,
@@ -285,6 +285,10 @@ impl Shared {
         let checked = spec.clone().validate(seed, facts.vocab_size);
         unless_invalid(checked.map_err(|error| GenerationFields::Public.refuse(error)), &mut wrong)?;
         let words = request.sampling.take().unwrap_or_default().bad_words;
+        if request.session_id.len() > SESSION_ID_BYTES_MAX {
+            let reason = format!("has {} bytes; at most {SESSION_ID_BYTES_MAX}", request.session_id.len());
+            wrong.push(Violation::new("session_id", reason));
+        }
         wrong.extend(bad_words(&words));
         wrong.extend(stop_strings(&stop));
         let options = unless_invalid(Options::new(&request), &mut wrong)?;

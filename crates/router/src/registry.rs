@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proto::worker::registry_server::Registry;
 use proto::worker::{RegisterRequest, RegisterResponse};
 use proto::{Failure, Violation};
-use security::{SECRET_HEADER, Secret};
+use security::{SECRET_HEADER, SharedSecret};
 use tonic::{Request, Response, Status};
 
 use crate::discovery::Discovery;
@@ -19,7 +19,7 @@ pub(crate) const PATH: &str = "/cohort.worker.v1.Registry/";
 pub(crate) struct Desk {
     pub(crate) discovery: Arc<Discovery>,
     pub(crate) groups: Arc<Groups>,
-    pub(crate) secret: Secret,
+    pub(crate) secret: SharedSecret,
 }
 
 #[tonic::async_trait]

@@ -1,9 +1,9 @@
 //! The waiting room: who is served at once, who waits for it, and who is turned away.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use proto::{Failure, RETRY_AFTER};
+use proto::{Failure, Pace};
 use tokio::sync::{Notify, oneshot};
 
 use crate::config::Limits;
@@ -23,6 +23,7 @@ struct Inside {
     taken: u32,
     /// Whoever waits is told here that its places are counted as taken.
     queue: Queue<oneshot::Sender<()>>,
+    pace: Pace,
 }
 
 /// Some places, given back when this is dropped.
@@ -77,7 +78,7 @@ impl Turned {
     ];
 
     /// The refusal its caller gets.
-    pub(crate) fn refusal(self, limits: &Limits) -> Failure {
+    pub(crate) fn refusal(self, limits: &Limits, retry_after: Duration) -> Failure {
         let queue = &limits.queue;
         let (what, max) = match self {
             Self::NoRoom | Self::TooLong => ("requests", limits.requests_max.into()),
@@ -86,25 +87,26 @@ impl Turned {
             Self::Full(Full::Bytes) => ("bytes of waiting prompts", queue.bytes_max as u64),
             Self::Full(Full::KeyRequests) => ("waiting requests of one key", queue.key_requests_max.into()),
         };
-        Failure::Overloaded { what: what.to_owned(), max, retry_after: RETRY_AFTER }
+        Failure::Overloaded { what: what.to_owned(), max, retry_after }
     }
 }
 
 impl Room {
     /// One with nobody in it.
     pub(crate) fn new(limits: Limits) -> Arc<Self> {
-        let inside = Inside { limits, taken: 0, queue: Queue::default() };
+        let inside = Inside { limits, taken: 0, queue: Queue::default(), pace: Pace::default() };
         Arc::new(Self { inside: Mutex::new(inside), empty: Notify::new() })
     }
 
     /// Places, if they are free and nobody waits.
     pub(crate) fn try_enter(self: &Arc<Self>, count: u32) -> Option<Places> {
         let mut inside = self.inside();
-        let free = inside.queue.is_empty() && inside.has_free(count);
-        free.then(|| {
-            inside.taken += count;
-            self.places(count)
-        })
+        if !inside.queue.is_empty() || !inside.has_free(count) {
+            inside.pace.full(Instant::now());
+            return None;
+        }
+        inside.taken += count;
+        Some(self.places(count))
     }
 
     /// The places that `waiter` needs, at once when they are free and nobody waits. Dropping this leaves the queue.
@@ -147,6 +149,12 @@ impl Room {
         inside.let_in();
     }
 
+    /// When it is worth to come back for one who is turned away now.
+    pub(crate) fn retry_after(&self) -> Duration {
+        let inside = self.inside();
+        inside.pace.wait(inside.queue.requests(), Instant::now())
+    }
+
     /// How full it is now.
     pub(crate) fn occupancy(&self) -> Occupancy {
         let inside = self.inside();
@@ -175,9 +183,14 @@ impl Room {
     }
 
     fn leave(&self, count: u32) {
+        let now = Instant::now();
         let mut inside = self.inside();
         inside.taken -= count;
+        inside.pace.left(count, now);
         inside.let_in();
+        if inside.queue.is_empty() && inside.has_free(1) {
+            inside.pace.eased(now);
+        }
         if inside.is_empty() {
             self.empty.notify_waiters();
         }

@@ -169,7 +169,8 @@ impl Cohort for Service {
     type GenerateStream = Messages;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Messages>, Status> {
-        let call = call(&request, &request.get_ref().request_id)?;
+        let mut call = call(&request, &request.get_ref().request_id)?;
+        call.trail.streams(true);
         let messages = match self.shared.generate(call.clone(), request.into_inner()).await {
             Ok(answer) => Ok(Messages::with_head(call.clone(), answer).await),
             Err(failure) => Err(failure),

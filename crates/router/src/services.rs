@@ -18,7 +18,8 @@ const COHORT: &str = "/cohort.v1.Cohort/";
 /// for each call, and boxes its future and its body anew.
 #[derive(Debug, Clone)]
 pub(crate) struct Services {
-    pub(crate) cohort: CohortServer<Service>,
+    /// Not there before the router can serve: then the others say so.
+    pub(crate) cohort: Option<CohortServer<Service>>,
     pub(crate) others: Routes,
 }
 
@@ -36,9 +37,9 @@ impl tower::Service<Request<Body>> for Services {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        match request.uri().path().starts_with(COHORT) {
-            true => Either::Left(self.cohort.call(request)),
-            false => Either::Right(self.others.call(request)),
+        match &mut self.cohort {
+            Some(cohort) if request.uri().path().starts_with(COHORT) => Either::Left(cohort.call(request)),
+            Some(_) | None => Either::Right(self.others.call(request)),
         }
     }
 }

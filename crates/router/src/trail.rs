@@ -5,6 +5,7 @@ use std::time::Instant;
 use proto::{Failure, v1, worker};
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use trace::{Kind, Parent, Sampling, Span, TRACEPARENT, TRACESTATE};
+use types::limits::SESSION_ID_BYTES_MAX;
 
 use crate::call::Call;
 
@@ -26,13 +27,21 @@ pub(crate) struct Trail {
     root: Span,
     /// What the caller said, for the groups when nothing is traced here.
     caller: Option<Parent>,
+    /// Whether the answer is sent as it comes.
+    streams: bool,
 }
 
 impl Trail {
     /// Reads who calls.
     pub(crate) fn of(headers: &MetadataMap) -> Self {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
-        Self { root: Span::none(), caller: Parent::read(text(TRACEPARENT), text(TRACESTATE)) }
+        let caller = Parent::read(text(TRACEPARENT), text(TRACESTATE));
+        Self { root: Span::none(), caller, streams: false }
+    }
+
+    /// Notes whether the answer is sent as it comes, or at once when it is whole.
+    pub(crate) fn streams(&mut self, streams: bool) {
+        self.streams = streams;
     }
 
     /// One try of `request` at a group, which lasts as long as its stream.
@@ -121,6 +130,7 @@ impl Traced {
         root.set("gen_ai.response.model", served);
         root.set("gen_ai.response.id", call.request_id.clone());
         root.set("gen_ai.request.id", call.request_id.clone());
+        root.set("gen_ai.request.stream", call.trail.streams);
         describe(&root, request);
         if tracing.record_content {
             root.set_some("gen_ai.input.messages", content(request));
@@ -230,6 +240,11 @@ impl Traced {
 /// What a request asks for.
 fn describe(root: &Span, request: &v1::GenerateRequest) {
     let number = |value: Option<u32>| value.map(i64::from);
+    let conversation = Some(&request.session_id).filter(|id| !id.is_empty());
+    root.set_some(
+        "gen_ai.conversation.id",
+        conversation.map(|id| fitting(id, SESSION_ID_BYTES_MAX).to_owned()),
+    );
     if let Some(sampling) = &request.sampling {
         root.set_some("gen_ai.request.temperature", sampling.temperature.map(f64::from));
         root.set_some("gen_ai.request.top_p", sampling.top_p.map(f64::from));

@@ -12,7 +12,7 @@ use crate::pipeline::Shared;
 use crate::room::Room;
 use crate::{Config, Error};
 
-/// An order to go on with another configuration. Of it are taken: the workers, the limits, the file of keys, how long
+/// An order to go on with another configuration. Of it are taken: the workers and their weights, the limits, the file of keys, how long
 /// callers and groups are waited for, and the graces; all else stays as it was at the start.
 #[derive(Debug)]
 pub struct Change {

@@ -112,7 +112,8 @@ impl InferenceService for Inference {
         &self,
         request: Request<vllm::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStreamStream>, Status> {
-        let call = call(&request, &request.get_ref().request_id)?.listed(&self.shared.running);
+        let mut call = call(&request, &request.get_ref().request_id)?.listed(&self.shared.running);
+        call.trail.streams(true);
         let result = self.start(&call, request.into_inner()).await;
         let labelled = call.clone();
         let stream = result.map(|(answer, mut view)| {

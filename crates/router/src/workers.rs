@@ -57,6 +57,8 @@ enum Standing {
 #[derive(Debug, Clone)]
 struct Seen {
     standing: Standing,
+    /// Its share of the requests; with 0 it finishes what it has.
+    weight: u32,
     link: Link,
     facts: Option<Facts>,
     /// Requests of other routers there, when it reported last.
@@ -163,9 +165,11 @@ pub(crate) struct Placement {
 #[derive(Debug, Clone)]
 pub(crate) struct GroupView {
     pub(crate) address: String,
-    /// Whether it takes requests.
-    pub(crate) takes: bool,
+    /// Whether it serves what the others do; it takes requests then, unless its weight is 0.
+    pub(crate) up: bool,
     pub(crate) in_flight: usize,
+    /// Its share of the requests.
+    pub(crate) weight: u32,
     /// Whether it is left alone for failing.
     pub(crate) broken: bool,
     /// Where its leader serves metrics; empty for nowhere.
@@ -225,8 +229,9 @@ impl Groups {
         let (state, now) = (self.state(), Instant::now());
         let view = |(index, group): (usize, &Arc<Group>)| GroupView {
             address: group.address.clone(),
-            takes: state.takes(index),
+            up: state.serves(index),
             in_flight: group.in_flight.load(Ordering::Relaxed),
+            weight: state.seen[index].weight,
             broken: !state.breakers[index].lets_through(now),
             metrics: connect::at_port(&group.address, state.seen[index].metrics_port),
         };
@@ -272,6 +277,9 @@ impl Groups {
         if (0..state.groups.len()).any(|index| state.takes(index)) {
             return Progress::Serving;
         }
+        if (0..state.groups.len()).any(|index| state.serves(index)) {
+            return Progress::Withheld;
+        }
         let members =
             || state.seen.iter().zip(&state.groups).filter(|(seen, _)| seen.standing == Standing::Member);
         let up = members().filter_map(|(seen, _)| match seen.link {
@@ -308,6 +316,7 @@ impl Groups {
                 eligible: state.takes(index)
                     && !tried.contains(&index)
                     && state.breakers[index].lets_through(now),
+                weight: state.seen[index].weight,
                 in_flight: group.in_flight.load(Ordering::Relaxed),
                 others: state.seen[index].others,
                 known_tokens,
@@ -481,8 +490,13 @@ fn log(group: &Group, (took, before): (bool, &Seen), (takes, after): (bool, &See
 }
 
 impl State {
-    /// Whether group `index` takes requests for what is served.
+    /// Whether group `index` gets requests.
     fn takes(&self, index: usize) -> bool {
+        self.serves(index) && self.seen[index].weight > 0
+    }
+
+    /// Whether group `index` is there for what is served.
+    fn serves(&self, index: usize) -> bool {
         let seen = &self.seen[index];
         let same = match (&self.served, &seen.facts) {
             (Some(served), Some(own)) => own.same_model(served),

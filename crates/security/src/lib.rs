@@ -11,6 +11,7 @@ mod keys;
 mod live;
 mod meter;
 mod secret;
+mod shared;
 mod tls;
 
 pub use badge::{Badge, Identified, SECRET_HEADER};
@@ -19,5 +20,6 @@ pub use jwt::{JwtRules, Refused, Tokens};
 pub use keys::{KeyFile, KeyLine, Keys, generate_key, key_line};
 pub use live::POLL;
 pub use meter::{Limited, Limits, Meter, Visit};
-pub use secret::{SECRET_VARIABLE, Secret};
+pub use secret::{SECRET_FILE_VARIABLE, SECRET_VARIABLE, Secret};
+pub use shared::SharedSecret;
 pub use tls::{Acceptor, ClientTls, Clients, Dialer, ServerTls, Stream, incoming};

@@ -15,6 +15,8 @@ use crate::live::read_text;
 /// The variable in which a supervisor hands its children the secret: other users cannot read it, and it stands on no
 /// command line.
 pub const SECRET_VARIABLE: &str = "COHORT_CLUSTER_SECRET";
+/// The variable in which it tells them the file it has the secret from, so that they see it change.
+pub const SECRET_FILE_VARIABLE: &str = "COHORT_CLUSTER_SECRET_FILE";
 /// Characters of a secret at least: 128 random bits in hexadecimal.
 const CHARACTERS_MIN: usize = 32;
 /// Characters of a secret at most: it travels in a header.

@@ -8,6 +8,7 @@ use types::{Dispatch, DispatchChoice, ExpertSharding};
 use worker::LoadFormat;
 
 use crate::tree::{Group, Model, Router, RouterJwt, Settings};
+use crate::weights;
 
 /// Groups of one cluster file: far above what one machine holds.
 pub(crate) const GROUPS_MAX: u64 = 256;
@@ -44,6 +45,7 @@ pub(crate) fn faults(settings: &Settings) -> Vec<Fault> {
     router(&settings.router, &mut faults);
     model(&settings.model, &mut faults);
     within("cluster.groups", settings.cluster.groups.into(), 1..=GROUPS_MAX, &mut faults);
+    weights::check(&settings.router, &settings.cluster, &mut faults);
     metrics_ports(settings, &mut faults);
     tls(settings, &mut faults);
     settings.telemetry.check(&mut faults);
@@ -302,7 +304,7 @@ fn jwt(jwt: &RouterJwt, faults: &mut Vec<Fault>) {
 }
 
 /// `http://host:port` or `https://host:port`, nothing after it, and `dns+` before it where the host is a name.
-fn is_worker_address(text: &str) -> bool {
+pub(crate) fn is_worker_address(text: &str) -> bool {
     if let Some(named) = text.strip_prefix("dns+") {
         return !named.contains(['[', ']']) && is_worker_address(named);
     }

@@ -7,6 +7,7 @@ use types::{TpRank, TpSize};
 
 use crate::telemetry::Telemetry;
 use crate::tree::{ClusterTls, RouterJwt, Settings, Tls};
+use crate::weights;
 
 fn server_tls(tls: &Tls) -> Option<ServerTls> {
     let (certificate, key) = tls.certificate.clone().zip(tls.key.clone())?;
@@ -35,6 +36,7 @@ impl Settings {
             grpc_listen: router.grpc_listen,
             http_listen: router.http_listen.address(),
             workers: router.workers.clone(),
+            weights: weights::by_address(router),
             names: router::discovery::Names {
                 interval: router.dns.interval_s,
                 hold: router.dns.hold_s,

@@ -15,6 +15,7 @@ mod schema;
 mod strict;
 mod telemetry;
 mod tree;
+mod weights;
 
 pub use convert::RankPlace;
 pub use describe::{Key, Section};

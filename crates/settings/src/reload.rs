@@ -47,8 +47,9 @@ enum Effect {
 }
 
 /// Keys of `[router]` that a running router takes, by name or by section.
-const ROUTER_LIVE: [&str; 10] = [
+const ROUTER_LIVE: [&str; 11] = [
     "router.workers",
+    "router.weights",
     "router.dns.",
     "router.registration_hold_s",
     "router.limits.",
@@ -67,7 +68,7 @@ fn effect(key: &str, role: Role) -> Effect {
     }
     if key.starts_with("router.") && role != Role::Group {
         return match key {
-            "router.workers" if role == Role::Up => Effect::Nothing,
+            "router.workers" | "router.weights" if role == Role::Up => Effect::Nothing,
             _ if one_of(&ROUTER_LIVE) => Effect::Live,
             "router.grpc_listen" | "router.http_listen" => {
                 Effect::Restart("a listener keeps the address it was opened at")
@@ -82,8 +83,8 @@ fn effect(key: &str, role: Role) -> Effect {
         return Effect::Restart("groups are started with it");
     }
     match (key, role) {
-        ("cluster.groups", Role::Up) => Effect::Live,
-        ("cluster.groups", _) => Effect::Nothing,
+        ("cluster.groups" | "cluster.weights", Role::Up) => Effect::Live,
+        ("cluster.groups" | "cluster.weights", _) => Effect::Nothing,
         _ if one_of(&["model."]) => match role {
             Role::Router if !one_of(&["model.path", "model.name", "model.preset"]) => Effect::Nothing,
             Role::Router => Effect::Restart("a router reads the model's text files when it starts"),

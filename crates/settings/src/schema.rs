@@ -4,6 +4,7 @@ use model::Preset;
 use schemars::generate::SchemaSettings;
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::Value;
+use types::limits::WEIGHT_MAX;
 use types::{Dispatch, DispatchChoice, ExpertSharding};
 
 use worker::LoadFormat;
@@ -97,6 +98,23 @@ pub(crate) fn address(_: &mut SchemaGenerator) -> Schema {
 
 pub(crate) fn address_or_off(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "string", "pattern": format!("^off$|{ADDRESS}"), "examples": ["0.0.0.0:8080", "off"] })
+}
+
+pub(crate) fn weights(_: &mut SchemaGenerator) -> Schema {
+    let entry = format!("{}=[0-9]{{1,3}}$", WORKER.trim_end_matches('$'));
+    json_schema!({
+        "type": "array",
+        "items": { "type": "string", "pattern": entry },
+        "examples": [["http://10.0.0.11:50052=2"]],
+    })
+}
+
+pub(crate) fn group_weights(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array",
+        "items": { "type": "integer", "minimum": 0, "maximum": WEIGHT_MAX },
+        "examples": [[2, 1, 0]],
+    })
 }
 
 pub(crate) fn workers(_: &mut SchemaGenerator) -> Schema {

@@ -176,6 +176,50 @@ pub(crate) mod text_list {
     }
 }
 
+/// A list of whole numbers; from a variable or flag, separated by commas.
+pub(crate) mod whole_list {
+    use serde::de::SeqAccess;
+
+    use super::*;
+
+    struct List<T>(PhantomData<T>);
+
+    impl<'de, T: TryFrom<u64>> Visitor<'de> for List<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of whole numbers")
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<Vec<T>, E> {
+            let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+            items.map(|item| Whole(PhantomData).visit_str(item)).collect()
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<T>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(item) = items.next_element::<Item<T>>()? {
+                list.push(item.0);
+            }
+            Ok(list)
+        }
+    }
+
+    struct Item<T>(T);
+
+    impl<'de, T: TryFrom<u64>> serde::Deserialize<'de> for Item<T> {
+        fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+            read_whole(from).map(Item)
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>, T: TryFrom<u64>>(
+        from: D,
+    ) -> Result<Vec<T>, D::Error> {
+        from.deserialize_any(List(PhantomData))
+    }
+}
+
 /// Anything written as text: a dtype, an address.
 pub(crate) mod parsed {
     use std::fmt::Display;

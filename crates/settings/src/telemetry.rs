@@ -1,6 +1,7 @@
 //! `[telemetry]`: what a process tells of itself beside its metrics.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
@@ -23,11 +24,16 @@ pub struct Telemetry {
     #[serde(with = "strict::parsed")]
     #[schemars(schema_with = "schema::log_format")]
     pub log_format: LogFormat,
-    /// Where the spans of traced requests are sent, as `http://host:port` of a collector that speaks OTLP over gRPC.
-    /// Default: nothing is traced.
+    /// Where the spans of traced requests are sent, as `http://host:port` or `https://host:port` of a collector that speaks
+    /// OTLP over gRPC. Default: nothing is traced.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
     pub otlp_endpoint: Option<String>,
+    /// Authorities that the certificate of an `https://` collector must be signed by (PEM); read again when it changes.
+    /// Default: none.
+    #[serde(deserialize_with = "strict::text_option::deserialize")]
+    #[schemars(with = "String", length(min = 1))]
+    pub otlp_ca: Option<PathBuf>,
     /// Share of the requests that are traced, 0 to 1.
     #[serde(with = "strict::fraction")]
     #[schemars(with = "f64", range(min = 0, max = 1))]
@@ -88,6 +94,7 @@ impl Default for Telemetry {
             log_level: None,
             log_format: LogFormat::Human,
             otlp_endpoint: None,
+            otlp_ca: None,
             sample_ratio: 1.0,
             follow_callers: true,
             record_content: false,
@@ -111,6 +118,18 @@ impl Telemetry {
             let reason = format!("{endpoint:?} is not an address such as http://127.0.0.1:4317");
             faults.push(("telemetry.otlp_endpoint", reason));
         }
+        let encrypted = self.otlp_endpoint.as_ref().is_some_and(|endpoint| endpoint.starts_with("https://"));
+        match (encrypted, &self.otlp_ca) {
+            (true, None) => {
+                let reason = "is needed where telemetry.otlp_endpoint is https://".to_owned();
+                faults.push(("telemetry.otlp_ca", reason));
+            }
+            (false, Some(_)) => {
+                let reason = "is of no use without an https:// telemetry.otlp_endpoint".to_owned();
+                faults.push(("telemetry.otlp_ca", reason));
+            }
+            (true, Some(_)) | (false, None) => {}
+        }
         if self.record_content && self.otlp_endpoint.is_none() {
             let reason = "is of no use without telemetry.otlp_endpoint".to_owned();
             faults.push(("telemetry.record_content", reason));
@@ -118,9 +137,12 @@ impl Telemetry {
     }
 }
 
-/// `http://host:port`, with nothing but a slash behind it.
+/// `http://host:port` or `https://host:port`, with nothing but a slash behind it.
 fn is_endpoint(text: &str) -> bool {
-    let rest = text.strip_prefix("http://").map(|rest| rest.strip_suffix('/').unwrap_or(rest));
+    let rest = text
+        .strip_prefix("http://")
+        .or_else(|| text.strip_prefix("https://"))
+        .map(|rest| rest.strip_suffix('/').unwrap_or(rest));
     let Some((host, port)) = rest.and_then(|rest| rest.rsplit_once(':')) else { return false };
     let bracketed = host.starts_with('[') && host.ends_with(']');
     let plain = !host.is_empty() && !host.contains(['/', ':', ' ', '@', '[', ']']);

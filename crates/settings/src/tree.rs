@@ -104,6 +104,12 @@ pub struct Router {
     #[serde(deserialize_with = "strict::text_list::deserialize")]
     #[schemars(schema_with = "schema::workers")]
     pub workers: Vec<String>,
+    /// Shares of the requests that workers get, 0 to 100 each, as `ADDRESS=WEIGHT`; a name stands for each of its addresses,
+    /// and all others have 1. One with 0 gets no new requests and finishes its own. May change while serving. `cohort up`
+    /// fills this in from `cluster.weights`.
+    #[serde(deserialize_with = "strict::text_list::deserialize")]
+    #[schemars(schema_with = "schema::weights")]
+    pub weights: Vec<String>,
     /// Let groups register here, beside those of the list; they need the cluster's secret.
     #[serde(with = "strict::truth")]
     #[schemars(with = "bool")]
@@ -377,7 +383,13 @@ pub struct Cluster {
     #[serde(deserialize_with = "strict::whole::deserialize")]
     #[schemars(range(min = 1, max = GROUPS_MAX))]
     pub groups: u32,
-    /// File with the secret that routers show to groups; groups refuse calls without it. The variable
+    /// Shares of the requests that the groups get, in order, 0 to 100 each; those that are not named have 1. A group with 0
+    /// gets no new requests and finishes its own. May change while serving.
+    #[serde(deserialize_with = "strict::whole_list::deserialize")]
+    #[schemars(schema_with = "schema::group_weights")]
+    pub weights: Vec<u32>,
+    /// File with the secret that routers show to groups; groups refuse calls without it. Read again when it changes; of two
+    /// lines both are taken and the first is shown. The variable
     /// `COHORT_CLUSTER_SECRET` may hold it instead. Default: a random one in `cohort up`, else none.
     #[serde(deserialize_with = "strict::text_option::deserialize")]
     #[schemars(with = "String", length(min = 1))]
@@ -461,6 +473,7 @@ impl Default for Router {
             grpc_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
             http_listen: HttpListen::At(SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))),
             workers: Vec::new(),
+            weights: Vec::new(),
             registration: false,
             registration_hold_s: Duration::from_secs(10),
             dns: RouterDns::default(),
@@ -542,6 +555,6 @@ impl Default for Group {
 
 impl Default for Cluster {
     fn default() -> Self {
-        Self { groups: 1, secret_file: None, tls: ClusterTls::default() }
+        Self { groups: 1, weights: Vec::new(), secret_file: None, tls: ClusterTls::default() }
     }
 }

@@ -115,14 +115,41 @@ fn each_bad_value_is_refused_with_its_key() {
         ("telemetry.sample_ratio = 1.5", "telemetry.sample_ratio: must be between 0 and 1, not 1.5"),
         ("telemetry.sample_ratio = 'all'", "telemetry.sample_ratio: must be a number, not \"all\""),
         (
+            "telemetry.otlp_endpoint = 'https://a'\ntelemetry.otlp_ca = 'c'",
+            "telemetry.otlp_endpoint: \"https://a\" is not an address such as http://127.0.0.1:4317",
+        ),
+        (
             "telemetry.otlp_endpoint = 'https://a:1'",
-            "telemetry.otlp_endpoint: \"https://a:1\" is not an address such as http://127.0.0.1:4317",
+            "telemetry.otlp_ca: is needed where telemetry.otlp_endpoint is https://",
+        ),
+        (
+            "telemetry.otlp_endpoint = 'http://a:1'\ntelemetry.otlp_ca = 'c'",
+            "telemetry.otlp_ca: is of no use without an https:// telemetry.otlp_endpoint",
         ),
         (
             "telemetry.record_content = true",
             "telemetry.record_content: is of no use without telemetry.otlp_endpoint",
         ),
         ("cluster.groups = 0", "cluster.groups: must be between 1 and 256, not 0"),
+        (
+            "router.weights = ['http://a:1']",
+            "router.weights: \"http://a:1\" is not an address and its weight, 0 to 100, such as http://10.0.0.1:7000=2",
+        ),
+        (
+            "router.workers = ['http://a:1']\nrouter.weights = ['http://a:1=101']",
+            "router.weights: \"http://a:1=101\" is not an address and its weight",
+        ),
+        (
+            "router.workers = ['http://a:1']\nrouter.weights = ['http://b:1=2']",
+            "router.weights: http://b:1 is not in router.workers",
+        ),
+        (
+            "router.registration = true\nrouter.weights = ['http://b:1=2', 'http://b:1=0']",
+            "router.weights: http://b:1 has two weights, 2 and 0",
+        ),
+        ("cluster.weights = [101]", "cluster.weights: must be between 0 and 100 each, not 101"),
+        ("cluster.weights = [1, 0]", "cluster.weights: has 2 weights for 1 group(s)"),
+        ("cluster.weights = ['x']", "cluster.weights: must be a whole number of at least 0, not \"x\""),
     ];
     refused(&cases);
 }

@@ -61,6 +61,19 @@ fn the_worker_list_is_the_routers_and_not_of_a_cluster_that_fills_it_in() {
 }
 
 #[test]
+fn weights_change_while_they_are_served_for_a_router_by_address_and_for_a_cluster_by_number() {
+    let text = format!("{BEFORE}[router]\nregistration = false\nweights = []\n");
+    let text = text.replace("groups = 2", "groups = 2\nweights = [3, 0]");
+    let expected = vec!["cluster.weights [] → [3,0]".to_owned()];
+    assert_eq!(changes(&text, Role::Up), (expected, vec![]));
+    assert_eq!(changes(&text, Role::Router), (vec![], vec![]));
+    let worker = "http://10.0.0.1:7000";
+    let text = format!("{BEFORE}[router]\nworkers = [\"{worker}\"]\nweights = [\"{worker}=0\"]\n");
+    let (live, _) = changes(&text, Role::Router);
+    assert_eq!(live[1], format!("router.weights [] → [\"{worker}=0\"]"));
+}
+
+#[test]
 fn what_needs_a_restart_is_refused_with_line_and_reason_and_takes_the_rest_along() {
     let text = "[cluster]\ngroups = 9\n[group]\nkv_tokens = 2048\n[model]\ndtype = \"bf16\"\n\
                 [router]\ngrpc_listen = \"127.0.0.1:9\"\n";

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use opentelemetry::KeyValue;
 use opentelemetry::trace::TracerProvider;
-use opentelemetry_otlp::{ExporterBuildError, WithExportConfig};
+use opentelemetry_otlp::{ExporterBuildError, WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
 use opentelemetry_sdk::trace::{
     BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider, SpanData, SpanExporter,
 };
 use tokio::runtime::{Handle, Runtime};
+use tonic::transport::Channel;
 use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer;
@@ -36,13 +37,16 @@ pub const FLUSH_MAX: Duration = Duration::from_secs(2);
 /// What is sent where, and under which name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Export {
-    /// The collector, as `http://host:port`.
+    /// The collector, as `http://host:port` or `https://host:port`.
     pub endpoint: String,
     /// What this process is called: `cohort-router`.
     pub service: &'static str,
     /// What else is said of it, such as its rank.
     pub facts: Vec<(&'static str, String)>,
 }
+
+/// Makes the connection to an encrypted collector, inside the runtime that it is used in.
+pub type Connect = Box<dyn FnOnce() -> Channel + Send>;
 
 /// Why nothing can be exported.
 #[derive(Debug, thiserror::Error)]
@@ -72,11 +76,15 @@ impl fmt::Debug for Exporter {
     }
 }
 
-/// Starts to export: the layer takes in the spans of requests and nothing else.
+/// Starts to export: the layer takes in the spans of requests and nothing else. A collector that is not reached in plain text
+/// needs a connection of the caller's making.
 ///
 /// # Errors
 /// [`Error`] for an endpoint that is none. One that is down, or comes later, is no error.
-pub fn start<S>(export: &Export) -> Result<(impl Layer<S> + use<S>, Exporter), Error>
+pub fn start<S>(
+    export: &Export,
+    connect: Option<Connect>,
+) -> Result<(impl Layer<S> + use<S>, Exporter), Error>
 where
     S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
 {
@@ -89,9 +97,13 @@ where
     let sender = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
         .with_endpoint(export.endpoint.clone())
-        .with_timeout(SEND_MAX)
-        .build()
-        .map_err(|source| Error::Endpoint { endpoint: export.endpoint.clone(), source })?;
+        .with_timeout(SEND_MAX);
+    let sender = match connect {
+        Some(connect) => sender.with_channel(connect()),
+        None => sender,
+    };
+    let sender =
+        sender.build().map_err(|source| Error::Endpoint { endpoint: export.endpoint.clone(), source })?;
     drop(inside);
     let quiet = Quiet {
         inner: sender,

@@ -10,7 +10,7 @@ mod parent;
 mod sampling;
 mod span;
 
-pub use export::{Error, Export, Exporter, FLUSH_MAX, QUEUE_MAX, start};
+pub use export::{Connect, Error, Export, Exporter, FLUSH_MAX, QUEUE_MAX, start};
 pub use parent::{PARENT_BYTES, Parent, TRACEPARENT, TRACESTATE};
 pub use sampling::Sampling;
 pub use span::{Kind, Span, is_span};

@@ -1,6 +1,8 @@
 //! Every fixed limit of the system, each with the reason it exists. Limits an operator may move are configuration,
 //! and these are their ceilings.
 
+use std::time::Duration;
+
 /// Ranks in one group: the widest plan in use (8 GPUs a host, 16 hosts) with room to spare.
 pub const RANKS_MAX: u32 = 128;
 /// Tokens in one KV block: larger blocks waste memory at every sequence's end.
@@ -35,6 +37,8 @@ pub const BAD_WORD_TEXTS_MAX: usize = BAD_WORDS_MAX / 2;
 pub const BAD_WORD_BYTES_MAX: usize = 256;
 /// Bytes of one cache salt: it is hashed, so more adds nothing.
 pub const CACHE_SALT_BYTES_MAX: usize = 1024;
+/// Bytes of one session id: it is written into traces, where an id has a few dozen.
+pub const SESSION_ID_BYTES_MAX: usize = 256;
 /// Temperature above this is noise; OpenAI allows 2.
 pub const TEMPERATURE_MAX: f32 = 100.0;
 /// Tokens generated when a request does not say how many (and the context allows): enough for an answer, and
@@ -45,6 +49,12 @@ pub const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
 /// Priorities go from minus this to this: wide enough for tiers, narrow enough that ageing overtakes every one of them
 /// in seconds.
 pub const PRIORITY_MAX: i32 = 100;
+/// The soonest a caller that is turned away is told to come back: sooner it would only be turned away again.
+pub const RETRY_AFTER_MIN: Duration = Duration::from_millis(100);
+/// The latest likewise: what is known of a router's pace says nothing of later times.
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+/// Weight of a worker group among the others: the least share is a hundredth of another's.
+pub const WEIGHT_MAX: u32 = 100;
 /// Size of one gRPC message in bytes: a 1M-token prompt with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Bytes of a JSON body that is parsed where it was received: a longer one would hold up the callers that are served by the

@@ -32,8 +32,10 @@ pub(crate) struct Facts {
     pub(crate) model: ModelConfig,
     pub(crate) plan: ShardPlan,
     pub(crate) engine: engine::Config,
-    /// Equal on all ranks, or they will not join.
+    /// Of what is computed: equal in all groups of a cluster, or routers will not use them.
     pub(crate) config_hash: [u8; 32],
+    /// Equal on all ranks of this group, or they will not join.
+    pub(crate) group_hash: [u8; 32],
 }
 
 /// Where the weights come from.
@@ -67,13 +69,16 @@ pub(crate) fn facts(config: &Config) -> Result<Facts, Error> {
     let plan = plan(config, &model)?;
     let engine = engine_config(config, &model)?;
     let placed = plan.placement.as_ref().map(|placement| placement.to_json()).unwrap_or_default();
-    let extra = format!("{} {engine:?} {placed}", config.model_name);
-    let (size, dtype, extra) = (config.rank.size(), config.dtype, extra.as_bytes());
     let config_hash = match &weights {
-        WeightSource::Checkpoint(checkpoint) => model::config_hash(checkpoint, size, dtype, extra)?,
-        WeightSource::Dummy => model::dummy_hash(&model, size, dtype, extra),
+        WeightSource::Checkpoint(checkpoint) => {
+            let changed = format!("window_keys={}", model.window_keys);
+            model::config_hash(checkpoint, config.dtype, changed.as_bytes())?
+        }
+        WeightSource::Dummy => model::dummy_hash(&model, config.dtype),
     };
-    Ok(Facts { device, weights, model, plan, engine, config_hash })
+    let extra = format!("{} {engine:?} {placed}", config.model_name);
+    let group_hash = model::group_hash(config_hash, config.rank.size(), extra.as_bytes());
+    Ok(Facts { device, weights, model, plan, engine, config_hash, group_hash })
 }
 
 /// What this rank holds.
@@ -129,9 +134,11 @@ pub(crate) fn parallel(config: &Config) -> Plan {
 pub(crate) fn meet(config: &Config, facts: &Facts, reporter: &dyn Reporter) -> Result<Joined, Error> {
     let rank = config.rank;
     let plan = parallel(config).name;
-    let member = Member { rank, plan, config_hash: facts.config_hash };
+    let member = Member { rank, plan, config_hash: facts.group_hash };
     let tcp = TcpOptions { deadline: config.step_timeout, spin: SPIN };
-    let secret = config.access.secret.as_ref().map(|secret| GroupSecret::new(secret.expose().as_bytes()));
+    // As it is now: ranks that have met stay together when it changes.
+    let secret = config.access.secret.as_ref();
+    let secret = secret.map(|secret| GroupSecret::new(secret.now().expose().as_bytes()));
     let options = RendezvousOptions { within: config.boot_timeout, tcp, secret };
     let joined = if rank.is_leader() {
         Rendezvous::bind(config.rendezvous).and_then(|rendezvous| {

@@ -1,8 +1,10 @@
 //! What the engine says, on the wire to the router.
 
+use std::time::Duration;
+
 use engine::{Finish, Refusal, TokenLogprob};
 use proto::worker::{self, GenerateChunk};
-use proto::{Failure, RETRY_AFTER, Violation};
+use proto::{Failure, Violation};
 use tokio::sync::Semaphore;
 use types::{Generation, TokenId};
 
@@ -42,6 +44,11 @@ impl Origin {
     }
 
     /// Takes note of its start; what is found after a preemption is its own.
+    /// Whether it has not begun.
+    pub(crate) const fn waits(&self) -> bool {
+        matches!(self.start, Start::Waited)
+    }
+
     pub(crate) fn started(&mut self, cached_tokens: u32) {
         if matches!(self.start, Start::Waited) {
             self.start = Start::Found(cached_tokens);
@@ -110,8 +117,8 @@ pub(crate) fn finish(origin: &Origin, finish: Finish) -> Result<GenerateChunk, F
     Ok(GenerateChunk { index: origin.index, finish: Some(finish), ..GenerateChunk::default() })
 }
 
-/// Why a request was not taken.
-pub(crate) fn refusal(refusal: &Refusal) -> Failure {
+/// Why a request was not taken; where too much waits, it is worth to come back after `retry_after`.
+pub(crate) fn refusal(refusal: &Refusal, retry_after: Duration) -> Failure {
     let words = refusal.to_string();
     match *refusal {
         Refusal::EmptyPrompt => Violation::new("prompt", words).into(),
@@ -139,12 +146,10 @@ pub(crate) fn refusal(refusal: &Refusal) -> Failure {
             Violation::new("prompt", words).into()
         }
         Refusal::QueueFull { max, .. } => {
-            Failure::Overloaded { what: "waiting requests".into(), max: max.into(), retry_after: RETRY_AFTER }
+            Failure::Overloaded { what: "waiting requests".into(), max: max.into(), retry_after }
         }
-        Refusal::QueueTokensFull { max, .. } => Failure::Overloaded {
-            what: "waiting prompt tokens".into(),
-            max: max.into(),
-            retry_after: RETRY_AFTER,
-        },
+        Refusal::QueueTokensFull { max, .. } => {
+            Failure::Overloaded { what: "waiting prompt tokens".into(), max: max.into(), retry_after }
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use security::{ClientTls, Secret, ServerTls};
+use security::{ClientTls, ServerTls, SharedSecret};
 use types::{BlockSize, DType, Dispatch, ExpertSharding, TpRank, TpSize};
 
 /// Where the model runs.
@@ -148,5 +148,5 @@ pub struct Access {
     /// Files for TLS on the leader's listeners; plain text without. Callers of the one for metrics need no certificate.
     pub tls: Option<ServerTls>,
     /// The cluster's secret, which routers must show.
-    pub secret: Option<Secret>,
+    pub secret: Option<SharedSecret>,
 }

@@ -26,6 +26,7 @@ mod report;
 mod run;
 mod server;
 mod service;
+mod standing;
 mod state;
 mod streams;
 mod traced;

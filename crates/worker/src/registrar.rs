@@ -156,8 +156,11 @@ impl Registrar {
             return;
         }
         match outcome {
-            Ok(()) => tracing::info!(%router, "registered at a router"),
-            Err((Code::FailedPrecondition, why)) => self.state.acknowledged(&router, &why),
+            Ok(()) => {
+                tracing::info!(%router, "registered at a router");
+                self.state.registered(&router, "");
+            }
+            Err((Code::FailedPrecondition, why)) => self.state.registered(&router, &why),
             Err((_, why)) => tracing::warn!(%router, %why, "a router did not take the registration"),
         }
         heard.insert(router, shown);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use proto::Failure;
 use proto::worker::worker_server::WorkerServer;
-use security::{Acceptor, Clients, SECRET_HEADER, Secret, incoming};
+use security::{Acceptor, Clients, SECRET_HEADER, SharedSecret, incoming};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,8 @@ use crate::inbox::Inbox;
 use crate::metrics::{self, FollowerMetrics, Leading, Metrics, Shown};
 use crate::registrar::Registrar;
 use crate::service::Service;
-use crate::state::{Standing, StatePublisher};
+use crate::standing::Standing;
+use crate::state::StatePublisher;
 use crate::{Config, Error, boot};
 
 /// HTTP/2 pings while idle, and how long one may go unanswered: a router that vanished is noticed.
@@ -178,7 +179,7 @@ fn into_tokio(listener: TcpListener) -> tokio::net::TcpListener {
 }
 
 /// Refuses calls of whoever does not show the cluster's secret, before their messages are read.
-fn members_only(mut request: Request<()>, secret: Option<&Secret>) -> Result<Request<()>, Status> {
+fn members_only(mut request: Request<()>, secret: Option<&SharedSecret>) -> Result<Request<()>, Status> {
     let Some(secret) = secret else { return Ok(request) };
     let shown = request.metadata_mut().remove(SECRET_HEADER);
     if shown.is_some_and(|shown| secret.is(shown.as_bytes())) {
@@ -191,7 +192,7 @@ fn members_only(mut request: Request<()>, secret: Option<&Secret>) -> Result<Req
 
 async fn serve(
     (listener, door): (TcpListener, Acceptor),
-    (service, secret): (Service, Option<Secret>),
+    (service, secret): (Service, Option<SharedSecret>),
     state: Arc<StatePublisher>,
     closing: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
@@ -219,6 +220,7 @@ async fn serve(
     let worker = WorkerServer::new(service)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    secret.iter().for_each(SharedSecret::watch);
     let worker = InterceptedService::new(worker, move |request| members_only(request, secret.as_ref()));
     door.watch();
     Server::builder()

@@ -25,7 +25,7 @@ use crate::flight::{FlightRecorder, STEPS_KEPT};
 use crate::guide::{Guidance, Guide, Kitchen};
 use crate::inbox::{Asker, Inbox, Message, Submission};
 use crate::metrics::{Asked, Metered, Metrics};
-use crate::state::StatePublisher;
+use crate::state::{StatePublisher, Watching};
 use crate::{activity, chunk};
 
 /// What the service knows.
@@ -65,8 +65,14 @@ impl Worker for Service {
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let router = &request.get_ref().router_id;
         tracing::info!(%router, "a router watches this group");
+        let watching = self.state.watched_by(router);
         let closed = self.closing.clone().cancelled_owned();
-        let states = WatchStream::new(self.state.subscribe()).map(Ok).take_until(closed);
+        let states = WatchStream::new(self.state.subscribe()).map(move |state| {
+            // It ends with the stream, and that with the router or its connection.
+            let _: &Watching = &watching;
+            Ok(state)
+        });
+        let states = states.take_until(closed);
         Ok(Response::new(Box::pin(states)))
     }
 

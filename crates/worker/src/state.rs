@@ -1,6 +1,6 @@
 //! The group's state as routers see it.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use engine::Load;
@@ -9,6 +9,7 @@ use proto::worker::{self, ModelFacts, WorkerState};
 use tokio::sync::watch;
 
 use crate::GapSummary;
+use crate::standing::{Routers, Standing};
 
 /// Load changes with every step; routers hear of it this often at most.
 const LOAD_INTERVAL: Duration = Duration::from_millis(100);
@@ -46,31 +47,10 @@ impl State {
     }
 }
 
-/// What routers have made of this group.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Standing {
-    /// None has said anything.
-    Unknown,
-    /// One sends requests; the word of one that comes after it takes nothing back.
-    Acknowledged,
-    /// None does, for this reason.
-    Refused(String),
-}
-
-impl Standing {
-    /// In a few words, for whoever probes.
-    pub(crate) fn describe(&self) -> String {
-        match self {
-            Self::Unknown => "no router has come yet".to_owned(),
-            Self::Acknowledged => "acknowledged".to_owned(),
-            Self::Refused(why) => format!("refused: {why}"),
-        }
-    }
-}
-
 /// Publishes the state to every router that watches.
 pub(crate) struct StatePublisher {
     sender: watch::Sender<WorkerState>,
+    routers: Mutex<Routers>,
     standing: watch::Sender<Standing>,
     last_load: Mutex<Option<Instant>>,
 }
@@ -79,25 +59,41 @@ impl StatePublisher {
     pub(crate) fn new() -> Self {
         let phase = worker::Phase::Starting.into();
         let sender = watch::Sender::new(WorkerState { phase, ..WorkerState::default() });
-        Self { sender, standing: watch::Sender::new(Standing::Unknown), last_load: Mutex::new(None) }
+        let (routers, standing) = (Mutex::default(), watch::Sender::new(Standing::Unknown));
+        Self { sender, routers, standing, last_load: Mutex::new(None) }
     }
 
-    /// A router has said what it makes of this group.
+    /// A router watches this group from now on, until what this returns is dropped.
+    pub(crate) fn watched_by(self: &Arc<Self>, router: &str) -> Watching {
+        self.routers(router, |routers| routers.comes(router));
+        Watching { state: Arc::clone(self), router: router.to_owned() }
+    }
+
+    /// A router has said what it makes of this group: why it does not use it, or nothing when it does.
     pub(crate) fn acknowledged(&self, router: &str, refusal: &str) {
-        let new = match refusal {
-            "" => Standing::Acknowledged,
-            why => Standing::Refused(why.to_owned()),
-        };
+        self.routers(router, |routers| routers.says(router, refusal));
+    }
+
+    /// A router at which this group registers has answered: why not, or nothing when it is taken.
+    pub(crate) fn registered(&self, router: &str, refusal: &str) {
+        self.routers(router, |routers| routers.answers(router, refusal));
+    }
+
+    fn routers(&self, router: &str, change: impl FnOnce(&mut Routers)) {
+        let mut routers = self.routers.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut routers);
+        let new = routers.standing();
+        // Under the lock, so that what is told last is what is so.
         self.standing.send_if_modified(|standing| {
-            let changed = *standing != new && *standing != Standing::Acknowledged;
+            let changed = *standing != new;
             if changed {
                 match &new {
                     Standing::Refused(why) => {
                         tracing::error!(%router, %why, "a router does not use this group")
                     }
-                    Standing::Acknowledged | Standing::Unknown => {
-                        tracing::info!(%router, "a router uses this group")
-                    }
+                    Standing::Acknowledged => tracing::info!(%router, "a router uses this group"),
+                    Standing::Left => tracing::info!(%router, "no router uses this group any more"),
+                    Standing::Unknown => {}
                 }
                 *standing = new;
             }
@@ -159,5 +155,17 @@ impl StatePublisher {
             *last = Some(now);
         }
         self.load(load());
+    }
+}
+
+/// A router that watches, for as long as this is held.
+pub(crate) struct Watching {
+    state: Arc<StatePublisher>,
+    router: String,
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.state.routers(&self.router, |routers| routers.goes(&self.router));
     }
 }

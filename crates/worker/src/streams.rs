@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use engine::{Effect, Finish};
-use proto::Failure;
+use engine::{Effect, Finish, Refusal};
+use proto::{Failure, Pace, RETRY_AFTER};
 use trace::Parent;
 use types::SeqId;
 
@@ -24,6 +25,8 @@ pub(crate) struct Streams {
     /// What every layer was found to hold, when that is looked at.
     numerics: Option<Numerics>,
     times: Times,
+    /// How those that wait begin while no more may wait.
+    pace: Pace,
 }
 
 /// One sequence and the stream it shares with the others of its request: the stream ends with the last of them.
@@ -50,8 +53,8 @@ impl Open {
 }
 
 impl Streams {
-    pub(crate) const fn new(guides: Arc<Guides>, times: Times) -> Self {
-        Self { open: BTreeMap::new(), guides, numerics: None, times }
+    pub(crate) fn new(guides: Arc<Guides>, times: Times) -> Self {
+        Self { open: BTreeMap::new(), guides, numerics: None, times, pace: Pace::default() }
     }
 
     /// Opens the stream of a request's sequences, which are numbered from `first_stream` on.
@@ -123,6 +126,12 @@ impl Streams {
             }
             Effect::Started { seq, cached_tokens, .. } => {
                 if let Some(open) = self.open.get_mut(&seq) {
+                    // One that was preempted does not wait for a place in the queue.
+                    if open.origin.waits() {
+                        let now = Instant::now();
+                        self.pace.left(1, now);
+                        self.pace.eased(now);
+                    }
                     open.origin.started(cached_tokens);
                     if let Some(clocked) = &mut open.clocked {
                         clocked.started(&self.times);
@@ -159,7 +168,7 @@ impl Streams {
             Effect::Refused { seq, refusal } => {
                 self.guides.close(seq);
                 if let Some(Open { sink, stages, .. }) = self.open.remove(&seq) {
-                    let failure = chunk::refusal(&refusal);
+                    let failure = chunk::refusal(&refusal, self.retry_after(&refusal));
                     if let Some(stages) = stages {
                         stages.failed(failure.reason(), &failure.to_string());
                     }
@@ -167,6 +176,17 @@ impl Streams {
                 }
             }
         }
+    }
+
+    /// When it is worth to come back for one that was refused.
+    fn retry_after(&mut self, refusal: &Refusal) -> Duration {
+        if !matches!(refusal, Refusal::QueueFull { .. } | Refusal::QueueTokensFull { .. }) {
+            return RETRY_AFTER;
+        }
+        let now = Instant::now();
+        self.pace.full(now);
+        let waiting = self.open.values().filter(|open| open.origin.waits()).count();
+        self.pace.wait(u32::try_from(waiting).unwrap_or(u32::MAX), now)
     }
 
     /// Ends every open request with the same status.

@@ -3,10 +3,11 @@
 
 mod support;
 
-use proto::Phase;
 use proto::worker::{FinishReason, WatchRequest};
+use proto::{Failure, Phase, RETRY_AFTER};
 use support::{Client, Rank, config, demo, request};
 use tonic::Code;
+use types::limits::{RETRY_AFTER_MAX, RETRY_AFTER_MIN};
 use worker::{Error, Report};
 
 fn serving(config: worker::Config) -> (Rank, Client) {
@@ -127,6 +128,35 @@ fn a_full_queue_refuses_and_says_when_to_come_back() {
     });
     assert_eq!(outcomes[0], None, "the first one runs: {outcomes:?}");
     assert!(outcomes.contains(&Some(Code::ResourceExhausted)), "{outcomes:?}");
+    stop(rank);
+}
+
+#[test]
+fn a_full_queue_says_when_to_come_back_by_how_soon_those_that_wait_begin() {
+    let mut small = config(0, 1);
+    small.limits.running_max = 1;
+    small.limits.waiting_requests_max = 1;
+    let (rank, client) = serving(small);
+    client.runtime.block_on(async {
+        let begin = async |tokens| {
+            let mut client = client.client.clone();
+            client.generate(request(vec![5, 600], tokens)).await.unwrap().into_inner()
+        };
+        let told = async || {
+            let status = begin(1).await.message().await.unwrap_err();
+            Failure::from_status(&status).unwrap().retry_after().unwrap()
+        };
+        let mut runs = begin(400).await;
+        runs.message().await.unwrap().unwrap();
+        let mut waits = begin(1500).await;
+        assert_eq!(told().await, RETRY_AFTER, "nobody has begun since the queue is full");
+        while runs.message().await.unwrap().is_some() {}
+        waits.message().await.unwrap().unwrap();
+        let _next = begin(1500).await;
+        let wait = told().await;
+        assert_ne!(wait, RETRY_AFTER, "one has begun meanwhile");
+        assert!((RETRY_AFTER_MIN..=RETRY_AFTER_MAX).contains(&wait), "{wait:?}");
+    });
     stop(rank);
 }
 

@@ -51,6 +51,13 @@ spec:
         # Compiled kernels are kept there.
         - name: XDG_CACHE_HOME
           value: /cache
+        {{- if and .leader (eq (include "cohort.discovery" $root) "registration") }}
+        # A part of the address that it tells routers.
+        - name: POD_NAME
+          valueFrom:
+            fieldRef:
+              fieldPath: metadata.name
+        {{- end }}
         {{- with $values.env }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -61,6 +68,9 @@ spec:
         {{- if $root.Values.metrics.enabled }}
         - name: metrics
           containerPort: {{ $root.Values.metrics.port }}
+        {{- end }}
+        {{- with include "cohort.followerPorts" (list $root .ranks) | trim }}
+        {{- . | nindent 8 }}
         {{- end }}
       # It listens within a second, long before the weights are read.
       startupProbe:
@@ -91,6 +101,12 @@ spec:
         periodSeconds: 2
         timeoutSeconds: 2
         failureThreshold: 2
+      {{- else }}
+      {{- with include "cohort.followerPorts" (list $root (include "cohort.ranks" $root | int)) | trim }}
+      # Of these the one of its rank.
+      ports:
+        {{- . | nindent 8 }}
+      {{- end }}
       {{- end }}
       {{- with include "cohort.preStop" (list $root $values.preStopSeconds) | trim }}
       {{- . | nindent 6 }}

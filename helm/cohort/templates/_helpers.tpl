@@ -53,6 +53,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- mul (dig "group" "tensor_parallel" 1 .Values.config | int) (dig "group" "data_parallel" 1 .Values.config | int) -}}
 {{- end -}}
 
+{{- /* Metrics ports of the ranks that follow: a list of the root context and of how many ranks there are. */ -}}
+{{- define "cohort.followerPorts" -}}
+{{- $root := index . 0 -}}{{- $ranks := index . 1 | int -}}
+{{- if and $root.Values.metrics.enabled $root.Values.metrics.ranks }}
+{{- range $rank := untilStep 1 $ranks 1 }}
+- name: metrics-{{ $rank }}
+  containerPort: {{ add $root.Values.metrics.port $rank }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{- /* A time of the configuration in whole seconds, rounded up; the binary's own default where it is not given. */ -}}
 {{- define "cohort.seconds" -}}
 {{- $part := index . 0 -}}{{- $key := index . 1 -}}{{- $default := index . 2 -}}{{- $config := index . 3 -}}
@@ -115,6 +126,10 @@ router:
     jwks_file: /etc/cohort-jwt/{{ .Values.security.jwt.key }}
   {{- end }}
 {{- end }}
+{{- if .Values.security.tls.collector.secretName }}
+telemetry:
+  otlp_ca: /etc/cohort-otlp-ca/ca.crt
+{{- end }}
 {{- if include "cohort.groupTls" . }}
 group:
   tls:
@@ -136,7 +151,8 @@ cluster:
 {{- end }}
 {{- end -}}
 
-{{- /* The Secrets of a part, `router` or `group`, as lines of directory and name. */ -}}
+{{- /* The Secrets of a part, `router` or `group`, as lines of directory and name, and the one file of it where the others are
+none of that part's business. */ -}}
 {{- define "cohort.secrets" -}}
 {{- $root := index . 0 -}}
 {{- $secrets := list -}}
@@ -146,10 +162,17 @@ cluster:
 {{- $secrets = list (list "group-tls" (include "cohort.groupTls" $root)) -}}
 {{- end -}}
 {{- $secrets = append $secrets (list "secret" $root.Values.security.clusterSecret.secretName) -}}
+{{- $secrets = append $secrets (list "otlp-ca" $root.Values.security.tls.collector.secretName "ca.crt") -}}
+{{- if and (eq (index . 1) "group") (eq (include "cohort.discovery" $root) "registration") -}}
+{{- $secrets = append $secrets (list "router-ca" (include "cohort.routerTls" $root) "ca.crt") -}}
+{{- end -}}
 {{- range $secrets }}
 {{- if index . 1 }}
 - name: {{ index . 0 }}
   secret: {{ index . 1 }}
+  {{- if gt (len .) 2 }}
+  only: {{ index . 2 }}
+  {{- end }}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -168,6 +191,11 @@ cluster:
   secret:
     secretName: {{ .secret }}
     defaultMode: 0440
+    {{- with .only }}
+    items:
+      - key: {{ . }}
+        path: {{ . }}
+    {{- end }}
 {{- end }}
 {{- end -}}
 
@@ -175,7 +203,9 @@ cluster:
 {{- define "cohort.workers" -}}
 {{- $service := include "cohort.groups" . -}}
 {{- $scheme := ternary "https" "http" (ne (include "cohort.groupTls" .) "") -}}
-{{- if eq (include "cohort.discovery" .) "dns" }}
+{{- if eq (include "cohort.discovery" .) "registration" }}
+[]
+{{- else if eq (include "cohort.discovery" .) "dns" }}
 - dns+{{ $scheme }}://{{ $service }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.groups.port }}
 {{- else }}
 {{- $scaled := .Values.groups.autoscaling -}}
@@ -183,6 +213,20 @@ cluster:
 {{- range $index := until $groups }}
 - {{ $scheme }}://{{ $service }}-{{ $index }}.{{ $service }}.{{ $.Release.Namespace }}.svc.{{ $.Values.clusterDomain }}:{{ $.Values.groups.port }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* The weights of those, which are known by the names of their pods only. */ -}}
+{{- define "cohort.weights" -}}
+{{- if ne (include "cohort.discovery" .) "names" -}}
+{{- fail "groups.weights are those of pods by name: set groups.discovery to names" -}}
+{{- end -}}
+{{- $workers := include "cohort.workers" . | fromYamlArray -}}
+{{- if gt (len .Values.groups.weights) (len $workers) -}}
+{{- fail (printf "groups.weights has %d weights for %d group(s)" (len .Values.groups.weights) (len $workers)) -}}
+{{- end -}}
+{{- range $index, $weight := .Values.groups.weights }}
+- {{ index $workers $index }}={{ int $weight }}
 {{- end }}
 {{- end -}}
 
@@ -194,15 +238,58 @@ cluster:
 {{- default (ternary "dns" "names" (eq .Values.groups.kind "statefulset")) .Values.groups.discovery -}}
 {{- end -}}
 
+{{- /* Where groups register: a service of all routers, also of those that wait for a group. */ -}}
+{{- define "cohort.registry" -}}
+{{ include "cohort.router" . }}-registry.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}
+{{- end -}}
+
+{{- /* Where a pod tells routers that its leader is, by the name that a certificate of the groups has. */ -}}
+{{- define "cohort.advertised" -}}
+{{- $scheme := ternary "https" "http" (ne (include "cohort.groupTls" .) "") -}}
+{{ $scheme }}://$(POD_NAME).{{ include "cohort.groups" . }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.groups.port }}
+{{- end -}}
+
+{{- /* What the configuration says of registration. */ -}}
+{{- define "cohort.registrationConfig" -}}
+{{- if not .Values.security.clusterSecret.secretName -}}
+{{- fail "groups.discovery is registration, which needs security.clusterSecret.secretName: groups show the secret when they register" -}}
+{{- end }}
+router:
+  registration: true
+group:
+  routers:
+    - dns+{{ ternary "https" "http" (ne (include "cohort.routerTls" .) "") }}://{{ include "cohort.registry" . }}:50051
+  {{- if include "cohort.routerTls" . }}
+  routers_ca: /etc/cohort-router-ca/ca.crt
+  {{- end }}
+{{- end -}}
+
 {{- /* The cluster file: the given tree, and what the chart knows better. */ -}}
 {{- define "cohort.config" -}}
+{{- include "cohort.configWith" (list . .Values.groups.weights) -}}
+{{- end -}}
+
+{{- /* Likewise: a list of the root context and the groups' weights. */ -}}
+{{- define "cohort.configWith" -}}
+{{- $weights := index . 1 -}}
+{{- with index . 0 -}}
 {{- $config := deepCopy .Values.config -}}
 {{- $router := dict "grpc_listen" "0.0.0.0:50051" "http_listen" "0.0.0.0:8080" -}}
 {{- $_ := set $router "workers" (include "cohort.workers" . | fromYamlArray) -}}
+{{- if $weights -}}
+{{- $_ := set $router "weights" (include "cohort.weights" . | fromYamlArray) -}}
+{{- end -}}
 {{- $config = mergeOverwrite $config (dict "router" $router) -}}
 {{- if .Values.metrics.enabled -}}
 {{- $listen := printf "0.0.0.0:%d" (int .Values.metrics.port) -}}
 {{- $config = mergeOverwrite $config (dict "group" (dict "metrics_listen" $listen)) -}}
+{{- if .Values.metrics.ranks -}}
+{{- $listen := printf "0.0.0.0:%d" (add .Values.metrics.port 1) -}}
+{{- $config = mergeOverwrite $config (dict "group" (dict "rank_metrics_listen" $listen)) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq (include "cohort.discovery" .) "registration" -}}
+{{- $config = mergeOverwrite $config (include "cohort.registrationConfig" . | fromYaml) -}}
 {{- end -}}
 {{- if ne .Values.model.source "embedded" -}}
 {{- $path := .Values.model.mountPath -}}
@@ -210,15 +297,20 @@ cluster:
 {{- $config = mergeOverwrite $config (dict "model" (dict "path" $path)) -}}
 {{- end -}}
 {{- $config = mergeOverwrite $config (include "cohort.securityConfig" . | fromYaml) -}}
+{{- if and .Values.security.tls.collector.secretName (not (hasPrefix "https://" (dig "telemetry" "otlp_endpoint" "" .Values.config))) -}}
+{{- fail "security.tls.collector.secretName is of no use without an https:// config.telemetry.otlp_endpoint" -}}
+{{- end -}}
 {{- $jwt := ($config.router.jwt | default dict) -}}
 {{- if and .Values.security.jwt.secretName (not (and $jwt.issuers $jwt.audiences)) -}}
 {{- fail "security.jwt.secretName needs config.router.jwt.issuers and config.router.jwt.audiences: tokens of anybody for anybody prove nothing" -}}
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
+{{- end -}}
 
+{{- /* Without the weights: routers go on with those as they change, so they roll nothing. */ -}}
 {{- define "cohort.checksum" -}}
-{{- include "cohort.config" . | sha256sum -}}
+{{- include "cohort.configWith" (list . list) | sha256sum -}}
 {{- end -}}
 
 {{- /* What a change of which must roll the pods, in every pod template. */ -}}

@@ -3,7 +3,7 @@
 use clap::Args;
 use settings::{Flag, Settings, Telemetry};
 
-use super::{ConfigFlags, given};
+use super::{ConfigFlags, given, shown};
 
 /// Where logs go: always to stderr.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
@@ -21,9 +21,12 @@ pub struct LogFlags {
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 #[command(next_help_heading = "Tracing")]
 pub struct TraceFlags {
-    /// Collector that takes spans by OTLP over gRPC, as http://host:port [default: nothing is traced]
+    /// Collector that takes spans by OTLP over gRPC, as http://host:port or https://host:port [default: nothing is traced]
     #[arg(long, value_name = "URL")]
     pub otlp_endpoint: Option<String>,
+    /// Authorities that the certificate of an https:// collector must be signed by (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub otlp_ca: Option<String>,
     /// Share of the requests that are traced, 0 to 1 [default: 1]
     #[arg(long, value_name = "SHARE")]
     pub trace_sample_ratio: Option<f64>,
@@ -62,6 +65,7 @@ impl ConfigFlags for TraceFlags {
     fn flags(&self) -> Vec<Flag> {
         [
             given("--otlp-endpoint", "telemetry.otlp_endpoint", self.otlp_endpoint.as_ref()),
+            given("--otlp-ca", "telemetry.otlp_ca", self.otlp_ca.as_ref()),
             given("--trace-sample-ratio", "telemetry.sample_ratio", self.trace_sample_ratio.as_ref()),
             given("--trace-follow-callers", "telemetry.follow_callers", self.trace_follow_callers.as_ref()),
             given("--trace-record-content", "telemetry.record_content", self.trace_record_content.as_ref()),
@@ -86,6 +90,7 @@ impl From<&Settings> for TraceFlags {
         let telemetry = &settings.telemetry;
         Self {
             otlp_endpoint: telemetry.otlp_endpoint.clone(),
+            otlp_ca: shown(telemetry.otlp_ca.as_deref()),
             trace_sample_ratio: Some(telemetry.sample_ratio),
             trace_follow_callers: Some(telemetry.follow_callers),
             trace_record_content: Some(telemetry.record_content),

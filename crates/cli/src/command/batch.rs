@@ -3,7 +3,6 @@
 mod lines;
 mod output;
 mod send;
-mod wire;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;

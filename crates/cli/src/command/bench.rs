@@ -12,6 +12,7 @@ mod overload;
 mod router;
 mod stats;
 mod steps;
+mod strangers;
 
 use std::time::Duration;
 
@@ -29,6 +30,8 @@ pub use machine::TargetArgs;
 pub use ops::KernelsArgs;
 pub use overload::OverloadArgs;
 pub use router::RouterArgs;
+use strangers::Strangers;
+
 pub use stats::{GroupTraffic, Measured, Percentiles, Summary};
 pub use steps::{DecodeArgs, PrefillArgs};
 
@@ -113,6 +116,9 @@ pub struct ServeArgs {
     /// Seed of prompts and arrival times
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+    /// Calls a second without a key that come meanwhile, to a server that asks for one and refuses them
+    #[arg(long, value_name = "R")]
+    pub strangers: Option<f64>,
     /// Give up on a request after this long
     #[arg(long, value_name = "SECONDS", default_value_t = 120.0)]
     pub timeout: f64,
@@ -165,7 +171,14 @@ async fn measure(args: &ServeArgs, plan: load::Plan) -> anyhow::Result<Summary> 
         eprintln!("{}: {} × {} ranks, {}", info.model, info.groups_ready, info.tensor_parallel, info.dtype);
     }
     let before = activity(&mut client).await;
+    let strangers = match args.strangers {
+        Some(rate) => Some(Strangers::come(client::channel_with(&args.server, &args.tls).await?, rate)),
+        None => None,
+    };
     let mut summary = load::run(client.clone(), &plan, info.vocab_size).await;
+    if let Some(strangers) = strangers {
+        summary.strangers = strangers.stop().await?;
+    }
     summary.groups = traffic(&before, &activity(&mut client).await);
     Ok(summary)
 }
@@ -213,6 +226,9 @@ impl TryFrom<&ServeArgs> for load::Plan {
             Some(rate) if rate.is_finite() && rate > 0.0 => load::Arrivals::Poisson { per_second: rate },
             Some(rate) => bail!("--rate {rate}: must be above 0"),
         };
+        if let Some(rate) = args.strangers.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
+            bail!("--strangers {rate}: must be above 0");
+        }
         let Ok(timeout) = Duration::try_from_secs_f64(args.timeout) else {
             bail!("--timeout {}: must be a number of seconds of at least 0", args.timeout);
         };
@@ -260,6 +276,9 @@ fn print(args: &ServeArgs, summary: &Summary) {
     totals.row(["answered".into(), summary.requests_ok.to_string()]);
     for (code, count) in &summary.errors {
         totals.row([format!("failed with {code}"), count.to_string()]);
+    }
+    for (code, count) in &summary.strangers {
+        totals.row([format!("strangers answered with {code}"), count.to_string()]);
     }
     for line in latency.lines() {
         say!("{line}");

@@ -249,7 +249,13 @@ fn flag_of(key: &str) -> Option<String> {
         &args::GroupFlags::from(&settings),
         &args::RouterFlags::from(&settings),
     ];
-    let own = [("router.workers", "--workers"), ("group.hosts", "--hosts"), ("cluster.groups", "--groups")];
+    let own = [
+        ("router.workers", "--workers"),
+        ("router.weights", "--weights"),
+        ("group.hosts", "--hosts"),
+        ("cluster.groups", "--groups"),
+        ("cluster.weights", "--group-weights"),
+    ];
     let shared = groups.iter().flat_map(|group| group.flags()).map(|flag| (flag.key, flag.flag));
     shared.chain(own).find(|(of, _)| *of == key).map(|(_, flag)| flag.to_owned())
 }

@@ -7,7 +7,7 @@ use anyhow::bail;
 use model::ExpertLoad;
 use proto::worker::worker_client::WorkerClient;
 use proto::worker::{GetActivityRequest, GetStepsRequest, GroupActivity, StepRecord};
-use security::{Badge, Identified};
+use security::{Badge, Identified, SharedSecret};
 use serde_json::json;
 use tonic::Request;
 use types::limits::MESSAGE_BYTES_MAX;
@@ -117,7 +117,7 @@ async fn connect(args: &WorkerArgs) -> anyhow::Result<WorkerClient<Identified>> 
     let told = identity::from_variable()?;
     let address = url.rsplit_once("://").map_or(url.as_str(), |(_, address)| address).trim_end_matches('/');
     let secret = told.or_else(|| run_dir::secret_of(address.parse().ok()?));
-    let badge = Badge::new(secret.as_ref());
+    let badge = Badge::new(secret.map(SharedSecret::from).as_ref());
     let worker = WorkerClient::with_interceptor(channel, badge);
     Ok(worker.max_decoding_message_size(MESSAGE_BYTES_MAX))
 }

@@ -1,12 +1,11 @@
 //! `cohort router`: the front door for worker groups that run elsewhere.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use router::Change;
+use router::{Change, Start};
 use settings::{HttpListen, Loaded, Settings};
 use tokio::sync::{mpsc, oneshot};
 
@@ -15,6 +14,7 @@ use crate::args::{self, ConfigFlags, FileFlag, LogFlags, ModelFlags, RouterFlags
 use crate::out::write_note;
 use crate::reload::{self, Outcome, Watched};
 use crate::report::{self, Event, Line, Serving};
+use crate::supervisor::cluster::Leader;
 use crate::supervisor::signals::Asked;
 use crate::supervisor::{Order, lifeline, signals};
 use crate::telemetry::{self, Role};
@@ -26,8 +26,8 @@ const ORDERS_MAX: usize = 16;
 const MORE: &str = "\
 Clients speak gRPC and HTTP to a router. It turns text into tokens, picks a group for each request, and streams
 the answer back. Of the model's files it needs only the tokenizer and the chat template.
-A cluster file that changes is read again, and so it is on SIGHUP: router.workers, router.limits, router.http,
-router.keys_file and the graces change while requests run; what needs a restart is refused.";
+A cluster file that changes is read again, and so it is on SIGHUP: router.workers, router.weights, router.limits,
+router.http, router.keys_file and the graces change while requests run; what needs a restart is refused.";
 
 /// Flags of `cohort router`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -39,6 +39,9 @@ pub struct Args {
     /// Leaders of the worker groups, as http://host:port or https://host:port; separate several with commas
     #[arg(long, value_name = "ADDR,…", value_delimiter = ',')]
     pub workers: Vec<String>,
+    /// Shares of the requests that they get, as ADDRESS=WEIGHT, 0 to 100 each; separate several with commas [default: 1]
+    #[arg(long, value_name = "ADDR=N,…", value_delimiter = ',')]
+    pub weights: Vec<String>,
     /// What is served.
     #[command(flatten)]
     pub model: ModelFlags,
@@ -53,15 +56,18 @@ pub struct Args {
     pub supervised: bool,
 }
 
-/// The worker addresses as a group of flags of their own: only this subcommand takes them.
-struct WorkersFlag<'a>(&'a [String]);
+/// The worker addresses and their weights as a group of flags of their own: only this subcommand takes them.
+struct WorkersFlags<'a> {
+    workers: &'a [String],
+    weights: &'a [String],
+}
 
-impl ConfigFlags for WorkersFlag<'_> {
+impl ConfigFlags for WorkersFlags<'_> {
     fn flags(&self) -> Vec<settings::Flag> {
-        if self.0.is_empty() {
-            return Vec::new();
-        }
-        vec![settings::Flag { flag: "--workers", key: "router.workers", value: self.0.join(",") }]
+        let lists =
+            [("--workers", "router.workers", self.workers), ("--weights", "router.weights", self.weights)];
+        let given = lists.into_iter().filter(|(_, _, list)| !list.is_empty());
+        given.map(|(flag, key, list)| settings::Flag { flag, key, value: list.join(",") }).collect()
     }
 }
 
@@ -71,8 +77,12 @@ impl Args {
         args::load_traced(
             StartedBy::supervised(self.supervised),
             &self.file,
-            &[&WorkersFlag(&self.workers), &self.model, &self.router, &self.trace, log],
+            &[&self.workers_flags(), &self.model, &self.router, &self.trace, log],
         )
+    }
+
+    fn workers_flags(&self) -> WorkersFlags<'_> {
+        WorkersFlags { workers: &self.workers, weights: &self.weights }
     }
 
     /// These arguments as a child's command line, after the program's name.
@@ -80,7 +90,7 @@ impl Args {
     pub fn to_argv(&self) -> Vec<String> {
         let mut argv = vec!["router".to_owned()];
         argv.extend(self.file.config.iter().map(|path| format!("--config={}", path.display())));
-        argv.extend(WorkersFlag(&self.workers).to_argv());
+        argv.extend(self.workers_flags().to_argv());
         argv.extend(self.model.to_argv());
         argv.extend(self.router.to_argv());
         argv.extend(self.trace.to_argv());
@@ -89,16 +99,21 @@ impl Args {
     }
 
     /// What a supervised router of these settings is started with: again at the addresses it `served` at, if it did.
-    pub(crate) fn supervised(settings: &Settings, leaders: &[SocketAddr], served: Option<Serving>) -> Self {
+    pub(crate) fn supervised(settings: &Settings, leaders: &[Leader], served: Option<Serving>) -> Self {
         let scheme = if settings.group.tls.certificate.is_some() { "https" } else { "http" };
         let mut router = RouterFlags::from(settings);
         if let Some(served) = served {
             router.grpc_listen = Some(served.grpc);
             router.http_listen = Some(served.http.map_or(HttpListen::Off, HttpListen::At));
         }
+        let url = |leader: &Leader| format!("{scheme}://{}", leader.address);
+        let weight = |leader: &Leader| settings.cluster.weights.get(leader.group as usize);
+        let weighed =
+            leaders.iter().filter_map(|leader| Some(format!("{}={}", url(leader), weight(leader)?)));
         Self {
             file: FileFlag::default(),
-            workers: leaders.iter().map(|leader| format!("{scheme}://{leader}")).collect(),
+            workers: leaders.iter().map(url).collect(),
+            weights: weighed.collect(),
             model: ModelFlags::from(settings),
             router,
             trace: TraceFlags::from(settings),
@@ -134,14 +149,17 @@ pub(crate) fn run(args: &Args, log: &LogFlags) -> anyhow::Result<()> {
              router.registration in the file"
         );
     }
-    let files = embedded::text_files(settings)?;
+    let files = {
+        let settings = settings.clone();
+        move || embedded::text_files(&settings)
+    };
     let mut config = settings.router();
     config.access.secret = identity::secret(settings, StartedBy::supervised(args.supervised))?;
     let supervised = args.supervised;
     super::serving_runtime()?.block_on(async {
         let (changes, changed) = mpsc::channel(1);
         let serving =
-            router::serve_changing(config, files, |bound| announce(bound, supervised), stop, changed);
+            router::serve_changing(config, files, |start| announce(start, supervised), stop, changed);
         let changing = async {
             match supervised {
                 true => obey(given, &changes).await,
@@ -215,8 +233,9 @@ async fn keep_reloading(
     }
 }
 
-/// Says where the router serves.
-fn announce(bound: router::Bound, supervised: bool) {
+/// Says where the router serves, once it does.
+fn announce(start: Start, supervised: bool) {
+    let Start::Serving(bound) = start else { return };
     let serving = Serving { grpc: bound.grpc, http: bound.http };
     match supervised {
         true => report::say(&Line { pid: std::process::id(), rank: None, event: Event::Serving(serving) }),

@@ -7,12 +7,12 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::bail;
-use settings::Settings;
+use settings::{Settings, Tls};
 use tokio::runtime::Runtime;
 
 use self::scrape::Scraper;
 use crate::args::{self, FileFlag, StartedBy};
-use crate::client;
+use crate::client::{self, TlsFlags};
 use crate::out::say;
 use crate::supervisor::signals;
 use crate::top::{Cluster, Sample};
@@ -25,6 +25,7 @@ Examples:
   cohort top
   cohort top --config cluster.toml --interval 5
   cohort top --router http://10.0.0.1:8080 --group http://10.0.0.2:9100
+  cohort top --router https://router.example:8080 --ca ca.crt
   cohort top --once --json";
 
 /// Flags of `cohort top`.
@@ -34,10 +35,10 @@ pub struct Args {
     /// Where the cluster is described.
     #[command(flatten)]
     pub file: FileFlag,
-    /// HTTP address of a router, as http://host:port; separate several with commas [default: router.http_listen]
+    /// HTTP address of a router, as http://host:port or https://host:port; separate several with commas [default: router.http_listen]
     #[arg(long, value_name = "URL,…", value_delimiter = ',')]
     pub router: Vec<String>,
-    /// Metrics address of a group, as http://host:port; separate several with commas [default: those that routers tell]
+    /// Metrics address of a group, as http://host:port or https://host:port; separate several with commas [default: those that routers tell]
     #[arg(long, value_name = "URL,…", value_delimiter = ',')]
     pub group: Vec<String>,
     /// Between two looks, in seconds
@@ -49,6 +50,9 @@ pub struct Args {
     /// Print one JSON object for each look instead of a screen
     #[arg(long)]
     pub json: bool,
+    /// How encrypted pages are read.
+    #[command(flatten)]
+    pub tls: TlsFlags,
 }
 
 /// Looks until it is told to stop.
@@ -56,7 +60,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let interval = interval(args)?;
     let stop = signals::stop_token(false)?;
     let (routers, groups) = places(args)?;
-    let scraper = Scraper::new(routers, groups)?;
+    let scraper = Scraper::new(routers, groups, &args.tls)?;
     let runtime = super::runtime()?;
     if !args.once && !args.json {
         return screen::run(&runtime, scraper, interval, &stop);
@@ -100,17 +104,16 @@ fn places(args: &Args) -> anyhow::Result<(BTreeSet<String>, BTreeSet<String>)> {
     let Some(router) = settings.router.http_listen.address() else {
         bail!("router.http_listen is off; name a group's metrics address with --group");
     };
-    if settings.router.tls.certificate.is_some() {
-        bail!("the router serves HTTP with TLS, which cohort top does not speak; name groups with --group");
-    }
+    let url = |tls: &Tls, address| {
+        let scheme = if tls.certificate.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", client::reachable(address))
+    };
     let mut groups = BTreeSet::new();
     if let Some(first) = settings.group.metrics_listen.address().filter(|address| address.port() != 0) {
         let nth = |index| settings.group.metrics_listen.nth(index).address().unwrap_or(first);
-        groups.extend(
-            (0..settings.cluster.groups).map(|index| format!("http://{}", client::reachable(nth(index)))),
-        );
+        groups.extend((0..settings.cluster.groups).map(|index| url(&settings.group.tls, nth(index))));
     }
-    Ok(([format!("http://{}", client::reachable(router))].into(), groups))
+    Ok(([url(&settings.router.tls, router)].into(), groups))
 }
 
 /// One look after the other.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use security::{KeyFile, Secret};
+use security::{KeyFile, Secret, SharedSecret};
 use settings::{Complaint, Loaded, Settings};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -21,7 +21,7 @@ use crate::reload::{self, Outcome, Watched};
 use crate::report::{Event, Serving};
 use crate::run_dir::RunDir;
 use crate::style::Paint;
-use crate::supervisor::cluster::{self, Cluster, Happening, Member, Size};
+use crate::supervisor::cluster::{self, Cluster, Happening, Leader, Member, Size};
 use crate::supervisor::signals::Asked;
 use crate::supervisor::{Spec, signals};
 use crate::telemetry::{self, Role};
@@ -33,8 +33,9 @@ const SUPERVISOR_SLACK: Duration = Duration::from_secs(1);
 const MORE: &str = "\
 Without --model the embedded demo model is served. Groups and routers that die are restarted.
 Ctrl-C stops everything once open requests are finished; a second Ctrl-C ends at once.
-A cluster file that changes is read again, and so it is on SIGHUP: cluster.groups, router.limits, router.http,
-router.keys_file, telemetry.log_level and the router's graces change while requests run; what needs a restart is refused.
+A cluster file that changes is read again, and so it is on SIGHUP: cluster.groups, cluster.weights, router.limits,
+router.http, router.keys_file, telemetry.log_level and the router's graces change while requests run; what needs a
+restart is refused.
 
 Examples:
   cohort up --tensor-parallel 2
@@ -50,6 +51,9 @@ pub struct Args {
     /// Worker groups: replicas of the model [default: 1]
     #[arg(long, value_name = "N")]
     pub groups: Option<u32>,
+    /// Shares of the requests that they get, in order, 0 to 100 each; separate several with commas [default: 1]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub group_weights: Vec<u32>,
     /// What is served.
     #[command(flatten)]
     pub model: ModelFlags,
@@ -67,17 +71,22 @@ pub struct Args {
     pub trace: TraceFlags,
 }
 
-/// The number of groups as a group of flags of its own: only this subcommand takes it.
-struct GroupsFlag(Option<u32>);
+/// The number of groups and their weights as a group of flags of their own: only this subcommand takes them.
+struct GroupsFlags<'a> {
+    groups: Option<u32>,
+    weights: &'a [u32],
+}
 
-impl ConfigFlags for GroupsFlag {
+impl ConfigFlags for GroupsFlags<'_> {
     fn flags(&self) -> Vec<settings::Flag> {
-        let flag = |groups: u32| settings::Flag {
-            flag: "--groups",
-            key: "cluster.groups",
-            value: groups.to_string(),
-        };
-        self.0.map(flag).into_iter().collect()
+        let weights: Vec<String> = self.weights.iter().map(u32::to_string).collect();
+        let given = [
+            ("--groups", "cluster.groups", self.groups.map(|groups| groups.to_string())),
+            ("--group-weights", "cluster.weights", (!weights.is_empty()).then(|| weights.join(","))),
+        ];
+        let flag =
+            |(flag, key, value): (_, _, Option<String>)| Some(settings::Flag { flag, key, value: value? });
+        given.into_iter().filter_map(flag).collect()
     }
 }
 
@@ -88,7 +97,7 @@ impl Args {
             StartedBy::User,
             &self.file,
             &[
-                &GroupsFlag(self.groups),
+                &GroupsFlags { groups: self.groups, weights: &self.group_weights },
                 &self.model,
                 &self.compute,
                 &self.group,
@@ -197,9 +206,11 @@ pub(crate) async fn supervise(
     let secret = match identity::secret(&settings(), StartedBy::User)? {
         Some(secret) => (secret, None),
         // Nobody else is told this one.
-        None => (Secret::random()?, run_dir()),
+        None => (SharedSecret::from(Secret::random()?), run_dir()),
     };
     let (secret, mut run_dir) = secret;
+    // Members that are started again get it as it is then.
+    secret.watch();
     let own = |mut argv: Vec<String>| {
         argv.extend(LogFlags::from(&settings().telemetry).to_argv());
         Spec::own(argv, Some(secret.clone()))
@@ -209,7 +220,7 @@ pub(crate) async fn supervise(
         group: |index, listen: Option<SocketAddr>| {
             own(group::Args::supervised(&settings(), index, listen).to_argv())
         },
-        router: |leaders: &[SocketAddr], served: Option<Serving>| {
+        router: |leaders: &[Leader], served: Option<Serving>| {
             own(router::Args::supervised(&settings(), leaders, served).to_argv())
         },
     };
@@ -217,7 +228,7 @@ pub(crate) async fn supervise(
     cluster::run(&cluster, stop, sizes, move |happening| {
         if let (Some(directory), Happening::Said { member: Member::Group(_), line }) = (&mut run_dir, &happening)
             && let Event::Listening { address } = line.event
-            && let Err(error) = directory.note(address, &left)
+            && let Err(error) = directory.note(address, &left.now())
         {
             tracing::warn!(%error, directory = %directory.path().display(), "cohort debug will need the secret");
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
-use security::{SECRET_VARIABLE, Secret};
+use security::{SECRET_FILE_VARIABLE, SECRET_VARIABLE, SharedSecret};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::{mpsc, watch};
@@ -26,14 +26,14 @@ const ORDERS_MAX: usize = 16;
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// What to start.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Spec {
     /// The program's file.
     pub program: OsString,
     /// Its arguments.
     pub args: Vec<OsString>,
     /// The cluster's secret; it travels in a variable, which other users cannot read.
-    pub secret: Option<Secret>,
+    pub secret: Option<SharedSecret>,
 }
 
 impl Spec {
@@ -41,7 +41,7 @@ impl Spec {
     ///
     /// # Errors
     /// When the binary's own path cannot be found.
-    pub fn own(args: Vec<String>, secret: Option<Secret>) -> anyhow::Result<Self> {
+    pub fn own(args: Vec<String>, secret: Option<SharedSecret>) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("find this program's own file")?;
         Ok(Self { program: program.into(), args: args.into_iter().map(OsString::from).collect(), secret })
     }
@@ -165,7 +165,10 @@ pub fn spawn<K: Copy + Send + 'static>(
 ) -> anyhow::Result<Handle> {
     let mut child = Command::new(&spec.program)
         .args(&spec.args)
-        .envs(spec.secret.iter().map(|secret| (SECRET_VARIABLE, secret.expose_all())))
+        // That of this process, if it has one, is not meant for others.
+        .env_remove(SECRET_FILE_VARIABLE)
+        .envs(spec.secret.iter().map(|secret| (SECRET_VARIABLE, secret.now().expose_all())))
+        .envs(spec.secret.iter().filter_map(|secret| Some((SECRET_FILE_VARIABLE, secret.file()?))))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

@@ -41,6 +41,15 @@ impl fmt::Display for Member {
     }
 }
 
+/// A group's leader, once it listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leader {
+    /// Its group, counted from 0.
+    pub group: u32,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
 /// What may change while a cluster runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Size {
@@ -115,7 +124,7 @@ struct Members<'a, G, R, O> {
     cluster: &'a Cluster<G, R>,
     size: Size,
     /// The leaders the router was last told of.
-    told: Vec<SocketAddr>,
+    told: Vec<Leader>,
     /// Orders it has not answered.
     unanswered: u32,
     states: BTreeMap<Member, State>,
@@ -141,7 +150,7 @@ pub async fn run<G, R>(
 ) -> anyhow::Result<()>
 where
     G: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>,
-    R: Fn(&[SocketAddr], Option<Serving>) -> anyhow::Result<Spec>,
+    R: Fn(&[Leader], Option<Serving>) -> anyhow::Result<Spec>,
 {
     let (updates, mut inbox) = mpsc::channel(UPDATES_MAX);
     let (due, mut restarts) = mpsc::channel(DUE_MAX);
@@ -182,21 +191,24 @@ where
 impl<G, R, O> Members<'_, G, R, O>
 where
     G: Fn(u32, Option<SocketAddr>) -> anyhow::Result<Spec>,
-    R: Fn(&[SocketAddr], Option<Serving>) -> anyhow::Result<Spec>,
+    R: Fn(&[Leader], Option<Serving>) -> anyhow::Result<Spec>,
     O: FnMut(Happening),
 {
     fn state(&mut self, member: Member) -> &mut State {
         self.states.entry(member).or_default()
     }
 
-    /// The groups that are wanted.
-    fn groups(&self) -> impl Iterator<Item = &State> {
-        let wanted = |(member, state): &(&Member, &State)| **member != Member::Router && !state.leaving;
-        self.states.iter().filter(wanted).map(|(_, state)| state)
+    /// The groups that are wanted, with their numbers.
+    fn groups(&self) -> impl Iterator<Item = (u32, &State)> {
+        self.states.iter().filter_map(|(member, state)| match member {
+            Member::Group(index) if !state.leaving => Some((*index, state)),
+            Member::Group(_) | Member::Router => None,
+        })
     }
 
-    fn leaders(&self) -> Vec<SocketAddr> {
-        self.groups().filter_map(|group| group.address).collect()
+    fn leaders(&self) -> Vec<Leader> {
+        let leader = |(group, state): (u32, &State)| Some(Leader { group, address: state.address? });
+        self.groups().filter_map(leader).collect()
     }
 
     fn all_gone(&self) -> bool {
@@ -323,7 +335,7 @@ where
     }
 
     fn listens(&mut self) -> anyhow::Result<()> {
-        let all = self.groups().all(|group| group.address.is_some());
+        let all = self.groups().all(|(_, group)| group.address.is_some());
         let router = self.state(Member::Router);
         let (runs, ever_ready) = (router.running.is_some(), router.ever_ready);
         match (self.stopping, runs) {

@@ -72,7 +72,7 @@ pub struct Router {
     pub first_message: Latency,
     /// Whole requests.
     pub whole: Latency,
-    /// Groups that take requests, and all.
+    /// Groups that serve, whatever their weight.
     pub groups_up: usize,
     /// All groups.
     pub groups: usize,
@@ -89,6 +89,9 @@ pub struct Group {
     pub phase: String,
     /// How much of it is done.
     pub percent: f64,
+    /// Its share of the requests, as routers say; with 0 it gets none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
     /// Weights read a second, while it loads.
     pub load_bytes_per_s: f64,
     /// Sequences in the batch.
@@ -149,11 +152,17 @@ impl Cluster {
         let seconds = interval.as_secs_f64();
         let routers = before.map(|before| &before.routers);
         let groups = before.map(|before| &before.groups);
-        Self {
+        let mut cluster = Self {
             interval_s: seconds,
             routers: endpoints(&now.routers, routers, seconds, Router::of),
             groups: endpoints(&now.groups, groups, seconds, Group::of),
+        };
+        for Endpoint { address, shows, .. } in &mut cluster.groups {
+            if let Some(group) = shows {
+                group.weight = weight(&now.routers, address);
+            }
         }
+        cluster
     }
 
     /// The sum of a rate over all groups that have one.
@@ -162,6 +171,15 @@ impl Cluster {
         let shown = self.groups.iter().filter_map(|group| group.shows.as_ref());
         shown.filter_map(rate).reduce(|sum, more| sum + more)
     }
+}
+
+/// The most that a router gives the group whose page is at `metrics`.
+fn weight(routers: &Heard, metrics: &str) -> Option<f64> {
+    let of_router = |page: &Page| {
+        let group = page.label_of("cohort_router_group_info", ("metrics", metrics), "group")?;
+        page.sum("cohort_router_group_weight", &[("group", group)])
+    };
+    routers.values().filter_map(|page| of_router(page.as_ref().ok()?)).reduce(f64::max)
 }
 
 type Heard = BTreeMap<String, Result<Page, String>>;
@@ -276,6 +294,8 @@ impl Group {
             model: text("cohort_build_info", "model_name"),
             phase: text("cohort_phase", "phase"),
             percent: pages.value("cohort_phase_percent", &[]),
+            // Said by routers.
+            weight: None,
             load_bytes_per_s: pages.value("cohort_load_bytes_per_second", &[]),
             running: pages.value("vllm:num_requests_running", &[]),
             waiting: pages.value("vllm:num_requests_waiting", &[]),

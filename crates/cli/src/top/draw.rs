@@ -173,13 +173,15 @@ fn draw_groups(frame: &mut Frame<'_>, area: Rect, cluster: &Cluster, shown: Show
 }
 
 fn group_row(address: &str, group: &Group, pen: Pen) -> Row<'static> {
+    let paused = serves(group) && group.weight == Some(0.0);
     let phase = match (group.phase.as_str(), group.percent) {
         ("loading", percent) => format!("load {percent:.0}%"),
+        ("serving", _) if paused => "weight 0".to_owned(),
         (phase, _) => phase.to_owned(),
     };
     Row::new(vec![
         Cell::from(format!(" {address}")),
-        right(1, phase).style(pen.of(if serves(group) { GOOD } else { WARN })),
+        right(1, phase).style(pen.of(if serves(group) && !paused { GOOD } else { WARN })),
         right(2, count(group.running)),
         right(3, count(group.waiting)).style(pen.above(group.waiting > 0.0, WARN)),
         right(4, percent(Some(group.kv_usage))).style(pen.above(group.kv_usage > KV_FULL, BAD)),

@@ -9,7 +9,7 @@ use collectives::{Collective, Counters, Error, Op, Traffic};
 use types::TpRank;
 
 use super::peer::{OpenSum, Peer};
-use super::watch::Watch;
+use super::watch::{Queued, Watch};
 use crate::Tensor;
 use crate::nccl::{Lane, Transfer};
 
@@ -44,15 +44,18 @@ impl Cards {
 
     /// Queues transfers of `tensor`'s dtype behind all work so far.
     fn queue(&mut self, op: Op, transfers: &[Transfer], tensor: &Tensor) -> Result<(), Error> {
+        self.queue_as(Queued::Other(op), transfers, tensor)
+    }
+
+    fn queue_as(&mut self, queued: Queued, transfers: &[Transfer], tensor: &Tensor) -> Result<(), Error> {
         let device = tensor.device();
         let lane = Lane { stream: device.stream(), dtype: tensor.dtype(), within: self.watch.step() };
-        device.unchain();
         self.alive()?;
-        let communicator = self.watch.communicator();
-        let queued = communicator.queue(transfers, &lane);
-        drop(communicator);
-        let queued = queued.and_then(|()| self.watch.queued(op, lane.stream));
-        queued.map_err(|error| self.watch.refused(op, error.to_string()))
+        let announced = self.watch.announce(queued, device);
+        device.unchain();
+        let transferred = announced.and_then(|()| self.watch.communicator().queue(transfers, &lane));
+        let marked = transferred.and_then(|()| self.watch.queued(queued, lane.stream));
+        marked.map_err(|error| self.watch.refused(queued.op(), error.to_string()))
     }
 
     /// Refuses to go on after an abort.
@@ -156,9 +159,11 @@ impl Collective<Tensor> for Cards {
     fn all_reduce_sum(&mut self, data: &mut Tensor) -> Result<(), Error> {
         if let Some(peer) = self.peer(|peer| peer.takes(data)) {
             self.alive()?;
-            let queued = peer.all_reduce(data).map_err(|error| error.to_string());
+            let number = data.device().next_sum();
+            let queued = peer.all_reduce(data, number).map_err(|error| error.to_string());
             let marked = queued.and_then(|()| {
-                self.watch.queued(Op::AllReduce, data.device().stream()).map_err(|error| error.to_string())
+                let marked = self.watch.queued(Queued::Sum(number), data.device().stream());
+                marked.map_err(|error| error.to_string())
             });
             marked.map_err(|expected| Error::Argument {
                 collective: Op::AllReduce.name(),
@@ -170,7 +175,8 @@ impl Collective<Tensor> for Cards {
             return Ok(());
         }
         let (count, ranks) = (data.elements(), self.ranks());
-        self.queue(Op::AllReduce, &[Transfer::AllReduce { data: data.address(), count }], data)?;
+        let queued = Queued::Sum(data.device().next_sum());
+        self.queue_as(queued, &[Transfer::AllReduce { data: data.address(), count }], data)?;
         // A ring sends every part twice on its way, but for one's own.
         let bytes = 2 * data.bytes() * (ranks - 1) / ranks;
         self.count(Op::AllReduce, bytes, bytes);

@@ -23,7 +23,7 @@ pub use self::staged::Staged;
 
 use self::cards::Cards;
 pub(crate) use self::peer::OpenSum;
-pub(crate) use self::watch::Watch;
+pub(crate) use self::watch::{Queued, Watch};
 use crate::nccl::{Communicator, ID_BYTES, Nccl};
 use crate::{CudaBackend, Error, Tensor};
 
@@ -117,11 +117,13 @@ where
         id = nccl.unique_id(rank)?.map(f32::from);
     }
     line.broadcast(0, &mut id)?;
+    let before = backend.memory_free()?;
     let communicator = Communicator::join(nccl, &id.map(byte), rank, patience.boot)?;
-    tracing::info!(version = nccl.version(), ranks = rank.size().get(), "cards talk through NCCL");
+    let taken = Bytes(before.0.saturating_sub(backend.memory_free()?.0));
+    tracing::info!(version = nccl.version(), ranks = rank.size().get(), memory = %taken, "cards talk through NCCL");
     let one_shot = usize::try_from(one_shot.0).unwrap_or(usize::MAX);
     let peer = meet::meet(backend, &mut line, one_shot)?.map(Rc::new);
-    let watch = Rc::new(Watch::new(communicator, peer, Box::new(line), patience.step));
+    let watch = Rc::new(Watch::new(communicator, peer, Box::new(line), patience.step)?);
     backend.device().watch(Rc::clone(&watch));
     Ok(Box::new(Cards::new(watch)))
 }

@@ -10,7 +10,7 @@ use cudarc::driver::sys::cuIpcCloseMemHandle;
 use ops::{Error, Norm};
 use types::{Bytes, DType};
 
-use super::watch::Watch;
+use super::watch::{Queued, Watch};
 use crate::Tensor;
 use crate::device::{Device, Function, Grid, Module};
 use crate::kernels::{Address, AllReduceNormParams, AllReduceParams, PEERS_MAX, Params, PeersParams, Source};
@@ -37,7 +37,7 @@ const FIRST_CALL: u32 = (1 << 31) - 32;
 
 /// Words of the page-locked memory.
 const GIVE_UP: usize = 0;
-const CALLS_BEGUN: usize = 1;
+const BEGUN: usize = 1;
 const WAITED_FOR: usize = 2;
 const HOST_BYTES: usize = 4096;
 /// Words of the card's own memory: calls, blocks that arrived, whether the line is over.
@@ -60,7 +60,6 @@ impl Slots {
         device.zero(buffer.address(), all)?;
         device.upload(state.address(), &[FIRST_CALL, 0, 0])?;
         let host = Pinned::new(HOST_BYTES)?;
-        host.word(CALLS_BEGUN).store(FIRST_CALL, Ordering::Relaxed);
         Ok(Self { buffer, state, host })
     }
 
@@ -185,7 +184,7 @@ impl Peer {
         self.terms.ranks - 1
     }
 
-    fn params(&self) -> PeersParams {
+    fn params(&self, number: u32) -> PeersParams {
         let mut slots = [0; PEERS_MAX];
         for (rank, slot) in slots.iter_mut().enumerate().take(self.terms.ranks) {
             *slot = self.mapped[rank].as_ref().map_or(self.slots.address(), Mapped::address);
@@ -197,6 +196,7 @@ impl Peer {
             rank: self.terms.rank as u32,
             ranks: self.terms.ranks as u32,
             places: (self.terms.bytes_max / CARRIED_BYTES) as u32,
+            number,
         }
     }
 
@@ -204,10 +204,10 @@ impl Peer {
         Ok(device.launch_early(function, grid, params)?)
     }
 
-    /// Replaces `data`, which [`Peer::takes`], by its sum over the ranks.
-    pub(crate) fn all_reduce(&self, data: &Tensor) -> Result<(), Error> {
+    /// Replaces `data`, which [`Peer::takes`], by its sum over the ranks: the step's sum number `number`.
+    pub(crate) fn all_reduce(&self, data: &Tensor, number: u32) -> Result<(), Error> {
         let pairs = size("all_reduce_sum", data.elements() / 2)?;
-        let params = AllReduceParams { peers: self.params(), data: data.address(), pairs };
+        let params = AllReduceParams { peers: self.params(number), data: data.address(), pairs };
         let blocks = pairs.div_ceil(TILE_PAIRS).min(self.terms.blocks_max);
         Self::launch(data.device(), self.functions.all_reduce, Grid::new(blocks, 1, THREADS), &params)
     }
@@ -216,6 +216,7 @@ impl Peer {
     /// `sum`; all are alike but for the dtype.
     fn all_reduce_norm(
         &self,
+        number: u32,
         (x, out): (&Tensor, &Tensor),
         (sum, more): (&Tensor, Option<(&Tensor, f32)>),
         (weight, norm): (&Weight, Norm),
@@ -226,7 +227,7 @@ impl Peer {
             Norm::Layer { eps } => (eps, 1),
         };
         let params = AllReduceNormParams {
-            peers: self.params(),
+            peers: self.params(number),
             x: x.address(),
             out: out.address(),
             sum: sum.address(),
@@ -249,9 +250,9 @@ impl Peer {
         self.slots.host.word(GIVE_UP).store(1, Ordering::Release);
     }
 
-    /// Sums that the card has begun since the line was made.
-    pub(crate) fn begun(&self) -> u32 {
-        self.slots.host.word(CALLS_BEGUN).load(Ordering::Acquire).wrapping_sub(FIRST_CALL)
+    /// Where the number of the sum that the card has begun last is.
+    pub(super) const fn begun(&self) -> (&Pinned, usize) {
+        (&self.slots.host, BEGUN)
     }
 
     /// The rank whose part a card was waiting for when it gave up.
@@ -277,7 +278,8 @@ impl OpenSum {
         (sum, more): (&Tensor, Option<(&Tensor, f32)>),
         (weight, norm): (&Weight, Norm),
     ) -> Result<(), Error> {
-        self.peer.all_reduce_norm((x, out), (sum, more), (weight, norm))?;
-        Ok(self.watch.queued(collectives::Op::AllReduce, sum.device().stream())?)
+        let number = sum.device().next_sum();
+        self.peer.all_reduce_norm(number, (x, out), (sum, more), (weight, norm))?;
+        Ok(self.watch.queued(Queued::Sum(number), sum.device().stream())?)
     }
 }

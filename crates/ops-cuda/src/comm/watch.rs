@@ -1,8 +1,9 @@
 //! What keeps a rank from waiting for other cards for ever: whoever waits for the card asks here how its communicator is.
 
-use std::cell::{Cell, RefCell, RefMut};
+use std::cell::{RefCell, RefMut};
 use std::fmt;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,10 @@ use cudarc::driver::sys::{CUstream, CUstreamCaptureStatus, cuStreamIsCapturing};
 
 use super::peer::Peer;
 use crate::Error;
+use crate::device::{Device, Grid};
 use crate::graph::Event;
+use crate::kernels::NoteParams;
+use crate::memory::Pinned;
 use crate::nccl::Communicator;
 
 /// How long the hosts have to say who is still there, once a step is late.
@@ -26,18 +30,50 @@ const LAST_WORD: Duration = Duration::from_millis(100);
 pub(crate) struct Watch {
     communicator: RefCell<Communicator>,
     peer: Option<Rc<Peer>>,
-    /// Sums of the cards' own line that had begun when the card was last waited for.
-    passed: Cell<u32>,
+    /// The number in its step of the sum that the card has begun last, without the cards' own line.
+    begun: Pinned,
     line: RefCell<Box<dyn Collective<[f32]>>>,
     step: Duration,
     marks: RefCell<Marks>,
+}
+
+/// An operation that was queued.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Queued {
+    /// The sum over ranks of this number in its step, counted from 1.
+    Sum(u32),
+    /// Any other.
+    Other(Op),
+    /// A recorded step, of whose sums the card says which it has begun.
+    Recorded,
+}
+
+impl Queued {
+    pub(crate) const fn op(self) -> Op {
+        match self {
+            Self::Sum(_) | Self::Recorded => Op::AllReduce,
+            Self::Other(op) => op,
+        }
+    }
+}
+
+/// A step's first sum is that of the embedding, and each layer has one.
+impl fmt::Display for Queued {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sum(0..=1) => write!(f, "{} of the embedding", self.op()),
+            Self::Sum(number) => write!(f, "{} of layer {}", self.op(), number - 2),
+            Self::Other(op) => op.fmt(f),
+            Self::Recorded => f.write_str("a recorded step"),
+        }
+    }
 }
 
 /// What was queued since the card was last waited for.
 #[derive(Debug, Default)]
 struct Marks {
     events: Vec<Event>,
-    queued: Vec<Op>,
+    queued: Vec<Queued>,
 }
 
 impl fmt::Debug for Watch {
@@ -52,9 +88,10 @@ impl Watch {
         peer: Option<Rc<Peer>>,
         line: Box<dyn Collective<[f32]>>,
         step: Duration,
-    ) -> Self {
+    ) -> Result<Self, Error> {
         let (communicator, line) = (RefCell::new(communicator), RefCell::new(line));
-        Self { communicator, peer, passed: Cell::new(0), line, step, marks: RefCell::default() }
+        let begun = Pinned::new(size_of::<u32>())?;
+        Ok(Self { communicator, peer, begun, line, step, marks: RefCell::default() })
     }
 
     /// The cards' own line.
@@ -83,16 +120,29 @@ impl Watch {
         self.step
     }
 
+    /// Where the card says which of a step's sums it has begun.
+    fn begun(&self) -> (&Pinned, usize) {
+        self.peer.as_ref().map_or((&self.begun, 0), |peer| peer.begun())
+    }
+
+    /// In a recording, where the host cannot wait for a sum by itself, NCCL's are announced to it by the card before they
+    /// begin. The cards' own line does so by itself.
+    pub(crate) fn announce(&self, queued: Queued, device: &Device) -> Result<(), Error> {
+        let Queued::Sum(number) = queued else { return Ok(()) };
+        if !is_recorded(device.stream())? {
+            return Ok(());
+        }
+        let (memory, word) = self.begun();
+        let at = memory.address() + (word * size_of::<u32>()) as u64;
+        device.launch(device.kernels.note, Grid::new(1, 1, 1), &NoteParams { at, value: number })
+    }
+
     /// Notes an operation that was just queued. Inside a recording there is nothing to wait for.
-    pub(crate) fn queued(&self, op: Op, stream: CUstream) -> Result<(), Error> {
-        let mut capturing = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        // SAFETY: the stream is alive, the pointer valid for the call.
-        unsafe { cuStreamIsCapturing(stream, &raw mut capturing) }
-            .result()
-            .map_err(Error::driver("cuStreamIsCapturing"))?;
+    pub(crate) fn queued(&self, op: Queued, stream: CUstream) -> Result<(), Error> {
+        let recorded = is_recorded(stream)?;
         let mut marks = self.marks.borrow_mut();
         let number = marks.queued.len();
-        if capturing != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE || number == MARKS_MAX {
+        if recorded || number == MARKS_MAX {
             return Ok(());
         }
         if marks.events.len() == number {
@@ -109,9 +159,6 @@ impl Watch {
         let done = open.unwrap_or(queued.len());
         queued.drain(..done);
         events.rotate_left(done);
-        if let Some(peer) = &self.peer {
-            self.passed.set(peer.begun());
-        }
     }
 
     /// Looks after the communicator when the card has been waited for so long.
@@ -163,24 +210,23 @@ impl Watch {
     /// The first operation that is not done, in words.
     fn first_open(&self) -> String {
         let marks = self.marks.borrow();
-        let open = marks.queued.iter().zip(&marks.events).position(|(_, event)| !event.is_passed());
+        let open = marks.queued.iter().zip(&marks.events).find(|(_, event)| !event.is_passed());
         match open {
-            Some(number) => {
-                format!(
-                    "{} number {} of the {} of this step",
-                    marks.queued[number],
-                    number + 1,
-                    marks.queued.len()
-                )
+            Some((Queued::Recorded, _)) => {
+                let (memory, word) = self.begun();
+                Queued::Sum(memory.word(word).load(Ordering::Acquire)).to_string()
             }
-            None => match &self.peer {
-                Some(peer) => format!(
-                    "{} number {} of a recorded step (the first is the embedding's, and each layer has one)",
-                    Op::AllReduce,
-                    peer.begun().wrapping_sub(self.passed.get()).max(1)
-                ),
-                None => "the collectives of a recorded step".to_owned(),
-            },
+            Some((queued, _)) => queued.to_string(),
+            None => "what is queued behind the last collective".to_owned(),
         }
     }
+}
+
+fn is_recorded(stream: CUstream) -> Result<bool, Error> {
+    let mut capturing = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: the stream is alive, the pointer valid for the call.
+    unsafe { cuStreamIsCapturing(stream, &raw mut capturing) }
+        .result()
+        .map_err(Error::driver("cuStreamIsCapturing"))?;
+    Ok(capturing != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }

@@ -71,6 +71,33 @@ pub(super) fn experts<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
     )
 }
 
+/// The router's product and choice in one op. Its logits are small multiples of 1/8, which every storage holds exactly, and
+/// many are equal: so the choice is the same everywhere.
+pub(super) fn routers<B: Backend>(bench: &mut Bench<B>) -> Result<(), Error> {
+    let hidden = 16;
+    for scoring in SCORINGS {
+        for (rows, experts, top_k) in [(1, 8, 3), (2, 40, 8), (5, 16, 4), (9, 150, 5), (1, 150, 40)] {
+            let whole = |v: &f32, most: f32| (v.clamp(-1.0, 1.0) * most).round();
+            let x: Vec<f32> = bench.values(rows * hidden).iter().map(|v| whole(v, 2.0)).collect();
+            let values = bench.values(experts * hidden);
+            let weight: Vec<f32> = values.iter().map(|v| whole(v, 4.0) / 8.0).collect();
+            let logits: Vec<f32> = r::wide(&x)
+                .chunks(hidden)
+                .flat_map(|x| r::linear(x, &r::wide(&weight), hidden))
+                .map(|l| l as f32)
+                .collect();
+            let sizes = Sizes { rows, experts, hidden: 16, intermediate: 8, first: 0, local: experts };
+            for sizes in [Sizes { first: 1, local: 5, ..sizes }, sizes] {
+                let (x, weight) = (bench.rows(hidden, &x)?, bench.weight(&[experts, hidden], &weight)?);
+                let routed = bench.backend.router(&x, &weight, Routing { top_k, scoring })?;
+                compare(bench, routed, (Routing { top_k, scoring }, &logits), &sizes)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
 struct Sizes {
     rows: usize,
     experts: usize,
@@ -81,6 +108,18 @@ struct Sizes {
 }
 
 fn run<B: Backend>(bench: &mut Bench<B>, routing: Routing, logits: &[f32], s: &Sizes) -> Result<(), Error> {
+    let device_logits = bench.rows(s.experts, logits)?;
+    let routed = bench.backend.route(&device_logits, routing)?;
+    compare(bench, routed, (routing, logits), s)
+}
+
+/// Experts of random weights on random rows: `routed` must be what `routing` makes of `logits`.
+fn compare<B: Backend>(
+    bench: &mut Bench<B>,
+    routed: B::Routed,
+    (routing, logits): (Routing, &[f32]),
+    s: &Sizes,
+) -> Result<(), Error> {
     let x = bench.values(s.rows * s.hidden);
     let scaled =
         |v: Vec<f32>| -> Vec<f32> { v.iter().map(|v| half::bf16::from_f32(v * 0.2).to_f32()).collect() };
@@ -91,8 +130,6 @@ fn run<B: Backend>(bench: &mut Bench<B>, routing: Routing, logits: &[f32], s: &S
     let device_up =
         bench.expert_weight(&[s.local, 2 * s.intermediate, s.hidden], &local(&gate_up, up_size))?;
     let device_down = bench.expert_weight(&[s.local, s.hidden, s.intermediate], &local(&down, down_size))?;
-    let device_logits = bench.rows(s.experts, logits)?;
-    let routed = bench.backend.route(&device_logits, routing)?;
     let device_x = bench.rows(s.hidden, &x)?;
     let out = bench.backend.routed_experts(&device_x, &routed, &device_up, &device_down, s.first)?;
 

@@ -110,6 +110,7 @@ impl<B: Backend> Bench<B> {
         draw::draws(self)?;
         mlp::swiglu(self)?;
         mlp::routes(self)?;
+        mlp::routers(self)?;
         mlp::experts(self)?;
         attention::cases(self)
     }

@@ -80,10 +80,11 @@ async fn answer(shared: &Arc<Shared>, request: Request, id: &mut String) -> Resu
         Ok(fields.finish().map(|()| asked))
     };
     let (parts, asked) = read(shared, request, take).await?;
-    let call = call(&parts, "")?.listed(&shared.running);
+    let mut call = call(&parts, "")?.listed(&shared.running);
     call.request_id.clone_into(id);
     let Asked { request, stream, show } = asked?;
     let tokenizer = shared.text.as_ref().map(|text| Arc::clone(text.tokenizer()));
+    call.trail.streams(stream);
     let answer = shared.generate(call, request).await.map_err(named)?;
     let view = View::new(id.clone(), show, tokenizer);
     if stream {

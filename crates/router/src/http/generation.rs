@@ -12,14 +12,13 @@ use super::form::{self, AskedBy};
 pub(super) const CHOICES_MAX: usize = 128;
 
 /// Fields that have no effect at this value. A field without a value is always refused.
-const WITHOUT_EFFECT: [(&str, &str); 7] = [
+const WITHOUT_EFFECT: [(&str, &str); 6] = [
     ("store", "false"),
     ("metadata", "{}"),
     ("service_tier", "\"auto\""),
     ("use_beam_search", "false"),
     ("length_penalty", "1"),
     ("spaces_between_special_tokens", "true"),
-    ("session_id", ""),
 ];
 
 #[derive(Debug, Deserialize)]
@@ -83,6 +82,7 @@ impl Common {
             cache_salt: take_salt(fields),
             bypass_prefix_cache: fields.take("bypass_prefix_cache").unwrap_or(false),
             constraint,
+            session_id: fields.take("session_id").unwrap_or_default(),
         };
         if stream && request.response.is_some_and(|response| response.prompt_logprobs.is_some()) {
             fields.refuse("prompt_logprobs", "is not for streams");

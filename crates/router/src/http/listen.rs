@@ -20,6 +20,7 @@ use tower::ServiceExt;
 use types::limits::HEADER_BYTES_MAX;
 
 use crate::config::HttpPatience;
+use crate::doorway::Doorway;
 use crate::gate::Certified;
 
 /// Most connections at once; further ones wait to be accepted.
@@ -30,7 +31,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Serves until `refuse`; then open answers are finished and idle connections closed.
 pub(crate) async fn serve(
     (listener, acceptor): (TcpListener, Acceptor),
-    routes: Router,
+    routes: Doorway<Router>,
     patience: impl Fn() -> HttpPatience,
     refuse: CancellationToken,
 ) {

@@ -101,7 +101,6 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
     /// [`Failure::Invalid`] with every field that is not supported.
     fn try_from(wire: vllm::GenerateRequest) -> Result<Self, Failure> {
         let mut refused = Refused::default();
-        refused.unsupported("session_id", wire.session_id.is_some());
         refused.unsupported("media", !wire.media.is_empty());
         refused.unsupported("lora_name", !wire.lora_name.is_empty());
         refused.unsupported("kv_hints", wire.kv_hints.is_some());
@@ -157,6 +156,7 @@ impl TryFrom<vllm::GenerateRequest> for Asked {
                 keep_special_tokens: !asked.skip_special_tokens.unwrap_or(true),
                 parse: false,
             }),
+            session_id: wire.session_id.unwrap_or_default(),
         };
         let truncate = usize::try_from(wire.truncate_prompt_tokens).ok().filter(|&most| most > 0);
         Ok(Self { request, truncate, shown })

@@ -60,6 +60,8 @@ impl Facts {
 pub(crate) enum Progress {
     /// At least one group takes requests.
     Serving,
+    /// Groups serve, and all of them have weight 0.
+    Withheld,
     /// The most advanced group is in this phase, so many per cent of it done.
     Phase(Phase, u32),
     /// No leader answers.
@@ -72,6 +74,10 @@ impl Progress {
         match self {
             Self::Phase(phase, percent) => Failure::NotServing { phase, percent, retry_after: RETRY_AFTER },
             Self::Unreachable(why) => Failure::Unavailable { why, retry_after: RETRY_AFTER },
+            Self::Withheld => Failure::Unavailable {
+                why: "every group that serves has weight 0, in router.weights or cluster.weights".to_owned(),
+                retry_after: RETRY_AFTER,
+            },
             Self::Serving => Failure::Unavailable {
                 why: "the groups that serve have just refused this request".to_owned(),
                 retry_after: RETRY_AFTER,
@@ -85,6 +91,7 @@ impl Progress {
             Self::Serving => (Phase::Serving.name(), 100),
             Self::Phase(phase, percent) => (phase.name(), *percent),
             Self::Unreachable(_) => ("connecting", 0),
+            Self::Withheld => ("withheld", 100),
         }
     }
 }

@@ -16,12 +16,8 @@ pub(crate) struct Address {
     pub(crate) url: String,
     /// The name its certificate must have, when that is not the host.
     pub(crate) certified: Option<String>,
-}
-
-impl From<&str> for Address {
-    fn from(url: &str) -> Self {
-        Self { url: url.to_owned(), certified: None }
-    }
+    /// Its share of the requests beside those of the others; with 0 it gets none.
+    pub(crate) weight: u32,
 }
 
 impl Groups {
@@ -37,18 +33,21 @@ impl Groups {
             let mut here = state.groups.iter().zip(&state.seen);
             here.any(|(group, seen)| group.address == address.url && seen.standing != Standing::Gone)
         };
-        let mut connected: Vec<(&String, Line)> = Vec::new();
+        let mut connected: Vec<(&Address, Line)> = Vec::new();
         for address in addresses.iter().filter(|address| !known(address)) {
-            if !connected.iter().any(|(url, _)| **url == address.url) {
+            if !connected.iter().any(|(other, _)| other.url == address.url) {
                 let line = connect::line(address, self.dialer.as_ref(), self.badge.clone())?;
-                connected.push((&address.url, line));
+                connected.push((address, line));
             }
         }
         let (mut joined, mut left) = (Vec::new(), Vec::new());
         for index in 0..state.groups.len() {
-            let stays = addresses.iter().any(|address| address.url == state.groups[index].address);
-            let standing = &mut state.seen[index].standing;
-            match (*standing, stays) {
+            let stays = addresses.iter().find(|address| address.url == state.groups[index].address);
+            let Seen { standing, weight, .. } = &mut state.seen[index];
+            if let (Some(address), true) = (stays, *standing != Standing::Gone) {
+                *weight = address.weight;
+            }
+            match (*standing, stays.is_some()) {
                 (Standing::Member, false) => {
                     *standing = Standing::Leaving;
                     left.push((index, Arc::clone(&state.groups[index])));
@@ -57,7 +56,7 @@ impl Groups {
                 (Standing::Member, true) | (Standing::Leaving, false) | (Standing::Gone, _) => {}
             }
         }
-        for (address, line) in connected {
+        for (Address { url: address, weight, .. }, line) in connected {
             let group = Arc::new(Group {
                 address: address.clone(),
                 line,
@@ -68,7 +67,7 @@ impl Groups {
             for reason in REASONS {
                 let _ = self.placements.get_or_create(&Placement { group: address.clone(), reason });
             }
-            joined.push((state.seat(Arc::clone(&group)), group));
+            joined.push((state.seat(Arc::clone(&group), *weight), group));
         }
         state.choose_served();
         drop(state);
@@ -126,9 +125,10 @@ impl Groups {
 
 impl super::State {
     /// A place for a new group: one that is free, else the next.
-    fn seat(&mut self, group: Arc<Group>) -> usize {
+    fn seat(&mut self, group: Arc<Group>, weight: u32) -> usize {
         let seen = Seen {
             standing: Standing::Member,
+            weight,
             link: Link::Down { why: "not connected yet".to_owned() },
             facts: None,
             others: 0,

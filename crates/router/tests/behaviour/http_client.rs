@@ -1,6 +1,8 @@
 //! A client of the HTTP listener that shows everything that comes over the wire.
 #![allow(clippy::needless_pass_by_value, reason = "callers write json!(…) in place")]
 
+use std::net::SocketAddr;
+
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -52,6 +54,14 @@ pub(crate) async fn send(router: &TestRouter, path: &str, headers: &str, body: &
     stream.write_all(head.as_bytes()).await.unwrap();
     stream.write_all(body).await.unwrap();
     stream
+}
+
+/// What is at this path.
+pub(crate) async fn get(at: SocketAddr, path: &str) -> Answer {
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    receive(stream).await
 }
 
 pub(crate) async fn receive(mut stream: TcpStream) -> Answer {

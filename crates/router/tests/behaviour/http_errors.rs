@@ -58,7 +58,7 @@ async fn every_field_that_does_not_work_is_refused_by_its_name() {
         ("priority", json!(101)),
         ("priority", json!(0.5)),
         ("request_id", json!("not visible")),
-        ("session_id", json!("s")),
+        ("session_id", json!("s".repeat(257))),
         ("cache_salt", json!("")),
         ("cache_salt", json!("s".repeat(1025))),
         ("thinking_token_budget", json!(-5)),

@@ -71,6 +71,26 @@ async fn every_address_of_a_name_is_a_group_and_new_ones_join() {
 }
 
 #[tokio::test]
+async fn the_weight_of_a_name_is_that_of_each_of_its_addresses_which_have_no_own() {
+    let (one, other) = (Leader::serving().await, Leader::serving().await);
+    let script = Scripted::new(&[&one, &other]);
+    let weighed = |weights: &[(&str, u32)]| {
+        let weights = weights.iter().map(|(of, weight)| ((*of).to_owned(), *weight)).collect();
+        Config { weights, ..named(&script, Duration::from_secs(3600)) }
+    };
+    let name = "dns+http://groups:7000";
+    let router = TestRouter::start(weighed(&[]), demo_files()).await;
+    router.wait_for(tonic_health::pb::health_check_response::ServingStatus::Serving).await;
+    router.wait_for_groups(2).await;
+    router.change(weighed(&[(name, 0), (&one.address, 1)])).await.unwrap();
+    router.wait_for_groups(1).await;
+    router.change(weighed(&[(name, 0)])).await.unwrap();
+    router.wait_for_groups(0).await;
+    router.change(weighed(&[(name, 3)])).await.unwrap();
+    router.wait_for_groups(2).await;
+}
+
+#[tokio::test]
 async fn a_name_that_flaps_or_fails_takes_no_group_away() {
     let (one, other) = (Leader::serving().await, Leader::serving().await);
     let script = Scripted::new(&[&one, &other]);

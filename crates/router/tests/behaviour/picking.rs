@@ -9,7 +9,11 @@ use router::pick::{Candidate, Why, choose};
 use crate::support::{Leader, Random, TestRouter, all, answer, from_ids};
 
 fn candidate(eligible: bool, in_flight: usize, others: usize) -> Candidate {
-    Candidate { eligible, in_flight, others, known_tokens: 0 }
+    Candidate { eligible, weight: 1, in_flight, others, known_tokens: 0 }
+}
+
+fn weighing(weight: u32, in_flight: usize) -> Candidate {
+    Candidate { weight, ..candidate(true, in_flight, 0) }
 }
 
 /// Where nothing is drawn: there are two groups at most.
@@ -94,6 +98,65 @@ fn a_group_that_knows_the_prompt_is_picked_unless_it_has_much_more_to_do() {
     }
     let gone = Candidate { eligible: false, ..knowing(64, 0) };
     assert_eq!(choose(&[gone, knowing(0, 3)], none_drawn), Some((1, Why::LeastLoaded)));
+}
+
+#[test]
+fn of_two_groups_the_one_with_less_to_do_for_its_weight_is_picked() {
+    let table: [(&[Candidate], usize); 6] = [
+        (&[weighing(1, 0), weighing(3, 0)], 1),
+        (&[weighing(1, 0), weighing(3, 2)], 0),
+        (&[weighing(1, 1), weighing(3, 4)], 1),
+        (&[weighing(1, 1), weighing(3, 6)], 0),
+        (&[weighing(100, 98), weighing(1, 0)], 0),
+        (&[weighing(100, 100), weighing(1, 0)], 1),
+    ];
+    for (candidates, expected) in table {
+        assert_eq!(choose(candidates, none_drawn), Some((expected, Why::LeastLoaded)), "{candidates:?}");
+    }
+}
+
+#[test]
+fn a_group_of_weight_0_gets_nothing_whatever_it_knows_and_however_little_it_has_to_do() {
+    let paused = Candidate { weight: 0, ..knowing(64, 0) };
+    assert_eq!(choose(&[paused], none_drawn), None);
+    assert_eq!(choose(&[paused, candidate(true, 90, 9)], none_drawn), Some((1, Why::LeastLoaded)));
+    let mut random = Random::seeded(11);
+    let groups = [knowing(0, 5), paused, knowing(0, 7), paused, knowing(0, 9)];
+    for _ in 0..1000 {
+        let (index, _) = choose(&groups, |count| random.below(count)).unwrap();
+        assert!(groups[index].weight > 0);
+    }
+}
+
+#[test]
+fn many_groups_get_shares_of_the_requests_as_their_weights_say() {
+    for seed in 20..24 {
+        let mut random = Random::seeded(seed);
+        // One weighs as much as all others together, so it must be among the two drawn far more often than those.
+        let weights = [15_u32, 1, 2, 3, 4, 5];
+        let mut groups = weights.map(|weight| weighing(weight, 0));
+        for _ in 0..30_000 {
+            let (index, _) = choose(&groups, |count| random.below(count)).unwrap();
+            groups[index].in_flight += 1;
+        }
+        for group in &groups {
+            let share = group.in_flight as f64 / f64::from(group.weight);
+            assert!((share / 1000.0 - 1.0).abs() < 0.02, "{groups:?}");
+        }
+    }
+}
+
+#[test]
+fn what_a_group_knows_counts_as_far_as_its_weight_carries_what_it_has_to_do() {
+    let knows = |weight, in_flight| Candidate { weight, ..knowing(16, in_flight) };
+    // Four requests more at weight 1 are twelve at weight 3.
+    assert_eq!(choose(&[weighing(1, 0), knows(3, 12)], none_drawn), Some((1, Why::Prefix)));
+    assert_eq!(choose(&[weighing(1, 0), knows(3, 13)], none_drawn), Some((0, Why::LeastLoaded)));
+    assert_eq!(choose(&[weighing(3, 0), knows(1, 1)], none_drawn), Some((1, Why::Prefix)));
+    assert_eq!(choose(&[weighing(3, 0), knows(1, 2)], none_drawn), Some((0, Why::LeastLoaded)));
+    // Of two that know as much, the one with less to do for its weight; the first and the last are drawn.
+    let draw = |bound| if bound == 6 { 0 } else { 4 };
+    assert_eq!(choose(&[knows(1, 2), knows(4, 5), weighing(1, 1)], draw), Some((1, Why::Prefix)));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use router::{Config, Error};
 use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::support::{Leader, PATIENCE, TestRouter, all, answer, chunk, config, from_ids, soon};
 
@@ -57,6 +58,54 @@ async fn a_group_that_leaves_finishes_what_it_has_and_gets_nothing_new() {
     assert!(leaving.opened.try_recv().is_err(), "it got a new request");
     request.play(answer("yes")).await;
     assert!(soon(open).await.unwrap() > 1);
+}
+
+#[tokio::test]
+async fn a_group_whose_weight_becomes_0_finishes_what_it_has_and_gets_nothing_new_until_it_has_one_again() {
+    let (mut paused, other) = (Leader::serving().await, Leader::serving().await);
+    let workers = [paused.address.clone(), other.address.clone()];
+    let weighed = |weight| {
+        let mut config = config(&[&workers[0], &workers[1]]);
+        config.weights.insert(workers[0].clone(), weight);
+        config
+    };
+    let router = TestRouter::ready(&[&workers[0], &workers[1]]).await;
+    // Of two idle groups the first gets it.
+    let mut client = router.client().await;
+    let stream = tokio::spawn(async move { client.generate(from_ids(&[5, 6])).await });
+    let open = paused.next().await;
+    router.change(weighed(0)).await.unwrap();
+    router.wait_for_groups(1).await;
+    assert_eq!(groups(&router).await, 2, "it still belongs to the router");
+    other.play_always(answer("hi"));
+    for _ in 0..5 {
+        all(&router, from_ids(&[5, 6])).await.unwrap();
+    }
+    assert!(paused.opened.try_recv().is_err(), "it got a new request");
+    open.play(answer("yes")).await;
+    let mut stream = soon(stream).await.unwrap().unwrap().into_inner();
+    while soon(stream.message()).await.unwrap().is_some() {}
+    router.change(weighed(2)).await.unwrap();
+    router.wait_for_groups(2).await;
+    let played = tokio::spawn(async move {
+        paused.next().await.play(answer("hi")).await;
+        paused
+    });
+    all(&router, from_ids(&[5, 6])).await.unwrap();
+    let _paused = played.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_router_whose_groups_all_have_weight_0_is_not_ready_and_says_why() {
+    let leader = Leader::serving().await;
+    let router = TestRouter::ready(&[&leader.address]).await;
+    let mut paused = config(&[&leader.address]);
+    paused.weights.insert(leader.address.clone(), 0);
+    router.change(paused).await.unwrap();
+    router.wait_for(ServingStatus::NotServing).await;
+    let refused = all(&router, from_ids(&[5, 6])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable);
+    assert!(refused.message().contains("every group that serves has weight 0"), "{refused:?}");
 }
 
 #[tokio::test]

@@ -5,14 +5,14 @@ use std::time::Duration;
 use proto::worker::registry_client::RegistryClient;
 use proto::worker::{ModelFacts, RegisterRequest};
 use router::{Config, Error};
-use security::{Badge, Identified, Secret};
+use security::{Badge, Identified, Secret, SharedSecret};
 use tonic::{Code, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::support::{Leader, TestRouter, all, answer, config, demo_files, facts, from_ids, soon};
 
-fn secret() -> Secret {
-    Secret::parse(&"s".repeat(32)).unwrap()
+fn secret() -> SharedSecret {
+    Secret::parse(&"s".repeat(32)).unwrap().into()
 }
 
 /// A router without a list, that remembers groups for so long.
@@ -24,7 +24,7 @@ async fn router(hold: Duration) -> TestRouter {
 
 const LONG: Duration = Duration::from_secs(3600);
 
-async fn desk(router: &TestRouter, secret: Option<&Secret>) -> RegistryClient<Identified> {
+async fn desk(router: &TestRouter, secret: Option<&SharedSecret>) -> RegistryClient<Identified> {
     RegistryClient::with_interceptor(router.channel().await, Badge::new(secret))
 }
 
@@ -64,7 +64,7 @@ async fn a_group_that_is_not_heard_of_any_more_leaves_and_one_that_is_stays() {
 #[tokio::test]
 async fn who_does_not_show_the_clusters_secret_is_refused() {
     let router = router(LONG).await;
-    let stranger = Secret::parse(&"x".repeat(32)).unwrap();
+    let stranger = SharedSecret::from(Secret::parse(&"x".repeat(32)).unwrap());
     for shown in [None, Some(&stranger)] {
         let request = RegisterRequest { url: "http://127.0.0.1:1".to_owned(), model: Some(facts("demo")) };
         let refused = soon(desk(&router, shown).await.register(request)).await.unwrap_err();

@@ -11,7 +11,7 @@ use proto::v1::cohort_client::CohortClient;
 use proto::worker::worker_server::{Worker, WorkerServer};
 use proto::{Failure, Phase, v1, worker};
 use router::text::Tokenizer;
-use router::{Bound, Change, Config, Limits, ModelFiles};
+use router::{Bound, Change, Config, Limits, ModelFiles, Start};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -354,6 +354,7 @@ pub(crate) fn config(workers: &[&str]) -> Config {
         grpc_listen: any_port(),
         http_listen: Some(any_port()),
         workers: workers.iter().map(|&address| address.to_owned()).collect(),
+        weights: std::collections::BTreeMap::new(),
         names: router::discovery::Names::default(),
         registration_hold: None,
         model_name: None,
@@ -388,9 +389,15 @@ impl TestRouter {
     pub(crate) async fn start(config: Config, files: ModelFiles) -> Self {
         let shutdown = CancellationToken::new();
         let (tell, told) = oneshot::channel();
-        let bound = move |bound| tell.send(bound).unwrap();
+        let mut tell = Some(tell);
+        let serves = move |start| {
+            if let Start::Serving(bound) = start {
+                tell.take().unwrap().send(bound).unwrap();
+            }
+        };
         let (changes, changed) = mpsc::channel(1);
-        let served = tokio::spawn(router::serve_changing(config, files, bound, shutdown.clone(), changed));
+        let files = move || Ok(files);
+        let served = tokio::spawn(router::serve_changing(config, files, serves, shutdown.clone(), changed));
         Self { bound: soon(told).await.unwrap(), shutdown, changes, served }
     }
 

@@ -1,12 +1,16 @@
 //! TLS on the listeners and to the groups.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use proto::v1::cohort_client::CohortClient;
 use proto::worker::worker_server::WorkerServer;
 use proto::{Phase, v1};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use router::discovery::{Names, Resolve};
 use router::{Access, Config};
 use security::{Acceptor, ClientTls, Clients, Dialer, SECRET_HEADER, Secret, ServerTls, incoming};
 use tempfile::TempDir;
@@ -40,7 +44,12 @@ impl Authority {
     }
 
     fn sign(&self, name: &str) -> (PathBuf, PathBuf) {
-        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        self.sign_for(name, "127.0.0.1")
+    }
+
+    /// A certificate for this host.
+    fn sign_for(&self, name: &str, host: &str) -> (PathBuf, PathBuf) {
+        let params = CertificateParams::new(vec![host.to_owned()]).unwrap();
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let path = |end: &str| self.dir.path().join(format!("{name}.{end}"));
@@ -50,7 +59,11 @@ impl Authority {
     }
 
     fn server(&self, name: &str) -> ServerTls {
-        let (certificate, key) = self.sign(name);
+        self.server_for(name, "127.0.0.1")
+    }
+
+    fn server_for(&self, name: &str, host: &str) -> ServerTls {
+        let (certificate, key) = self.sign_for(name, host);
         ServerTls { certificate, key, client_ca: Some(self.ca()) }
     }
 
@@ -106,9 +119,14 @@ async fn router_speaks_plain(router: &TestRouter) -> Result<(), tonic::Status> {
 
 /// A leader behind TLS that wants a certificate; it shows what it is shown.
 async fn tls_leader(authority: &Authority) -> (String, tokio::sync::mpsc::UnboundedReceiver<String>) {
-    let acceptor = Acceptor::new(Some(&authority.server("group")), Clients::Required, &[b"h2"]).unwrap();
+    let (address, seen) = tls_leader_of(&authority.server("group")).await;
+    (format!("https://{address}"), seen)
+}
+
+async fn tls_leader_of(tls: &ServerTls) -> (SocketAddr, tokio::sync::mpsc::UnboundedReceiver<String>) {
+    let acceptor = Acceptor::new(Some(tls), Clients::Required, &[b"h2"]).unwrap();
     let listener = TcpListener::bind(any_port()).await.unwrap();
-    let address = format!("https://{}", listener.local_addr().unwrap());
+    let address = listener.local_addr().unwrap();
     let (shown, seen) = tokio::sync::mpsc::unbounded_channel();
     let inner = crate::support::still_leader(state(Phase::Serving, 100, Some(facts("demo"))));
     let service = WorkerServer::with_interceptor(inner, move |request: tonic::Request<()>| {
@@ -127,7 +145,7 @@ async fn a_router_shows_its_groups_its_certificate_and_the_cluster_s_secret() {
     let (address, mut seen) = tls_leader(&authority).await;
     let secret = Secret::random().unwrap();
     let tls = ClientTls { ca: authority.ca(), identity: Some(authority.sign("router")) };
-    let access = Access { group_tls: Some(tls), secret: Some(secret.clone()), ..Access::default() };
+    let access = Access { group_tls: Some(tls), secret: Some(secret.clone().into()), ..Access::default() };
     let router = TestRouter::start(Config { access, ..config(&[&address]) }, demo_files()).await;
     router.wait_for_groups(1).await;
     assert!(secret.is(soon(seen.recv()).await.unwrap().as_bytes()));
@@ -140,6 +158,12 @@ async fn a_group_whose_certificate_is_not_believed_is_named_with_the_reason() {
     let tls = ClientTls { ca: other.ca(), identity: None };
     let access = Access { group_tls: Some(tls), ..Access::default() };
     let router = TestRouter::start(Config { access, ..config(&[&address]) }, demo_files()).await;
+    let status = refused_certificate(&router).await;
+    assert!(status.message().contains(&address), "{status}");
+}
+
+/// What a caller is told once the router has seen a certificate that it does not believe.
+async fn refused_certificate(router: &TestRouter) -> tonic::Status {
     let refused = async {
         loop {
             let status = router.client().await.generate(from_ids(&[1])).await.unwrap_err();
@@ -149,6 +173,39 @@ async fn a_group_whose_certificate_is_not_believed_is_named_with_the_reason() {
             tokio::task::yield_now().await;
         }
     };
-    let status = tokio::time::timeout(PATIENCE, refused).await.unwrap();
-    assert!(status.message().contains(&address), "{status}");
+    tokio::time::timeout(PATIENCE, refused).await.unwrap()
+}
+
+/// A name that has one address.
+#[derive(Debug)]
+struct OneAddress(SocketAddr);
+
+impl Resolve for OneAddress {
+    fn resolve<'a>(&'a self, host: &'a str, port: u16) -> BoxFuture<'a, std::io::Result<Vec<SocketAddr>>> {
+        assert_eq!((host, port), ("groups.example", 7000));
+        Box::pin(async { Ok(vec![self.0]) })
+    }
+}
+
+#[tokio::test]
+async fn the_groups_of_an_encrypted_name_are_believed_for_that_name_and_not_for_their_addresses() {
+    let authority = Authority::new();
+    let (address, _seen) = tls_leader_of(&authority.server_for("group", "groups.example")).await;
+    let tls = ClientTls { ca: authority.ca(), identity: Some(authority.sign("router")) };
+    let access = Access { group_tls: Some(tls), ..Access::default() };
+    let names = Names { resolver: Arc::new(OneAddress(address)), ..Names::default() };
+    let named = Config { access: access.clone(), names, ..config(&["dns+https://groups.example:7000"]) };
+    let router = TestRouter::start(named, demo_files()).await;
+    // Until the first answer there is nothing to be served.
+    soon(async {
+        while router.client().await.get_model_info(v1::GetModelInfoRequest {}).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+        router.wait_for_groups(1).await;
+    })
+    .await;
+    let by_address = Config { access, ..config(&[&format!("https://{address}")]) };
+    let router = TestRouter::start(by_address, demo_files()).await;
+    let refused = refused_certificate(&router).await;
+    assert!(refused.message().contains(&address.to_string()), "{refused}");
 }

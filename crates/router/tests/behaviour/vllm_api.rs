@@ -259,7 +259,6 @@ fn unsupported() -> Vec<(vllm::GenerateRequest, &'static str)> {
         vllm::GenerateRequest { response: Some(response), ..from_ids(&[5]) }
     };
     vec![
-        (vllm::GenerateRequest { session_id: Some("s".into()), ..from_ids(&[5]) }, "session_id"),
         (vllm::GenerateRequest { media: vec![vllm::MediaItem::default()], ..from_ids(&[5]) }, "media"),
         (vllm::GenerateRequest { lora_name: "l".into(), ..from_ids(&[5]) }, "lora_name"),
         (

@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tonic::{Code, Request, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
+use types::limits::{RETRY_AFTER_MAX, RETRY_AFTER_MIN};
 
 use crate::http_client::{chat, chat_body, complete, receive, send};
 use crate::support::{Leader, TestRouter, all, answer, config, demo_files, failure, from_ids, soon};
@@ -103,6 +104,31 @@ async fn a_request_that_finds_all_places_taken_is_served_when_one_is_free() {
     }
     until_waiting(&router, 0).await;
     assert_eq!(metric(&router, "cohort_router_stage_seconds_count{stage=\"wait\"}").await, 1);
+}
+
+#[tokio::test]
+async fn who_is_turned_away_is_told_a_time_from_the_pace_at_which_places_become_free() {
+    let mut leader = Leader::serving().await;
+    let queue = QueueLimits { requests_max: 2, ..ROOMY };
+    let router = one_place(&leader, queue, Access::default()).await;
+    let turned = async || {
+        let status = all(&router, request(9)).await.unwrap_err();
+        failure(&status).retry_after().unwrap()
+    };
+    let _first = ask(&router, request(1)).await;
+    let open = leader.next().await;
+    let _second = ask(&router, request(2)).await;
+    let _third = ask(&router, request(3)).await;
+    until_waiting(&router, 2).await;
+    assert!(turned().await >= proto::RETRY_AFTER, "nothing has become free yet");
+    open.play(answer("x")).await;
+    let open = leader.next().await;
+    let _fourth = ask(&router, request(4)).await;
+    until_waiting(&router, 2).await;
+    let told = turned().await;
+    assert_ne!(told, proto::RETRY_AFTER, "a place has become free meanwhile");
+    assert!((RETRY_AFTER_MIN..=RETRY_AFTER_MAX).contains(&told), "{told:?}");
+    drop(open);
 }
 
 #[tokio::test]

@@ -19,7 +19,8 @@ use tokio_stream::StreamExt;
 use super::{FollowerMetrics, Metrics};
 use crate::activity::{self, Plan};
 use crate::inbox::{Inbox, Message};
-use crate::state::{Standing, StatePublisher};
+use crate::standing::Standing;
+use crate::state::StatePublisher;
 
 /// Longest that a page waits for the ranks to tell what they have done; without it those counters stand still.
 const TOLD_MAX: Duration = Duration::from_millis(500);

@@ -11,8 +11,8 @@ use tonic::codegen::http::{HeaderMap, Request, StatusCode, header};
 use types::limits::MESSAGE_BYTES_MAX;
 
 use super::lines::Line;
-use super::wire::Connector;
 use crate::client::{self, TlsFlags};
+use crate::wire::Connector;
 
 /// Answers are longer than requests: many choices, log-probabilities.
 const ANSWER_BYTES_MAX: usize = 4 * MESSAGE_BYTES_MAX;
@@ -46,7 +46,7 @@ impl Sender {
         let server = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
         let connector = match server.split_once("://") {
             Some(("http", _)) => Connector::default(),
-            Some(("https", _)) => Connector::tls(tls.dialer(("--server", &server), &[b"http/1.1"])?),
+            Some(("https", _)) => Connector::new(Some(tls.dialer(("--server", &server), &[b"http/1.1"])?)),
             _ => bail!("--server {server}: http:// and https:// are spoken"),
         };
         let client = Client::builder(TokioExecutor::new()).build(connector);

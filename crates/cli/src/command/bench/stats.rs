@@ -52,6 +52,9 @@ pub struct Summary {
     pub e2e_ms: Option<Percentiles>,
     /// What the ranks of each group sent each other in this time, warm-up included.
     pub groups: Vec<GroupTraffic>,
+    /// How the calls of strangers ended that came meanwhile, by status code.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub strangers: BTreeMap<String, u64>,
 }
 
 /// What one group computed and its ranks sent each other, over all of them. Payload only.
@@ -134,6 +137,7 @@ impl Summary {
             tpot_ms: Percentiles::of(tpot),
             e2e_ms: Percentiles::of(e2e),
             groups: Vec::new(),
+            strangers: BTreeMap::new(),
         }
     }
 }

@@ -12,18 +12,20 @@ use tokio::net::TcpStream;
 use tonic::codegen::Service;
 use tonic::codegen::http::Uri;
 
-/// Makes connections: through TLS, when it has been told how.
+/// Makes connections: to `https://` addresses through TLS, when it has been told how.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Connector(Option<Dialer>);
+pub(crate) struct Connector(Option<Dialer>);
 
 impl Connector {
-    pub(super) const fn tls(dialer: Dialer) -> Self {
-        Self(Some(dialer))
+    pub(crate) const fn new(dialer: Option<Dialer>) -> Self {
+        Self(dialer)
     }
 
     async fn connect(self, uri: Uri) -> io::Result<TokioIo<Wire>> {
-        if let Some(dialer) = &self.0 {
-            return Ok(TokioIo::new(Wire(Box::pin(dialer.connect(&uri).await?))));
+        match (&self.0, uri.scheme_str() == Some("https")) {
+            (Some(dialer), true) => return Ok(TokioIo::new(Wire(Box::pin(dialer.connect(&uri).await?)))),
+            (None, true) => return Err(io::Error::other("its authority is not known; name it with --ca")),
+            (_, false) => {}
         }
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
         let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(80))).await?;
@@ -51,7 +53,7 @@ trait Stream: AsyncRead + AsyncWrite + Send {}
 impl<S: AsyncRead + AsyncWrite + Send> Stream for S {}
 
 /// A connection.
-pub(super) struct Wire(Pin<Box<dyn Stream>>);
+pub(crate) struct Wire(Pin<Box<dyn Stream>>);
 
 impl Connection for Wire {
     fn connected(&self) -> Connected {
