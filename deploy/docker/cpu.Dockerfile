@@ -8,7 +8,7 @@ WORKDIR /src
 COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked --package cli && cp target/release/cohort /cohort
+    cargo build --profile dist --locked --package cli && cp target/dist/cohort /cohort
 
 # A root with what the binary needs to start: its libraries where the loader looks, and a user.
 FROM ${BASE_IMAGE} AS root

@@ -22,7 +22,7 @@ debootstrap --variant=minbase --include=python3-pip,ca-certificates bookworm "$w
 install -m 755 "$binary" "$work/base/opt/cohort"
 cat >"$work/base/usr/local/bin/cargo" <<'CARGO'
 #!/bin/sh
-mkdir -p target/release && cp /opt/cohort target/release/cohort
+mkdir -p target/dist && cp /opt/cohort target/dist/cohort
 CARGO
 chmod 755 "$work/base/usr/local/bin/cargo"
 # Whatever this machine needs to reach the package index.

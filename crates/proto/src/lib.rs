@@ -7,6 +7,7 @@
 //! - [`Failure`] is every way a request can fail, with its status code and details.
 #![forbid(unsafe_code)]
 
+mod codec;
 mod convert;
 mod exposition;
 mod pace;
@@ -15,6 +16,7 @@ mod prompt;
 mod status;
 mod timeout;
 
+pub use codec::{Codec, Writer};
 pub use convert::{GenerationFields, bad_words, constraint, priority, stop_strings};
 pub use exposition::{OPEN_METRICS, TEXT, exposed};
 pub use pace::{PAUSE_MAX, Pace};

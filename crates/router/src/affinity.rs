@@ -11,22 +11,32 @@ use std::time::{Duration, Instant};
 use ahash::{HashMap, HashMapExt};
 use smallvec::SmallVec;
 
-/// Tokens of one link of a chain: short enough for short prompts, long enough that few are kept.
+/// Tokens of the first links of a chain: short enough for short prompts.
 pub const LINK_TOKENS: usize = 16;
+/// Links of that length. Every half as many more are twice as long as those before, so that a link is at most a quarter of
+/// what is before it: what is known of a long prompt need not be known to the token, and each link costs a request two
+/// misses of the caches.
+const LINKS_FIRST: usize = 8;
 /// After this time what a group was sent is worth half as much.
 pub const HALF_LIFE: Duration = Duration::from_secs(300);
-/// Links of one prompt that are looked at: the rest of a longer prompt is not worth the memory.
-const LINKS_MAX: usize = 2048;
-/// Links of one generation, some 16 MiB; two are kept.
-const GENERATION_LINKS_MAX: usize = 1 << 18;
+/// Links of one generation, some 8 MiB; two are kept.
+const GENERATION_LINKS_MAX: usize = 1 << 17;
 /// What has not been used for one to two of these is forgotten altogether.
 const GENERATION_AGE: Duration = Duration::from_secs(900);
 /// Groups that a node remembers: the ones that were sent it last.
 const SENT_MAX: usize = 8;
 
-/// A prompt's beginnings: link `i` stands for its first `(i + 1) * LINK_TOKENS` tokens.
+/// A prompt's beginnings: each link stands for all tokens up to its end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Chain(Vec<u64>);
+
+/// Tokens of link `index` itself.
+const fn link_tokens(index: usize) -> usize {
+    match index.checked_sub(LINKS_FIRST) {
+        None => LINK_TOKENS,
+        Some(later) => LINK_TOKENS << (1 + later / (LINKS_FIRST / 2)),
+    }
+}
 
 impl Chain {
     /// The chain of a prompt. Prompts with different salts share nothing.
@@ -34,11 +44,14 @@ impl Chain {
     pub fn of(prompt: &[u32], salt: &[u8]) -> Self {
         let mut hasher = DefaultHasher::new();
         salt.hash(&mut hasher);
-        let link = |tokens: &[u32]| {
+        let mut rest = prompt;
+        let links = (0..).map_while(|index| {
+            let (tokens, after) = rest.split_at_checked(link_tokens(index))?;
             tokens.hash(&mut hasher);
-            hasher.finish()
-        };
-        Self(prompt.chunks_exact(LINK_TOKENS).take(LINKS_MAX).map(link).collect())
+            rest = after;
+            Some(hasher.finish())
+        });
+        Self(links.collect())
     }
 }
 
@@ -88,7 +101,7 @@ impl Affinity {
             }
             for Sent { group, at_ms } in node.iter().filter(|sent| there.contains(&sent.group)) {
                 if let Some(worth) = worth.get_mut(*group as usize) {
-                    *worth += LINK_TOKENS as f32 * decay(now_ms.saturating_sub(*at_ms));
+                    *worth += link_tokens(index) as f32 * decay(now_ms.saturating_sub(*at_ms));
                 }
             }
         }

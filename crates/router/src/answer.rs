@@ -1,9 +1,11 @@
 //! A request's way up: chunks of token ids from a leader become messages with text for the caller.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
-use futures::stream::{SelectAll, unfold};
-use futures::{Stream, StreamExt};
+use futures::Stream;
+use futures::stream::unfold;
 use proto::{Failure, v1, worker};
 use tokio::sync::Notify;
 use types::TokenId;
@@ -30,7 +32,7 @@ pub(crate) struct Answer {
 /// What is generated for a request.
 struct Work {
     /// One stream, or one for each sequence that was resumed; `None` when nothing more is to come.
-    streams: Option<SelectAll<Chunks>>,
+    streams: Option<Vec<Chunks>>,
     sequences: Vec<Sequence>,
     replay: Replay,
 }
@@ -51,7 +53,7 @@ impl Answer {
     ) -> Self {
         let (placed, replay) = way;
         let taken = placed.taken();
-        let streams = Some(SelectAll::from_iter([replay.start(placed)]));
+        let streams = Some(vec![replay.start(placed)]);
         let sequences = assemblers.map(|assembler| Sequence { assembler, tokens: Vec::new() }).collect();
         Self { call, counted, work: Work { streams, sequences, replay }, permit: Some(permit), taken }
     }
@@ -64,7 +66,8 @@ impl Answer {
 
     /// The messages, the last of each answer with `finish`, or a failure.
     pub(crate) fn into_stream(self) -> impl Stream<Item = Result<v1::GenerateResponse, Failure>> + Send {
-        unfold(self, |mut answer| async move {
+        // In a box: it moves with every message.
+        unfold(Box::new(self), |mut answer| async move {
             let message = answer.next().await?;
             Some((message, answer))
         })
@@ -128,7 +131,7 @@ impl Work {
             let Some(streams) = &mut self.streams else {
                 return Err(internal("read past the end of an answer".to_owned()));
             };
-            let Some(piece) = streams.next().await else {
+            let Some(piece) = poll_fn(|cx| next_of(streams, cx)).await else {
                 return Err(internal("the leader ended some sequence twice, and others never".to_owned()));
             };
             let Piece { chunk, group } = match piece {
@@ -189,6 +192,22 @@ impl Work {
         }
         Ok(())
     }
+}
+
+/// What comes next on any of the streams, in turn; `None` when all have ended.
+fn next_of(streams: &mut Vec<Chunks>, cx: &mut Context<'_>) -> Poll<Option<Result<Piece, Broken>>> {
+    let mut at = 0;
+    while let Some(stream) = streams.get_mut(at) {
+        match stream.as_mut().poll_next(cx) {
+            Poll::Ready(Some(piece)) => {
+                streams.rotate_left(at + 1);
+                return Poll::Ready(Some(piece));
+            }
+            Poll::Ready(None) => drop(streams.remove(at)),
+            Poll::Pending => at += 1,
+        }
+    }
+    if streams.is_empty() { Poll::Ready(None) } else { Poll::Pending }
 }
 
 /// Adds a piece of a tool call to the calls so far.

@@ -212,18 +212,19 @@ impl WorkerStream {
 
     /// Its chunks, until all its sequences have ended or it broke.
     pub(crate) fn into_chunks(self) -> Chunks {
-        let next = |stream: Option<Self>| async {
+        let next = |stream: Option<Box<Self>>| async {
             let mut stream = stream.filter(|stream| stream.open > 0)?;
             match stream.next().await {
                 Ok(chunk) => Some((Ok(Piece { chunk, group: Some(stream.place.index()) }), Some(stream))),
                 Err(failure) => {
-                    let Self { place, sequences, .. } = stream;
+                    let Self { place, sequences, .. } = *stream;
                     let group = place.index();
                     Some((Err(Broken { failure, group, begun: true, lost: false, sequences }), None))
                 }
             }
         };
-        unfold(Some(self), next).boxed()
+        // In a box: it moves with every chunk.
+        unfold(Some(Box::new(self)), next).boxed()
     }
 
     /// The next chunk.

@@ -70,12 +70,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Gathered<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // A turn of an HTTP/2 connection begins with reading.
+        // A turn of an HTTP/2 connection begins with reading, and ends with a flush.
         if self.flushes > 0 {
             if self.bytes.len() > self.seen && self.turns < TURNS_MAX && self.done == 0 {
                 self.seen = self.bytes.len();
                 self.turns += 1;
-                cx.waker().wake_by_ref();
             } else if let Poll::Ready(Err(error)) = self.drain(cx) {
                 return Poll::Ready(Err(error));
             }
@@ -112,7 +111,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Gathered<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.bytes.is_empty() || self.flushes >= FLUSHES_MAX {
+        let brought_nothing = self.turns > 0 && self.bytes.len() == self.seen;
+        if self.bytes.is_empty() || brought_nothing || self.flushes >= FLUSHES_MAX {
             return self.drain(cx);
         }
         self.flushes += 1;
@@ -163,13 +163,12 @@ mod tests {
             Poll::Ready(Pin::new(&mut theirs).poll_read(cx, &mut buf).is_pending())
         });
         assert!(nothing.await);
-        // Each turn reads first. One that brings nothing ends the wait.
+        // Each turn reads first and flushes last. One that brings nothing ends the wait.
         for more in [&b", "[..], b"and its end", b""] {
             turn(&mut ours).await;
             ours.write_all(more).await.unwrap();
             ours.flush().await.unwrap();
         }
-        turn(&mut ours).await;
         let length = theirs.read(&mut read).await.unwrap();
         assert_eq!(&read[..length], b"head and more, and its end");
     }

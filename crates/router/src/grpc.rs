@@ -27,6 +27,7 @@ use crate::gather::Gathered;
 use crate::pipeline::Shared;
 use crate::registry::Desk;
 use crate::service::Service;
+use crate::services::Services;
 use crate::workers::Progress;
 use crate::{Error, undecoded, vllm};
 
@@ -84,9 +85,10 @@ impl Health {
 }
 
 /// The services of a start that is as far as `loading` says: health, and a refusal of all else.
-pub(crate) fn start(health: &Health, loading: Loading) -> Routes {
+pub(crate) fn start(health: &Health, loading: Loading) -> Services {
     let not_yet = move || async move { loading.refusal().to_status().into_http::<Body>() };
-    Routes::new(health.service()).into_axum_router().fallback(not_yet).into()
+    let others = Routes::new(health.service()).into_axum_router().fallback(not_yet).into();
+    Services { cohort: None, others }
 }
 
 /// The services of a router that serves.
@@ -97,7 +99,7 @@ pub(crate) fn routes(
     shared: &Arc<Shared>,
     desk: Option<RegistryServer<Desk>>,
     health: &Health,
-) -> Result<Routes, Error> {
+) -> Result<Services, Error> {
     let broken = |error: tonic_reflection::server::Error| broken(error.to_string());
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -116,16 +118,15 @@ pub(crate) fn routes(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let control = ControlServer::new(vllm::Control::new(Arc::clone(shared)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let mut routes = Routes::new(cohort)
-        .add_service(inference)
+    let mut others = Routes::new(inference)
         .add_service(control)
         .add_service(health.service())
         .add_service(reflection().build_v1().map_err(broken)?)
         .add_service(reflection().build_v1alpha().map_err(broken)?);
     if let Some(desk) = desk {
-        routes = routes.add_service(desk);
+        others = others.add_service(desk);
     }
-    Ok(routes.prepare())
+    Ok(Services { cohort: Some(cohort), others: others.prepare() })
 }
 
 /// Serves until `refuse`; then open calls are finished.
@@ -134,7 +135,7 @@ pub(crate) fn routes(
 /// [`Error::Serve`] when the listener breaks.
 pub(crate) async fn serve(
     (listener, door): (TcpListener, Acceptor),
-    (doorway, gate): (Doorway<Routes>, Arc<Gate>),
+    (doorway, gate): (Doorway<Services>, Arc<Gate>),
     age_max: Duration,
     refuse: CancellationToken,
 ) -> Result<(), Error> {

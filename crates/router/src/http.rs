@@ -29,7 +29,7 @@ use futures::future::try_join_all;
 use proto::{Failure, v1};
 use serde_json::{Value, json};
 use tonic::metadata::MetadataMap;
-use types::limits::MESSAGE_BYTES_MAX;
+use types::limits::{JSON_IN_PLACE_BYTES_MAX, MESSAGE_BYTES_MAX};
 
 use crate::call::{Call, REQUEST_ID};
 use crate::gate::Gate;
@@ -74,6 +74,8 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(plain_completions))
         .route("/v1/embeddings", post(embeddings))
+        .route("/v1/responses", post(responses))
+        .route("/inference/v1/generate", post(tokens_to_tokens))
         .route("/v2/chat", post(cohere::chat))
         .route("/cohere/v2/chat", post(cohere::chat))
         .route("/tokenize", post(tokens::tokenize))
@@ -113,10 +115,18 @@ async fn embeddings() -> ApiError {
     ApiError::new(StatusCode::NOT_IMPLEMENTED, "the served model generates text and has no embeddings")
 }
 
+async fn responses() -> ApiError {
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, "/v1/responses is not served; use /v1/chat/completions")
+}
+
+async fn tokens_to_tokens() -> ApiError {
+    let message = "/inference/v1/generate is not served; token ids are answered with token ids by the gRPC calls Generate \
+                   and GenerateOnce of cohort.v1.Cohort, and with text by /v1/completions";
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, message)
+}
+
 async fn chat_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
-    let (parts, mut fields) = read(&context.shared, request).await?;
-    let common = chat::take(&mut fields, context.shared.text.as_ref());
-    fields.finish()?;
+    let (parts, common) = read(&context.shared, request, take_chat).await?;
     let requests = vec![common.request.clone()];
     generate(&context.shared, &parts, Api::Chat, (common, requests)).await
 }
@@ -127,19 +137,23 @@ async fn chat_completions(State(context): State<Context>, request: Request) -> R
 /// # Errors
 /// The refusal in words: every field that is wrong.
 pub fn read_chat(body: &[u8], text: Option<&Text>) -> Result<v1::GenerateRequest, String> {
-    let read = || {
-        let mut fields = Fields::read(body)?;
-        let common = chat::take(&mut fields, text);
-        fields.finish()?;
-        Ok(common.request)
-    };
-    read().map_err(|error: ApiError| error.message().to_owned())
+    let common = Fields::read(body).and_then(|fields| take_chat(fields, text));
+    common.map(|common| common.request).map_err(|error| error.message().to_owned())
+}
+
+fn take_chat(mut fields: Fields, text: Option<&Text>) -> Result<Common, ApiError> {
+    let common = chat::take(&mut fields, text);
+    fields.finish()?;
+    Ok(common)
 }
 
 async fn plain_completions(State(context): State<Context>, request: Request) -> Result<Response, ApiError> {
-    let (parts, mut fields) = read(&context.shared, request).await?;
-    let (common, prompts) = completions::take(&mut fields);
-    fields.finish()?;
+    let take = |mut fields: Fields, _: Option<&Text>| {
+        let taken = completions::take(&mut fields);
+        fields.finish()?;
+        Ok(taken)
+    };
+    let (parts, (common, prompts)) = read(&context.shared, request, take).await?;
     let each = |prompt| v1::GenerateRequest { prompt: Some(prompt), ..common.request.clone() };
     let requests = prompts.into_iter().map(each).collect();
     generate(&context.shared, &parts, Api::Completion, (common, requests)).await
@@ -187,7 +201,7 @@ fn view(shared: &Shared, api: Api, call: &Call, common: &Common) -> Result<View,
             "fp_{VERSION}_{}",
             facts.config_hash.get(..FINGERPRINT_DIGITS).unwrap_or(&facts.config_hash)
         ),
-        eos_token_ids: facts.eos_token_ids,
+        eos_token_ids: facts.eos_token_ids.clone(),
         tokenizer: shared.text.as_ref().map(|text| Arc::clone(text.tokenizer())),
         shown: common.shown,
         logprobs: common.logprobs,
@@ -198,8 +212,27 @@ fn call(parts: &Parts, request_id: &str) -> Result<Call, Failure> {
     Call::new(&MetadataMap::from_headers(parts.headers.clone()), &parts.extensions, request_id)
 }
 
-/// The head and fields of a request.
-async fn read(shared: &Shared, request: Request) -> Result<(Parts, Fields), ApiError> {
+/// The head of a request and what `take` makes of its fields, with the text of the served checkpoint: on a thread that may
+/// block when the body is long.
+async fn read<T: Send + 'static>(
+    shared: &Shared,
+    request: Request,
+    take: impl FnOnce(Fields, Option<&Text>) -> Result<T, ApiError> + Send + 'static,
+) -> Result<(Parts, T), ApiError> {
+    let (parts, body) = receive(shared, request).await?;
+    if body.len() <= JSON_IN_PLACE_BYTES_MAX {
+        return Ok((parts, take(Fields::read(&body)?, shared.text.as_ref())?));
+    }
+    let text = shared.text.clone();
+    let work = tokio::task::spawn_blocking(move || take(Fields::read(&body)?, text.as_ref()));
+    let taken = work.await.unwrap_or_else(|error| {
+        Err(Failure::Internal { why: format!("reading the body failed: {error}") }.into())
+    });
+    Ok((parts, taken?))
+}
+
+/// The head and body of a request.
+async fn receive(shared: &Shared, request: Request) -> Result<(Parts, Bytes), ApiError> {
     let patience = shared.tuning.get().http_patience.body;
     let (parts, body) = request.into_parts();
     if let Some(kind) = parts.headers.get(header::CONTENT_TYPE) {
@@ -220,17 +253,15 @@ async fn read(shared: &Shared, request: Request) -> Result<(Parts, Fields), ApiE
         return Err(too_large());
     }
     let body = tokio::time::timeout(patience, to_bytes(body, MESSAGE_BYTES_MAX)).await;
-    let body: Bytes = match body {
-        Ok(Ok(body)) => body,
+    match body {
+        Ok(Ok(body)) => Ok((parts, body)),
         // A body of unknown length was read up to the limit, or its connection broke and nobody reads this.
-        Ok(Err(_)) => return Err(too_large()),
+        Ok(Err(_)) => Err(too_large()),
         Err(_) => {
             let message = format!("the body did not arrive within {} s", patience.as_secs_f64());
-            return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message));
+            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
         }
-    };
-    let fields = Fields::read(&body)?;
-    Ok((parts, fields))
+    }
 }
 
 /// Answers that hold a place now, as vLLM names it, those that wait for one, and sequences that went on after the loss of

@@ -29,6 +29,7 @@ mod room;
 mod running;
 mod serve;
 mod service;
+mod services;
 pub mod text;
 mod trail;
 mod tuned;

@@ -46,7 +46,7 @@ pub(crate) struct Shared {
 
 /// A request whose every field is right, but for the prompt's tokens.
 pub(crate) struct Checked {
-    pub(crate) facts: Facts,
+    pub(crate) facts: Arc<Facts>,
     pub(crate) prompt: Prompt,
     pub(crate) spec: GenerationSpec,
     /// Not in `spec` yet: they are text.
@@ -210,7 +210,7 @@ impl Shared {
     ///
     /// # Errors
     /// What [`crate::workers::Progress::refusal`] says while no group has reported them.
-    pub(crate) fn served(&self) -> Result<(String, Facts), Failure> {
+    pub(crate) fn served(&self) -> Result<(String, Arc<Facts>), Failure> {
         let facts = self.groups.served().ok_or_else(|| self.groups.progress().refusal())?;
         let name = self.model_name.clone().unwrap_or_else(|| facts.name.clone());
         Ok((name, facts))
@@ -351,7 +351,7 @@ impl Shared {
         let generation = generation.map_err(|error| GenerationFields::Public.refuse(error))?;
         check_prompt_logprobs(&generation, tokens)?;
         let (guide, prompt) = self.guide(wanted, prompt, &facts, &permit).await?;
-        let (generation, eos_token_ids) = (generation.limited_to(room), facts.eos_token_ids);
+        let (generation, eos_token_ids) = (generation.limited_to(room), facts.eos_token_ids.clone());
         Ok(Tokenized { permit, guide, prompt, generation, eos_token_ids, options, form })
     }
 

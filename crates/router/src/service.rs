@@ -1,19 +1,22 @@
 //! The gRPC service `cohort.v1.Cohort`.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use futures::StreamExt;
-use futures::stream::{self, BoxStream};
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
 use proto::v1::cohort_server::Cohort;
 use proto::worker::GetActivityRequest;
 use proto::{Failure, Prompt, v1};
-use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 use types::TokenId;
 
+use crate::answer::Answer;
 use crate::call::Call;
 use crate::pipeline::Shared;
+use crate::workers::in_time;
 
 /// The version in `GetModelInfo` and `/version`.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -56,10 +59,10 @@ impl Service {
             model,
             vocab_size: facts.vocab_size,
             context_tokens_max: facts.context_tokens_max,
-            eos_token_ids: facts.eos_token_ids,
+            eos_token_ids: facts.eos_token_ids.clone(),
             text: text.is_some(),
             chat: text.is_some_and(crate::text::Text::has_template),
-            dtype: facts.dtype,
+            dtype: facts.dtype.clone(),
             tensor_parallel: facts.tensor_parallel,
             groups: u32::try_from(groups).unwrap_or(u32::MAX),
             groups_ready: u32::try_from(ready).unwrap_or(u32::MAX),
@@ -71,9 +74,7 @@ impl Service {
     async fn activity(&self) -> Vec<v1::GroupActivity> {
         let mut told = Vec::new();
         for group in self.shared.groups.ready() {
-            let mut request = Request::new(GetActivityRequest {});
-            request.set_timeout(ACTIVITY_PATIENCE);
-            match group.client().get_activity(request).await {
+            match in_time(ACTIVITY_PATIENCE, group.client().get_activity(GetActivityRequest {})).await {
                 Ok(answer) => told.push(summed(group.address(), &answer.into_inner())),
                 Err(status) => {
                     tracing::warn!(group = group.address(), %status, "a group does not say what it did")
@@ -119,16 +120,40 @@ fn respond<T>(call: &Call, result: Result<T, Failure>) -> Result<Response<T>, St
     }
 }
 
-/// Waits until a group has taken the request: a first message that comes with that travels with the head of the answer, and
-/// its caller is woken once.
-async fn with_head<T: Send + 'static>(
-    mut messages: BoxStream<'static, T>,
-    taken: &Notify,
-) -> BoxStream<'static, T> {
-    tokio::select! {
-        biased;
-        first = messages.next() => stream::iter(first).chain(messages).boxed(),
-        () = taken.notified() => messages,
+/// The messages of an answer, their failures labelled with its call.
+pub(crate) struct Messages {
+    call: Call,
+    /// What came with the head.
+    first: Option<Message>,
+    rest: BoxStream<'static, Message>,
+}
+
+type Message = Result<v1::GenerateResponse, Failure>;
+
+impl Messages {
+    /// Waits until a group has taken the request: a first message that comes with that travels with the head of the
+    /// answer, and its caller is woken once.
+    async fn with_head(call: Call, answer: Answer) -> Self {
+        let taken = answer.taken();
+        let mut rest = answer.into_stream().boxed();
+        let first = tokio::select! {
+            biased;
+            first = rest.next() => first,
+            () = taken.notified() => None,
+        };
+        Self { call, first, rest }
+    }
+}
+
+impl Stream for Messages {
+    type Item = Result<v1::GenerateResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let message = match self.first.take() {
+            Some(first) => Some(first),
+            None => ready!(self.rest.poll_next_unpin(cx)),
+        };
+        Poll::Ready(message.map(|message| message.map_err(|failure| self.call.status(&failure))))
     }
 }
 
@@ -141,26 +166,16 @@ fn as_one(answers: Vec<v1::GenerateOnceResponse>) -> v1::GenerateOnceResponse {
 
 #[tonic::async_trait]
 impl Cohort for Service {
-    type GenerateStream = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
+    type GenerateStream = Messages;
 
-    async fn generate(
-        &self,
-        request: Request<v1::GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Messages>, Status> {
         let mut call = call(&request, &request.get_ref().request_id)?;
         call.trail.streams(true);
-        let result = self.shared.generate(call.clone(), request.into_inner()).await;
-        let labelled = call.clone();
-        let stream = match result {
-            Ok(answer) => {
-                let taken = answer.taken();
-                let stream = answer.into_stream();
-                let stream = stream.map(move |message| message.map_err(|failure| labelled.status(&failure)));
-                Ok(with_head(Box::pin(stream), &taken).await)
-            }
+        let messages = match self.shared.generate(call.clone(), request.into_inner()).await {
+            Ok(answer) => Ok(Messages::with_head(call.clone(), answer).await),
             Err(failure) => Err(failure),
         };
-        respond(&call, stream)
+        respond(&call, messages)
     }
 
     async fn generate_once(

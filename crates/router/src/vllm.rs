@@ -43,7 +43,7 @@ impl Inference {
             request.prompt = Some(self.truncated(call, request.prompt, most).await?);
         }
         let answer = self.shared.generate(call.clone(), request).await.map_err(request::renamed)?;
-        Ok((answer, View::new(shown, facts.eos_token_ids)))
+        Ok((answer, View::new(shown, facts.eos_token_ids.clone())))
     }
 
     /// The last `most` tokens of a prompt.
@@ -171,7 +171,7 @@ impl Control {
     fn model_info(&self) -> Result<vllm::ModelInfo, Failure> {
         let (served_model_name, facts) = self.shared.served()?;
         Ok(vllm::ModelInfo {
-            model_id: facts.name,
+            model_id: facts.name.clone(),
             served_model_name,
             supports_text_input: self.shared.text.is_some(),
             supports_token_ids_input: true,

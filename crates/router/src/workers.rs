@@ -9,10 +9,9 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use proto::worker::worker_client::WorkerClient;
 use proto::{Phase, worker};
-use security::{Badge, Dialer, Identified};
+use security::{Badge, Dialer};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use types::limits::MESSAGE_BYTES_MAX;
 
 use crate::affinity::{Affinity, Chain};
@@ -23,10 +22,12 @@ use crate::pick::{Candidate, Why, choose};
 
 mod connect;
 mod facts;
+mod line;
 mod members;
 
-pub(crate) use connect::describe;
+pub(crate) use connect::{describe, in_time};
 pub(crate) use facts::{Facts, Progress};
+pub(crate) use line::Line;
 pub(crate) use members::Address;
 
 /// A leader that cannot be reached is tried again after this, doubled each time up to the maximum.
@@ -70,8 +71,7 @@ struct Seen {
 #[derive(Debug)]
 pub(crate) struct Group {
     address: String,
-    channel: Channel,
-    badge: Badge,
+    line: Line,
     in_flight: AtomicUsize,
     /// Told when the last of those has ended.
     idle: Notify,
@@ -84,8 +84,8 @@ impl Group {
         &self.address
     }
 
-    pub(crate) fn client(&self) -> WorkerClient<Identified> {
-        WorkerClient::with_interceptor(self.channel.clone(), self.badge.clone())
+    pub(crate) fn client(&self) -> WorkerClient<Line> {
+        WorkerClient::with_origin(self.line.clone(), self.line.uri().clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
@@ -124,7 +124,7 @@ struct State {
     /// One for each of `groups`.
     seen: Vec<Seen>,
     /// What is served: the facts of the first group heard, for as long as a group that has them is there.
-    served: Option<Facts>,
+    served: Option<Arc<Facts>>,
     /// One for each of `groups`.
     breakers: Vec<Breaker>,
     affinity: Affinity,
@@ -213,7 +213,7 @@ impl Groups {
     }
 
     /// What is served, as soon as one group has said so.
-    pub(crate) fn served(&self) -> Option<Facts> {
+    pub(crate) fn served(&self) -> Option<Arc<Facts>> {
         self.state().served.clone()
     }
 
@@ -252,7 +252,7 @@ impl Groups {
     }
 
     /// A client of group `index`, as [`Groups::place`] counts them.
-    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Identified>> {
+    pub(crate) fn client(&self, index: usize) -> Option<WorkerClient<Line>> {
         self.state().groups.get(index).map(|group| group.client())
     }
 
@@ -408,9 +408,9 @@ impl Groups {
     /// Tells a leader what is made of its group.
     async fn acknowledge(&self, group: &Group, refusal: String) {
         let router_id = self.router_id.clone();
-        let mut request = tonic::Request::new(worker::AcknowledgeRequest { router_id, refusal });
-        request.set_timeout(ACKNOWLEDGE_TIMEOUT);
-        if let Err(status) = group.client().acknowledge(request).await {
+        let request = worker::AcknowledgeRequest { router_id, refusal };
+        let told = in_time(ACKNOWLEDGE_TIMEOUT, group.client().acknowledge(request)).await;
+        if let Err(status) = told {
             tracing::warn!(group = %group.address, %status, "the group did not hear what is made of it");
         }
     }
@@ -452,7 +452,7 @@ impl Groups {
         let (takes, after) = (state.takes(index), state.seen[index].clone());
         let (served, group) = (state.served.clone(), Arc::clone(&state.groups[index]));
         drop(state);
-        log(&group, (took, &before), (takes, &after), served.as_ref());
+        log(&group, (took, &before), (takes, &after), served.as_deref());
         self.changed.send_replace(());
     }
 
@@ -526,7 +526,7 @@ impl State {
         });
         // With nobody there the old facts stay: they still describe requests well enough to refuse the bad ones.
         if !kept && let Some(first) = present.find_map(|seen| seen.facts.clone()) {
-            self.served = Some(first);
+            self.served = Some(Arc::new(first));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What callers show: the cluster's secret, or an API key.
 
-use tonic::metadata::{Ascii, MetadataValue};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -24,7 +24,7 @@ enum Shown {
     Nothing,
     /// What is in force at each call.
     Secret(SharedSecret),
-    Key(MetadataValue<Ascii>),
+    Key(HeaderValue),
 }
 
 impl Badge {
@@ -40,25 +40,32 @@ impl Badge {
         let header = key.and_then(|key| hidden(&format!("Bearer {key}")));
         Self(header.map_or(Shown::Nothing, Shown::Key))
     }
+
+    /// Adds it to a request's headers.
+    pub fn show(&self, headers: &mut HeaderMap) {
+        let shown = match &self.0 {
+            Shown::Nothing => None,
+            Shown::Secret(secret) => {
+                secret.header().map(|value| (HeaderName::from_static(SECRET_HEADER), value))
+            }
+            Shown::Key(value) => Some((header::AUTHORIZATION, value.clone())),
+        };
+        if let Some((header, value)) = shown {
+            headers.insert(header, value);
+        }
+    }
 }
 
 /// A value that debug output shows as `Sensitive`, and HPACK keeps out of its table.
-pub(crate) fn hidden(text: &str) -> Option<MetadataValue<Ascii>> {
-    let mut value = MetadataValue::try_from(text).ok()?;
+pub(crate) fn hidden(text: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::try_from(text).ok()?;
     value.set_sensitive(true);
     Some(value)
 }
 
 impl Interceptor for Badge {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let shown = match &self.0 {
-            Shown::Nothing => None,
-            Shown::Secret(secret) => secret.header().map(|value| (SECRET_HEADER, value)),
-            Shown::Key(value) => Some(("authorization", value.clone())),
-        };
-        if let Some((header, value)) = shown {
-            request.metadata_mut().insert(header, value);
-        }
+        self.show(request.metadata_mut().as_mut());
         Ok(request)
     }
 }

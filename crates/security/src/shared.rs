@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tonic::metadata::{Ascii, MetadataValue};
+use http::HeaderValue;
 
 use crate::badge::hidden;
 use crate::live::Live;
@@ -23,7 +23,7 @@ enum Source {
 #[derive(Debug)]
 struct Held {
     secret: Secret,
-    header: Option<MetadataValue<Ascii>>,
+    header: Option<HeaderValue>,
 }
 
 impl From<Secret> for Held {
@@ -105,7 +105,7 @@ impl SharedSecret {
     }
 
     /// What travels in a header.
-    pub(crate) fn header(&self) -> Option<MetadataValue<Ascii>> {
+    pub(crate) fn header(&self) -> Option<HeaderValue> {
         self.held().header.clone()
     }
 }

@@ -57,6 +57,9 @@ pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 pub const WEIGHT_MAX: u32 = 100;
 /// Size of one gRPC message in bytes: a 1M-token prompt with room to spare.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Bytes of a JSON body that is parsed where it was received: a longer one would hold up the callers that are served by the
+/// same thread for longer than it takes to wake another.
+pub const JSON_IN_PLACE_BYTES_MAX: usize = 64 << 10;
 /// Bytes of one request's headers: ids, keys and trace context take a few hundred.
 pub const HEADER_BYTES_MAX: u32 = 64 << 10;
 

@@ -1,5 +1,6 @@
 //! What came over the wire, and the checks that turn it into a [`Generation`].
 
+use std::fmt;
 use std::sync::Arc;
 
 use crate::limits::{
@@ -106,7 +107,7 @@ impl Checks {
     }
 
     /// Refuses a number for which `right` is false; no comparison holds for one that is not a number.
-    fn number(&mut self, field: &'static str, got: f32, right: bool, range: &str) {
+    fn number(&mut self, field: &'static str, got: f32, right: bool, range: impl fmt::Display) {
         if !right {
             self.refuse(field, format!("must be {range}, not {got}"));
         }
@@ -115,7 +116,7 @@ impl Checks {
     fn sampling(&mut self, spec: &GenerationSpec, seed_default: u64) -> SamplingParams {
         let temperature = spec.temperature.unwrap_or(1.0);
         let right = (0.0..=TEMPERATURE_MAX).contains(&temperature);
-        self.number("temperature", temperature, right, &format!("between 0 and {TEMPERATURE_MAX}"));
+        self.number("temperature", temperature, right, format_args!("between 0 and {TEMPERATURE_MAX}"));
         let top_p = spec.top_p.unwrap_or(1.0);
         self.number("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1");
         let min_p = spec.min_p.unwrap_or(0.0);
@@ -131,13 +132,13 @@ impl Checks {
         let [presence_penalty, frequency_penalty] = penalties.map(|(field, got)| {
             let got = got.unwrap_or(0.0);
             let right = (-PENALTY_ABS_MAX..=PENALTY_ABS_MAX).contains(&got);
-            self.number(field, got, right, &format!("between -{PENALTY_ABS_MAX} and {PENALTY_ABS_MAX}"));
+            self.number(field, got, right, format_args!("between -{PENALTY_ABS_MAX} and {PENALTY_ABS_MAX}"));
             got
         });
         let repetition_penalty = spec.repetition_penalty.unwrap_or(1.0);
         let right = repetition_penalty > 0.0 && repetition_penalty <= REPETITION_PENALTY_MAX;
-        let range = format!("above 0 and at most {REPETITION_PENALTY_MAX}");
-        self.number("repetition_penalty", repetition_penalty, right, &range);
+        let range = format_args!("above 0 and at most {REPETITION_PENALTY_MAX}");
+        self.number("repetition_penalty", repetition_penalty, right, range);
         SamplingParams {
             temperature,
             top_k,

@@ -21,9 +21,11 @@ use proto::{Failure, Violation, v1};
 use serde_json::{Value, json};
 
 use super::error::ApiError;
+use super::fields::Fields;
 use super::{Context, call, read, stream};
 use crate::call::REQUEST_ID;
 use crate::pipeline::Shared;
+use crate::text::Text;
 
 use request::Asked;
 use view::{Progress, View};
@@ -72,11 +74,15 @@ pub(super) async fn chat(State(context): State<Context>, request: Request) -> Re
 }
 
 async fn answer(shared: &Arc<Shared>, request: Request, id: &mut String) -> Result<Response, ApiError> {
-    let (parts, mut fields) = read(shared, request).await?;
+    let take = |mut fields: Fields, text: Option<&Text>| {
+        let asked = request::take(&mut fields, text);
+        // What is refused of its fields is refused with the call's id.
+        Ok(fields.finish().map(|()| asked))
+    };
+    let (parts, asked) = read(shared, request, take).await?;
     let mut call = call(&parts, "")?.listed(&shared.running);
     call.request_id.clone_into(id);
-    let Asked { request, stream, show } = request::take(&mut fields, shared.text.as_ref());
-    fields.finish()?;
+    let Asked { request, stream, show } = asked?;
     let tokenizer = shared.text.as_ref().map(|text| Arc::clone(text.tokenizer()));
     call.trail.streams(stream);
     let answer = shared.generate(call, request).await.map_err(named)?;

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, Object, Value, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use proto::{Chat, Failure, Message, Violation, v1};
 
@@ -142,7 +143,7 @@ fn object(field: impl Fn() -> String, json: &str) -> Result<Value, Violation> {
 /// A compiled chat template.
 pub struct Template {
     environment: Environment<'static>,
-    special_tokens: BTreeMap<String, String>,
+    special_tokens: Arc<BTreeMap<String, Value>>,
     /// Names the template takes from outside.
     reads: HashSet<String>,
 }
@@ -172,7 +173,7 @@ impl Template {
             .map_err(|error| Error::File { file, reason: format!("chat template: {error:#}") })?;
         let template = environment.get_template(NAME);
         reads.extend(template.map(|template| template.undeclared_variables(false)).unwrap_or_default());
-        Ok(Some(Self { environment, special_tokens: special_tokens(&config), reads }))
+        Ok(Some(Self { environment, special_tokens: Arc::new(special_tokens(&config)), reads }))
     }
 
     /// Names each part of a chat that the template never looks at: refused, so that nothing is silently left out.
@@ -231,24 +232,36 @@ impl Template {
     /// # Errors
     /// The template's own words when it raises, else what went wrong in it.
     pub fn render(&self, conversation: Conversation) -> Result<String, String> {
-        let mut context = conversation.arguments;
-        context.extend([
-            ("messages".to_owned(), conversation.messages),
-            ("tools".to_owned(), conversation.tools.unwrap_or(Value::from(()))),
-            ("documents".to_owned(), conversation.documents.unwrap_or(Value::from(()))),
-            ("add_generation_prompt".to_owned(), Value::from(true)),
-        ]);
-        if let Some(reasoning) = conversation.reasoning {
-            context.insert("reasoning".to_owned(), Value::from(reasoning));
-        }
-        for (name, token) in &self.special_tokens {
-            context.insert(name.clone(), Value::from(token.as_str()));
-        }
+        let context =
+            Value::from_object(Variables { conversation, special_tokens: Arc::clone(&self.special_tokens) });
         let template = self.environment.get_template(NAME).map_err(|error| error.to_string())?;
         template.render(context).map_err(|error| match (error.kind(), error.detail()) {
             (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
             _ => error.to_string(),
         })
+    }
+}
+
+/// What a template finds by name.
+#[derive(Debug)]
+struct Variables {
+    conversation: Conversation,
+    special_tokens: Arc<BTreeMap<String, Value>>,
+}
+
+impl Object for Variables {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        let (name, of) = (key.as_str()?, &self.conversation);
+        let or_nothing = |value: &Option<Value>| value.clone().unwrap_or(Value::from(()));
+        let given = match name {
+            "messages" => Some(of.messages.clone()),
+            "tools" => Some(or_nothing(&of.tools)),
+            "documents" => Some(or_nothing(&of.documents)),
+            "add_generation_prompt" => Some(Value::from(true)),
+            "reasoning" => of.reasoning.map(Value::from),
+            _ => None,
+        };
+        given.or_else(|| self.special_tokens.get(name).cloned()).or_else(|| of.arguments.get(name).cloned())
     }
 }
 
@@ -297,13 +310,13 @@ fn template_in(config: &serde_json::Value) -> Result<Option<String>, Error> {
 }
 
 /// Every `…_token` of the configuration, as the templates name them: a text, or a map with `content`.
-fn special_tokens(config: &serde_json::Value) -> BTreeMap<String, String> {
+fn special_tokens(config: &serde_json::Value) -> BTreeMap<String, Value> {
     let Some(fields) = config.as_object() else { return BTreeMap::new() };
     let tokens = fields.iter().filter(|(name, _)| name.ends_with("_token"));
     tokens
         .filter_map(|(name, value)| {
             let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
-            Some((name.clone(), text.to_owned()))
+            Some((name.clone(), Value::from(text)))
         })
         .collect()
 }

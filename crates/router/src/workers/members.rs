@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::sync::Notify;
-use tonic::transport::Channel;
-
+use super::line::Line;
 use super::{Group, Groups, InFlight, Link, Placement, REASONS, Seen, Standing, connect};
 use crate::Error;
 use crate::breaker::Breaker;
+use tokio::sync::Notify;
 
 /// Where a leader listens.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,10 +33,11 @@ impl Groups {
             let mut here = state.groups.iter().zip(&state.seen);
             here.any(|(group, seen)| group.address == address.url && seen.standing != Standing::Gone)
         };
-        let mut connected: Vec<(&Address, Channel)> = Vec::new();
+        let mut connected: Vec<(&Address, Line)> = Vec::new();
         for address in addresses.iter().filter(|address| !known(address)) {
             if !connected.iter().any(|(other, _)| other.url == address.url) {
-                connected.push((address, connect::channel(address, self.dialer.as_ref())?));
+                let line = connect::line(address, self.dialer.as_ref(), self.badge.clone())?;
+                connected.push((address, line));
             }
         }
         let (mut joined, mut left) = (Vec::new(), Vec::new());
@@ -56,11 +56,10 @@ impl Groups {
                 (Standing::Member, true) | (Standing::Leaving, false) | (Standing::Gone, _) => {}
             }
         }
-        for (Address { url: address, weight, .. }, channel) in connected {
+        for (Address { url: address, weight, .. }, line) in connected {
             let group = Arc::new(Group {
                 address: address.clone(),
-                channel,
-                badge: self.badge.clone(),
+                line,
                 in_flight: AtomicUsize::new(0),
                 idle: Notify::new(),
                 gone: self.stop.child_token(),

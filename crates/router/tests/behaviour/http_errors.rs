@@ -1,5 +1,6 @@
 use proto::Failure;
 use serde_json::{Value, json};
+use types::limits::JSON_IN_PLACE_BYTES_MAX;
 
 use crate::http_client::{chat, complete, post, receive, send};
 use crate::support::{Leader, TestRouter, answer, config, demo_files};
@@ -144,6 +145,26 @@ async fn a_template_that_raises_is_a_400_with_its_words() {
 }
 
 #[tokio::test]
+async fn a_body_that_is_read_on_another_thread_is_answered_as_others_are() {
+    let router = ready().await;
+    let blanks = " ".repeat(JSON_IN_PLACE_BYTES_MAX);
+    for (path, body, code, word) in [
+        (CHAT, r#"{"messages": [{"role": "user", "content": "Hi"}]}"#, 200, "ok"),
+        (CHAT, r#"{"messages": [{"role": "user", "content": "Hi"}], "colour": 1}"#, 400, "colour"),
+        (CHAT, r#"{"messages": }"#, 400, "line 1 column"),
+        ("/v2/chat", r#"{"model": "m", "messages": [], "colour": 1}"#, 400, "colour"),
+        ("/v1/completions", r#"{"prompt": [5], "colour": 1}"#, 400, "colour"),
+        ("/tokenize", r#"{"prompt": "Hi"}"#, 200, "tokens"),
+        ("/detokenize", r#"{"tokens": [4096]}"#, 400, "tokens[0]"),
+    ] {
+        for body in [body.to_owned(), format!("{blanks}{body}")] {
+            let answer = receive(send(&router, path, "", body.as_bytes()).await).await;
+            assert!(answer.code == code && answer.body.contains(word), "{path}: {answer:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_body_that_is_not_json_is_refused_with_the_position() {
     let router = ready().await;
     let deep = format!("{{\"messages\": {}{}}}", "[".repeat(5000), "]".repeat(5000));
@@ -170,6 +191,10 @@ async fn statuses_are_those_openais_clients_know() {
     assert_eq!(long.code, 400);
     assert!(long.refusal().1.contains("64"), "{}", long.body);
     assert_eq!(post(&router, "/v1/embeddings", &json!({})).await.code, 501);
+    for (path, instead) in [("/v1/responses", CHAT), ("/inference/v1/generate", "GenerateOnce")] {
+        let answer = post(&router, path, &json!({})).await;
+        assert!(answer.code == 501 && answer.refusal().1.contains(instead), "{answer:?}");
+    }
     assert_eq!(post(&router, "/v1/nothing", &json!({})).await.refusal().1, "there is no /v1/nothing");
     assert_eq!(post(&router, "/v1/models", &json!({})).await.code, 405);
     let form = receive(send(&router, CHAT, "Content-Type: text/plain\r\n", b"{}").await).await;

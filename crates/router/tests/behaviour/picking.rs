@@ -195,6 +195,20 @@ fn what_is_known_is_the_longest_common_beginning_with_anything_sent_there() {
 }
 
 #[test]
+fn of_a_long_prompt_all_but_a_quarter_is_known_at_least() {
+    let now = Instant::now();
+    let prompt: Vec<u32> = (0..100_000).collect();
+    for common in [16, 127, 128, 129, 300, 524, 4_096, 10_000, 99_999] {
+        let mut affinity = Affinity::new(now);
+        let other: Vec<u32> = prompt.iter().map(|&id| if id < common { id } else { id + 1 }).collect();
+        affinity.learn(&Chain::of(&other, b""), 0, now);
+        let known = affinity.known(&Chain::of(&prompt, b""), 1, now)[0];
+        let common = common as usize;
+        assert!(known <= common && common - known < (common / 4).max(LINK_TOKENS), "{known} of {common}");
+    }
+}
+
+#[test]
 fn what_was_not_sent_for_long_is_forgotten() {
     let now = Instant::now();
     let mut affinity = Affinity::new(now);
