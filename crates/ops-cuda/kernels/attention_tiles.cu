@@ -124,16 +124,18 @@ __device__ __forceinline__ void fresh_numbers(const float* at, float* out) {
 // Ranges whose sums a merging lane asks for at once.
 #define MERGED 16
 
-// Merges the ranges of one row's heads. A warp has several of them side by side, so that it waits for all at once.
-__device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 group) {
-    constexpr int COUNT = D / WARP, HEADS = (GROUP + TOKEN_WARPS - 1) / TOKEN_WARPS;
+// Merges the ranges of TOGETHER heads of one row, from `first_head` on. A warp has several of them side by side, so that it
+// waits for all at once.
+template <int TOGETHER>
+__device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 first_head) {
+    constexpr int COUNT = D / WARP, HEADS = (TOGETHER + TOKEN_WARPS - 1) / TOKEN_WARPS;
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     // Past the last head a warp repeats it, and stores nothing.
-    auto head = [&](int i) { return min(warp + i * TOKEN_WARPS, GROUP - 1u); };
+    auto head = [&](int i) { return first_head + min(warp + i * TOKEN_WARPS, TOGETHER - 1u); };
     float most[HEADS], count[HEADS], weight[HEADS], total[HEADS], sums[HEADS][COUNT] = {};
 #pragma unroll
     for (int i = 0; i < HEADS; i++) {
-        const float* stats = stats_of(p, part_of(p, blockIdx.z, group * GROUP + head(i), min(lane, p.ranges - 1)));
+        const float* stats = stats_of(p, part_of(p, blockIdx.z, head(i), min(lane, p.ranges - 1)));
         most[i] = fresh(stats), count[i] = fresh(stats + 1);
     }
 #pragma unroll
@@ -150,7 +152,7 @@ __device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 
         float held[HEADS][MERGED][COUNT];
 #pragma unroll
         for (int i = 0; i < HEADS; i++) {
-            const float* parts = p.parts + part_of(p, blockIdx.z, group * GROUP + head(i), 0) * D + lane * COUNT;
+            const float* parts = p.parts + part_of(p, blockIdx.z, head(i), 0) * D + lane * COUNT;
 #pragma unroll
             for (u32 n = 0; n < MERGED; n++) fresh_numbers<COUNT>(parts + (u64)min(first + n, p.ranges - 1) * GROUP * D, held[i][n]);
         }
@@ -168,25 +170,26 @@ __device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 
     }
 #pragma unroll
     for (int i = 0; i < HEADS; i++) {
-        if (warp + i * TOKEN_WARPS >= GROUP) continue;
-        T* out = p.out + ((u64)row * p.query_heads + group * GROUP + head(i)) * D + lane * COUNT;
+        if (warp + i * TOKEN_WARPS >= TOGETHER) continue;
+        T* out = p.out + ((u64)row * p.query_heads + head(i)) * D + lane * COUNT;
 #pragma unroll
         for (int d = 0; d < COUNT; d++) out[d] = narrow(total[i] > 0.0f ? sums[i][d] / total[i] : 0.0f);
     }
 }
 
-// What `append` does, for the queries of one row and group of heads; the block that sees the row's own position (`own`)
+// What `append` does, for TOGETHER queries of one row; the block that sees the row's own position (`own`)
 // also turns its key, which goes to the cache with the value. Blocks that share a key/value head write the same there.
-__device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 group, u32 position, bool own, u32 sequence, T (*turned)[D]) {
-    constexpr u32 PAIRS = D / 2, SIDE_BY_SIDE = TOKEN_WARPS * WARP / PAIRS, ROUNDS = (GROUP + 2 + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE;
-    u32 pair = threadIdx.x % PAIRS, kv = group * GROUP / (p.query_heads / p.kv_heads);
+template <int TOGETHER>
+__device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 first_head, u32 position, bool own, u32 sequence, T (*turned)[D]) {
+    constexpr u32 PAIRS = D / 2, SIDE_BY_SIDE = TOKEN_WARPS * WARP / PAIRS, ROUNDS = (TOGETHER + 2 + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE;
+    u32 pair = threadIdx.x % PAIRS, kv = first_head / (p.query_heads / p.kv_heads);
     const u32* from = (const u32*)(p.qkv + (u64)row * (p.query_heads + 2 * p.kv_heads) * D) + pair;
     u32 held[ROUNDS];
 #pragma unroll
     for (u32 n = 0; n < ROUNDS; n++) {
         u32 i = threadIdx.x / PAIRS + n * SIDE_BY_SIDE;
-        u32 head = i < GROUP ? group * GROUP + i : p.query_heads + (i - GROUP) * p.kv_heads + kv;
-        held[n] = i < GROUP + (own ? 2 : 0) ? from[head * PAIRS] : 0;
+        u32 head = i < TOGETHER ? first_head + i : p.query_heads + (i - TOGETHER) * p.kv_heads + kv;
+        held[n] = i < TOGETHER + (own ? 2 : 0) ? from[head * PAIRS] : 0;
     }
     float sine = 0.0f, cosine = 1.0f;
     if (p.rope) {
@@ -197,32 +200,33 @@ __device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 g
 #pragma unroll
     for (u32 n = 0; n < ROUNDS; n++) {
         u32 i = threadIdx.x / PAIRS + n * SIDE_BY_SIDE;
-        if (i >= GROUP + (own ? 2 : 0)) continue;
+        if (i >= TOGETHER + (own ? 2 : 0)) continue;
         float a = low(held[n]), b = high(held[n]);
-        if (p.rope && i <= GROUP) {
+        if (p.rope && i <= TOGETHER) {
             float x = a * cosine - b * sine, y = b * cosine + a * sine;
             a = x, b = y;
         }
-        T* to = i < GROUP ? turned[i] : (T*)(i == GROUP ? p.keys : p.values) + place;
+        T* to = i < TOGETHER ? turned[i] : (T*)(i == TOGETHER ? p.keys : p.values) + place;
         ((u32*)to)[pair] = packed(a, b);
     }
 }
 
-// A block per (row, group of heads, range of at most 32): its warps share the keys, merge in shared memory, and the last
+// A block per (row, TOGETHER heads, range of at most 32): its warps share the keys, merge in shared memory, and the last
 // block of a row merges its ranges. With `qkv` it also does what `append` would.
-extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(const AttendParams p) {
-    __shared__ float stats[TOKEN_WARPS][GROUP][2];
-    __shared__ float merged[TOKEN_WARPS][GROUP][D];
-    __shared__ __align__(16) T turned[GROUP][D];
+template <int TOGETHER>
+__device__ __forceinline__ void attend_heads(const AttendParams& p) {
+    __shared__ float stats[TOKEN_WARPS][TOGETHER][2];
+    __shared__ float merged[TOKEN_WARPS][TOGETHER][D];
+    __shared__ __align__(16) T turned[TOGETHER][D];
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, c = lane % 4, h = lane / 4;
-    u32 range = blockIdx.x, group = blockIdx.y, row = p.singles[blockIdx.z];
-    u32 kv = group * GROUP / (p.query_heads / p.kv_heads);
+    u32 range = blockIdx.x, first_head = blockIdx.y * TOGETHER, row = p.singles[blockIdx.z];
+    u32 kv = first_head / (p.query_heads / p.kv_heads);
     // Positions, tables and keys of steps before are there already.
     u32 end = p.position[row] + 1, sequence = p.sequence[row];
     u32 start = p.window && end > p.window ? end - p.window : 0;
     u32 each = ((end - start + p.ranges - 1) / p.ranges + KEYS - 1) / KEYS * KEYS;
     u32 low = min(start + range * each, end), high = min(low + each, end);
-    Seen seen[2] = {{low, h < GROUP ? high : 0}, {0, 0}};
+    Seen seen[2] = {{low, h < TOGETHER ? high : 0}, {0, 0}};
     Sums sums = {};
     sums.most[0] = sums.most[1] = LOWEST;
     auto place = [&](u32 first) {
@@ -234,11 +238,11 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
 #pragma unroll
     for (u32 at = 0; first < high && at < D; at += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(plane + (u64)slot * D + at));
     await_inputs();
-    const T* from = p.q + ((u64)row * p.query_heads + group * GROUP + min(h, GROUP - 1)) * D + c * 8;
+    const T* from = p.q + ((u64)row * p.query_heads + first_head + min(h, TOGETHER - 1u)) * D + c * 8;
     if (p.qkv) {
-        turn_token(p, row, group, end - 1, low < high && high == end, sequence, turned);
+        turn_token<TOGETHER>(p, row, first_head, end - 1, low < high && high == end, sequence, turned);
         __syncthreads();
-        from = turned[min(h, GROUP - 1)] + c * 8;
+        from = turned[min(h, TOGETHER - 1u)] + c * 8;
     }
     u32 q[CHUNKS * 2][4];
 #pragma unroll
@@ -255,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
     float total = sums.total[0];
     total += __shfl_xor_sync(ALL, total, 1);
     total += __shfl_xor_sync(ALL, total, 2);
-    if (h < GROUP) {
+    if (h < TOGETHER) {
         if (c == 0) stats[warp][h][0] = sums.most[0], stats[warp][h][1] = total;
 #pragma unroll
         for (int n = 0; n < HALVES; n++) {
@@ -267,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
         }
     }
     __syncthreads();
-    for (u32 i = threadIdx.x; i < GROUP * D; i += TOKEN_WARPS * WARP) {
+    for (u32 i = threadIdx.x; i < TOGETHER * D; i += TOKEN_WARPS * WARP) {
         u32 head = i / D, d = i % D;
         float most = LOWEST, count = 0.0f, sum = 0.0f;
 #pragma unroll
@@ -279,16 +283,22 @@ extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(con
             sum = fmaf(merged[w][head][d], weight, sum);
         }
         if (p.ranges == 1) {
-            p.out[((u64)row * p.query_heads + group * GROUP + head) * D + d] = narrow(count > 0.0f ? sum / count : 0.0f);
+            p.out[((u64)row * p.query_heads + first_head + head) * D + d] = narrow(count > 0.0f ? sum / count : 0.0f);
         } else {
-            u64 part = part_of(p, blockIdx.z, group * GROUP + head, range);
+            u64 part = part_of(p, blockIdx.z, first_head + head, range);
             p.parts[part * D + d] = sum;
             if (d == 0) stats_of(p, part)[0] = most, stats_of(p, part)[1] = count;
         }
     }
-    if (p.ranges == 1 || !last_to_arrive(p.arrived + blockIdx.z * gridDim.y + group, p.ranges)) return;
-    merge_token(p, row, group);
+    if (p.ranges == 1 || !last_to_arrive(p.arrived + blockIdx.z * gridDim.y + blockIdx.y, p.ranges)) return;
+    merge_token<TOGETHER>(p, row, first_head);
 }
+
+extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(const AttendParams p) { attend_heads<GROUP>(p); }
+#if GROUP % 2 == 0
+// For so few heads that blocks of half of them still fit on a card at once.
+extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token_half(const AttendParams p) { attend_heads<GROUP / 2>(p); }
+#endif
 
 // Sixteen rows of a prompt and a group of heads make 16 · GROUP (row, head) pairs; a warp takes PAIR_TILES · 16 of them,
 // and keys and values go through shared memory in two stages of STEP_KEYS, 16 bytes a piece, pieces of a key

@@ -93,6 +93,8 @@ pub(crate) struct AttentionKernels {
     attend: Function,
     /// On the tensor cores, for heads they can take: single tokens, and prompts.
     tiles: Option<[Function; 2]>,
+    /// Single tokens, with half as many heads together.
+    half: Option<Function>,
     /// Prompts on Hopper's warpgroup tensor cores.
     wide: Option<Function>,
     merge: Function,
@@ -124,7 +126,9 @@ impl AttentionKernels {
         } else {
             None
         };
+        let halves = tiles.is_some() && group.is_multiple_of(2);
         Ok(Self {
+            half: halves.then(|| module.function("attend_token_half")).transpose()?,
             wide: if tiles.is_some() && backend.device().is_hopper() && group.is_multiple_of(WIDE_HEADS) {
                 let function = module.function("attend_wide")?;
                 function.allow_shared(wide_shared(head_dim, group))?;
@@ -263,7 +267,7 @@ impl CudaBackend {
         };
         match kernels.tiles {
             Some([token, prompt]) => {
-                self.attend_tokens(token, params, (d, groups))?;
+                self.attend_tokens((token, kernels.half), params, (d, groups))?;
                 self.attend_prompts(kernels, prompt, params, (((d, group), groups), kv))?;
             }
             None => {
@@ -306,7 +310,7 @@ impl CudaBackend {
     /// Rows that are alone in their sequence; the last block of each merges its ranges.
     fn attend_tokens(
         &self,
-        function: Function,
+        (whole, half): (Function, Option<Function>),
         params: AttendParams,
         (d, groups): (usize, u32),
     ) -> Result<(), Error> {
@@ -314,12 +318,17 @@ impl CudaBackend {
         if count == 0 {
             return Ok(());
         }
-        let blocks = size("attention", count)? * groups;
+        // So few blocks that half of the card would stay empty.
+        let rows = size("attention", count)?;
+        let half = half.filter(|_| 2 * rows * groups * TOKEN_RANGES_MAX <= self.device().multiprocessors);
+        let groups = if half.is_some() { 2 * groups } else { groups };
+        let function = half.unwrap_or(whole);
+        let blocks = rows * groups;
         let counters = self.device().counters(FIRST_COUNTER, blocks as usize);
         let target = if blocks * TOKEN_RANGES_MAX <= self.device().multiprocessors { 1 } else { 2 };
         let wanted = (target * self.device().multiprocessors).div_ceil(blocks).min(TOKEN_RANGES_MAX);
         let ranges = if counters.is_some() { wanted } else { 1 };
-        let params = AttendParams { rows: size("attention", count)?, ..params };
+        let params = AttendParams { rows, ..params };
         let parts = self.parts(&params, ranges, d)?;
         let params = AttendParams {
             parts: address_of(parts.as_ref()),
@@ -328,11 +337,7 @@ impl CudaBackend {
             arrived: counters.unwrap_or(0),
             ..params
         };
-        let grid = Grid {
-            blocks: (ranges, groups, size("attention", count)?),
-            threads: TOKEN_WARPS * 32,
-            shared: 0,
-        };
+        let grid = Grid { blocks: (ranges, groups, rows), threads: TOKEN_WARPS * 32, shared: 0 };
         Ok(self.device().launch_early(function, grid, &params)?)
     }
 
