@@ -107,7 +107,7 @@ pub enum Error {
         /// This rank.
         rank: u32,
         /// What was going on.
-        collective: &'static str,
+        collective: String,
         /// What the devices' own library says.
         failed: String,
         /// Which rank's host does not answer either, in words.

@@ -98,7 +98,11 @@ struct AttendParams {
     const u32* singles; // rows that are alone in their sequence (attend_token)
     const u32* tiles;   // per tile: first row, rows; of one sequence (attend_prompt)
     u32* arrived;       // [singles, groups], zero (attend_token)
-    const T* qkv;       // [T, (Q + 2K)·D] of rows that `append` has not seen (attend_token); null: it has
+};
+
+struct AttendTokenParams {
+    AttendParams attend;
+    const T* qkv;       // [T, (Q + 2K)·D] of rows that `append` has not seen; null: it has
     const float* turns; // as in AppendParams
     u32 rope;
 };

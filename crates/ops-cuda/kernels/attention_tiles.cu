@@ -180,10 +180,11 @@ __device__ __forceinline__ void merge_token(const AttendParams& p, u32 row, u32 
 // What `append` does, for TOGETHER queries of one row; the block that sees the row's own position (`own`)
 // also turns its key, which goes to the cache with the value. Blocks that share a key/value head write the same there.
 template <int TOGETHER>
-__device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 first_head, u32 position, bool own, u32 sequence, T (*turned)[D]) {
+__device__ __forceinline__ void turn_token(const AttendTokenParams& token, u32 row, u32 first_head, u32 position, bool own, u32 sequence, T (*turned)[D]) {
+    const AttendParams& p = token.attend;
     constexpr u32 PAIRS = D / 2, SIDE_BY_SIDE = TOKEN_WARPS * WARP / PAIRS, ROUNDS = (TOGETHER + 2 + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE;
     u32 pair = threadIdx.x % PAIRS, kv = first_head / (p.query_heads / p.kv_heads);
-    const u32* from = (const u32*)(p.qkv + (u64)row * (p.query_heads + 2 * p.kv_heads) * D) + pair;
+    const u32* from = (const u32*)(token.qkv + (u64)row * (p.query_heads + 2 * p.kv_heads) * D) + pair;
     u32 held[ROUNDS];
 #pragma unroll
     for (u32 n = 0; n < ROUNDS; n++) {
@@ -192,8 +193,8 @@ __device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 f
         held[n] = i < TOGETHER + (own ? 2 : 0) ? from[head * PAIRS] : 0;
     }
     float sine = 0.0f, cosine = 1.0f;
-    if (p.rope) {
-        sincosf((float)position * p.turns[pair], &sine, &cosine);
+    if (token.rope) {
+        sincosf((float)position * token.turns[pair], &sine, &cosine);
         sine = rounded(sine), cosine = rounded(cosine);
     }
     u64 place = own ? cached(p.tables, sequence, position, p.block_tokens, p.kv_heads, kv) : 0;
@@ -202,7 +203,7 @@ __device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 f
         u32 i = threadIdx.x / PAIRS + n * SIDE_BY_SIDE;
         if (i >= TOGETHER + (own ? 2 : 0)) continue;
         float a = low(held[n]), b = high(held[n]);
-        if (p.rope && i <= TOGETHER) {
+        if (token.rope && i <= TOGETHER) {
             float x = a * cosine - b * sine, y = b * cosine + a * sine;
             a = x, b = y;
         }
@@ -214,7 +215,8 @@ __device__ __forceinline__ void turn_token(const AttendParams& p, u32 row, u32 f
 // A block per (row, TOGETHER heads, range of at most 32): its warps share the keys, merge in shared memory, and the last
 // block of a row merges its ranges. With `qkv` it also does what `append` would.
 template <int TOGETHER>
-__device__ __forceinline__ void attend_heads(const AttendParams& p) {
+__device__ __forceinline__ void attend_heads(const AttendTokenParams& token) {
+    const AttendParams& p = token.attend;
     __shared__ float stats[TOKEN_WARPS][TOGETHER][2];
     __shared__ float merged[TOKEN_WARPS][TOGETHER][D];
     __shared__ __align__(16) T turned[TOGETHER][D];
@@ -239,8 +241,8 @@ __device__ __forceinline__ void attend_heads(const AttendParams& p) {
     for (u32 at = 0; first < high && at < D; at += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(plane + (u64)slot * D + at));
     await_inputs();
     const T* from = p.q + ((u64)row * p.query_heads + first_head + min(h, TOGETHER - 1u)) * D + c * 8;
-    if (p.qkv) {
-        turn_token<TOGETHER>(p, row, first_head, end - 1, low < high && high == end, sequence, turned);
+    if (token.qkv) {
+        turn_token<TOGETHER>(token, row, first_head, end - 1, low < high && high == end, sequence, turned);
         __syncthreads();
         from = turned[min(h, TOGETHER - 1u)] + c * 8;
     }
@@ -294,10 +296,10 @@ __device__ __forceinline__ void attend_heads(const AttendParams& p) {
     merge_token<TOGETHER>(p, row, first_head);
 }
 
-extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(const AttendParams p) { attend_heads<GROUP>(p); }
+extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token(const AttendTokenParams p) { attend_heads<GROUP>(p); }
 #if GROUP % 2 == 0
 // For so few heads that blocks of half of them still fit on a card at once.
-extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token_half(const AttendParams p) { attend_heads<GROUP / 2>(p); }
+extern "C" __global__ void __launch_bounds__(TOKEN_WARPS* WARP) attend_token_half(const AttendTokenParams p) { attend_heads<GROUP / 2>(p); }
 #endif
 
 // Sixteen rows of a prompt and a group of heads make 16 · GROUP (row, head) pairs; a warp takes PAIR_TILES · 16 of them,

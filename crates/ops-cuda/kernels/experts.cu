@@ -31,7 +31,7 @@ struct ExpertUpParams {
 // Where `router` left the choice, every block makes its own out of the logits, at the price of the load that it would
 // wait for anyway: that spares the router's blocks waiting for each other. One block more for each pair leaves the choices
 // of its row for expert_down.
-extern "C" __global__ void __launch_bounds__(128) expert_up(const ExpertUpParams p) {
+extern "C" __global__ void __launch_bounds__(128, 8) expert_up(const ExpertUpParams p) {
     __shared__ u32 own;
     u32 lane = threadIdx.x % WARP;
     u32 i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;

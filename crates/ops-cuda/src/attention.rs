@@ -6,7 +6,7 @@ use types::DType;
 use crate::backend::CudaBackend;
 use crate::bulk::{COPIED, TensorMap};
 use crate::device::{Function, Grid, Module};
-use crate::kernels::{Address, AppendParams, AttendParams, AttendWideParams, Source};
+use crate::kernels::{Address, AppendParams, AttendParams, AttendTokenParams, AttendWideParams, Source};
 use crate::memory::Resident;
 use crate::step::TILE_ROWS;
 use crate::tensor::{Tensor, size};
@@ -261,13 +261,14 @@ impl CudaBackend {
             singles: 0,
             tiles: 0,
             arrived: 0,
-            qkv: if self.appends_on_the_way(kernels) { append.qkv } else { 0 },
-            turns: append.turns,
-            rope: append.rope,
         };
         match kernels.tiles {
             Some([token, prompt]) => {
+                let qkv = if self.appends_on_the_way(kernels) { append.qkv } else { 0 };
+                let params =
+                    AttendTokenParams { attend: params, qkv, turns: append.turns, rope: append.rope };
                 self.attend_tokens((token, kernels.half), params, (d, groups))?;
+                let params = params.attend;
                 self.attend_prompts(kernels, prompt, params, (((d, group), groups), kv))?;
             }
             None => {
@@ -311,7 +312,7 @@ impl CudaBackend {
     fn attend_tokens(
         &self,
         (whole, half): (Function, Option<Function>),
-        params: AttendParams,
+        token: AttendTokenParams,
         (d, groups): (usize, u32),
     ) -> Result<(), Error> {
         let (singles, count) = self.step().singles();
@@ -328,7 +329,7 @@ impl CudaBackend {
         let target = if blocks * TOKEN_RANGES_MAX <= self.device().multiprocessors { 1 } else { 2 };
         let wanted = (target * self.device().multiprocessors).div_ceil(blocks).min(TOKEN_RANGES_MAX);
         let ranges = if counters.is_some() { wanted } else { 1 };
-        let params = AttendParams { rows, ..params };
+        let params = AttendParams { rows, ..token.attend };
         let parts = self.parts(&params, ranges, d)?;
         let params = AttendParams {
             parts: address_of(parts.as_ref()),
@@ -337,6 +338,7 @@ impl CudaBackend {
             arrived: counters.unwrap_or(0),
             ..params
         };
+        let params = AttendTokenParams { attend: params, ..token };
         let grid = Grid { blocks: (ranges, groups, rows), threads: TOKEN_WARPS * 32, shared: 0 };
         Ok(self.device().launch_early(function, grid, &params)?)
     }

@@ -211,7 +211,8 @@ params! {
         out: Address, parts: Address, q: Address, keys: Address, values: Address, position: Address,
         sequence: Address, tables: Address,
         query_heads: u32, kv_heads: u32, block_tokens: u32, window: u32, ranges: u32, rows: u32,
-        singles: Address, tiles: Address, arrived: Address, qkv: Address, turns: Address, rope: u32,
+        singles: Address, tiles: Address, arrived: Address,
     }
+    AttendTokenParams { attend: AttendParams, qkv: Address, turns: Address, rope: u32 }
     AttendWideParams { attend: AttendParams, chunk: u32, q: TensorMap, keys: TensorMap, values: TensorMap }
 }

@@ -50,7 +50,7 @@ pub use cache::KernelCache;
 pub use check::{KernelReport, KernelShape, ProgramReport, check, sources};
 pub use comm::{
     CardLine, ONE_SHOT_DEFAULT, ONE_SHOT_VARIABLE, Patience, SoloDevice, Staged, connect, connect_cards,
-    one_shot, peer_bytes, place_on_machine,
+    line_bytes, one_shot, place_on_machine,
 };
 pub use device::Options;
 pub use error::Error;

@@ -148,19 +148,21 @@ fn asked_for(text: &str, calls: &[&str]) -> Vec<String> {
 
 #[test]
 fn every_kernel_that_is_asked_for_by_name_exists() {
-    let read = |folder: &str, ending: &str| {
+    let read = |folder: &str, endings: &[&str]| {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
         let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-        let wanted = files.filter(|file| file.extension().is_some_and(|found| found == ending));
+        let wanted = files.filter(|file| {
+            file.extension().is_some_and(|found| endings.iter().any(|ending| found == *ending))
+        });
         wanted.map(|file| fs::read_to_string(file).unwrap()).collect::<Vec<_>>().join("\n")
     };
-    let kernels = read("kernels", "cu");
+    let kernels = read("kernels", &["cu", "cuh"]);
     let launched = |name: &str| {
         let lines = kernels.lines().filter(|line| line.starts_with("extern \"C\" __global__ void"));
         lines.filter(|line| line.contains(&format!(" {name}("))).count()
     };
     // `load` is how the products in tiles are asked for.
-    let names = asked_for(&read("src", "rs"), &["function(\"", "[load(\"", ", load(\"", "(load(\""]);
+    let names = asked_for(&read("src", &["rs"]), &["function(\"", "[load(\"", ", load(\"", "(load(\""]);
     assert!(names.len() > 40, "{} kernels are asked for", names.len());
     let missing: Vec<&String> = names.iter().filter(|name| launched(name) == 0).collect();
     assert!(missing.is_empty(), "asked for, and in no file of kernels/: {missing:?}");

@@ -191,7 +191,7 @@ pub(crate) fn load(
             // sub-group's.
             let lines = [rank.size().as_usize(), config.tensor.as_usize()];
             let lines = &lines[..if rank.size() == config.tensor { 1 } else { 2 }];
-            let taken: u64 = lines.iter().map(|&ranks| ops_cuda::peer_bytes(ranks, one_shot).0).sum();
+            let taken: u64 = lines.iter().map(|&ranks| ops_cuda::line_bytes(ranks, one_shot).0).sum();
             let free = backend.memory_free().map_err(Error::Cuda)?;
             let free = Bytes(free.0.saturating_sub(taken));
             let available = Some((free, RankMemory::OfEachRank));

@@ -55,7 +55,7 @@ impl Cards {
         device.unchain();
         let transferred = announced.and_then(|()| self.watch.communicator().queue(transfers, &lane));
         let marked = transferred.and_then(|()| self.watch.queued(queued, lane.stream));
-        marked.map_err(|error| self.watch.refused(queued.op(), error.to_string()))
+        marked.map_err(|error| self.watch.refused(queued, error.to_string()))
     }
 
     /// Refuses to go on after an abort.

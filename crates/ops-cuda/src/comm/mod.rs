@@ -17,7 +17,7 @@ use collectives::Collective;
 use sha2::{Digest, Sha256};
 use types::{Bytes, TpSize};
 
-pub use self::peer::peer_bytes;
+pub use self::peer::line_bytes;
 pub use self::solo::SoloDevice;
 pub use self::staged::Staged;
 

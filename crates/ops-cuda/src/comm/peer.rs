@@ -35,6 +35,8 @@ const TILE_PAIRS: u32 = 4 * THREADS;
 /// comes by.
 const FIRST_CALL: u32 = (1 << 31) - 32;
 
+/// What NCCL may take of a card for one communicator. Version 2.28 took 386 MiB between two H200s; each rank logs it.
+const NCCL_BYTES: Bytes = Bytes(512 << 20);
 /// Words of the page-locked memory.
 const GIVE_UP: usize = 0;
 const BEGUN: usize = 1;
@@ -73,13 +75,17 @@ impl Slots {
     }
 }
 
-/// Memory of a card that every rank of a group of so many keeps for sums of up to `one_shot` bytes between cards.
+/// Memory of a card that a line between so many ranks takes: NCCL's, and the slots for sums of up to `one_shot` bytes.
 #[must_use]
-pub fn peer_bytes(ranks: usize, one_shot: Bytes) -> Bytes {
-    if !(2..=PEERS_MAX).contains(&ranks) || one_shot.0 == 0 {
+pub fn line_bytes(ranks: usize, one_shot: Bytes) -> Bytes {
+    if ranks < 2 {
         return Bytes(0);
     }
-    Bytes(Slots::bytes(ranks, usize::try_from(one_shot.0).unwrap_or(usize::MAX)) as u64)
+    let slots = match usize::try_from(one_shot.0) {
+        Ok(bytes) if bytes > 0 && ranks <= PEERS_MAX => Slots::bytes(ranks, bytes) as u64,
+        _ => 0,
+    };
+    NCCL_BYTES + Bytes(slots)
 }
 
 /// Another rank's slots.

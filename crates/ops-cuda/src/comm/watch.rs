@@ -48,21 +48,12 @@ pub(crate) enum Queued {
     Recorded,
 }
 
-impl Queued {
-    pub(crate) const fn op(self) -> Op {
-        match self {
-            Self::Sum(_) | Self::Recorded => Op::AllReduce,
-            Self::Other(op) => op,
-        }
-    }
-}
-
 /// A step's first sum is that of the embedding, and each layer has one.
 impl fmt::Display for Queued {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Sum(0..=1) => write!(f, "{} of the embedding", self.op()),
-            Self::Sum(number) => write!(f, "{} of layer {}", self.op(), number - 2),
+            Self::Sum(0..=1) => write!(f, "{} of the embedding", Op::AllReduce),
+            Self::Sum(number) => write!(f, "{} of layer {}", Op::AllReduce, number - 2),
             Self::Other(op) => op.fmt(f),
             Self::Recorded => f.write_str("a recorded step"),
         }
@@ -177,10 +168,10 @@ impl Watch {
         Err(Error::Stuck { rank, at, failed, missing })
     }
 
-    /// What is said when `op` cannot be queued: everything is aborted.
-    pub(crate) fn refused(&self, op: Op, failed: String) -> collectives::Error {
+    /// What is said when an operation cannot be queued: everything is aborted.
+    pub(crate) fn refused(&self, queued: Queued, failed: String) -> collectives::Error {
         let rank = self.communicator.borrow().rank().index();
-        collectives::Error::Device { rank, collective: op.name(), failed, missing: self.end() }
+        collectives::Error::Device { rank, collective: queued.to_string(), failed, missing: self.end() }
     }
 
     /// Aborts, and says who does not answer.
