@@ -187,7 +187,9 @@ const ENDED_EARLY: &str = "the stream ended without a finish";
 
 impl Refused {
     fn new(status: &Status, group: &str) -> Self {
-        let reported = reported(status);
+        // That the group takes this router for a stranger is a matter between the two (a secret that one of them has not read
+        // yet): the caller can do nothing about it, and another group may serve.
+        let reported = reported(status).filter(|failure| !matches!(failure, Failure::Unauthenticated { .. }));
         let from_leader = reported.is_some();
         let failure = reported.unwrap_or_else(|| {
             let why = format!("group {group}: {}", describe(status));

@@ -1,6 +1,6 @@
 //! What a router counts. Requests are counted where they end, stages where they are passed, groups when somebody asks.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request};
@@ -108,6 +108,8 @@ pub(crate) struct Metrics {
     group_broken: Family<OfGroup, Gauge>,
     group_weight: Family<OfGroup, Gauge>,
     group_info: Family<GroupInfo, Gauge>,
+    /// Held while a page is made.
+    rendering: Mutex<()>,
 }
 
 /// How full the router is.
@@ -202,6 +204,7 @@ impl Metrics {
             group_broken,
             group_weight,
             group_info,
+            rendering: Mutex::default(),
         };
         metrics.start_at_nothing();
         metrics
@@ -237,6 +240,8 @@ impl Metrics {
 
     /// All of it in the OpenMetrics text format, with the gauges as they are now.
     pub(crate) fn render(&self, room: Occupancy, groups: &[GroupView]) -> String {
+        // One page at a time: what another one is made of is not cleared under it.
+        let _rendering = self.rendering.lock();
         self.room.set(room);
         // A group may have left, or be reached at another place than before.
         self.group_info.clear();

@@ -388,6 +388,8 @@ impl Groups {
         let mut states = group.client().watch(request).await?.into_inner();
         let (mut changes, mut told) = (self.changes(), None);
         loop {
+            let verdict = self.state().verdict(index);
+            let unheard = verdict.is_some() && verdict != told;
             tokio::select! {
                 state = states.message() => {
                     let Some(state) = state? else { return Ok(()) };
@@ -396,23 +398,27 @@ impl Groups {
                 }
                 // What is made of it may depend on others.
                 _ = changes.changed() => {}
+                // It was said, and not heard.
+                () = tokio::time::sleep(RETRY_MAX), if unheard => {}
             }
             let verdict = self.state().verdict(index);
-            if verdict.is_some() && verdict != told {
-                self.acknowledge(group, verdict.clone().unwrap_or_default()).await;
+            if let Some(refusal) = verdict.clone().filter(|_| verdict != told)
+                && self.acknowledge(group, refusal).await
+            {
                 told = verdict;
             }
         }
     }
 
-    /// Tells a leader what is made of its group.
-    async fn acknowledge(&self, group: &Group, refusal: String) {
+    /// Tells a leader what is made of its group; whether it heard.
+    async fn acknowledge(&self, group: &Group, refusal: String) -> bool {
         let router_id = self.router_id.clone();
         let request = worker::AcknowledgeRequest { router_id, refusal };
         let told = in_time(ACKNOWLEDGE_TIMEOUT, group.client().acknowledge(request)).await;
-        if let Err(status) = told {
+        if let Err(status) = &told {
             tracing::warn!(group = %group.address, %status, "the group did not hear what is made of it");
         }
+        told.is_ok()
     }
 
     fn heard(&self, index: usize, group: &Group, state: worker::WorkerState) {

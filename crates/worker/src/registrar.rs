@@ -75,7 +75,13 @@ impl Registrar {
                 let request = RegisterRequest { url: self.url.clone(), model: Some(model) };
                 let routers = self.found().await;
                 channels.retain(|url, _| routers.iter().any(|(of, _)| of == url));
-                heard.retain(|url, _| routers.iter().any(|(of, _)| of == url));
+                let there = |url: &String| routers.iter().any(|(of, _)| of == url);
+                let gone: Vec<String> = heard.keys().filter(|url| !there(url)).cloned().collect();
+                for url in gone {
+                    // What it made of the group is nothing any more.
+                    self.state.registered(&url, "");
+                    heard.remove(&url);
+                }
                 let mut told = Vec::new();
                 for (url, certified) in routers {
                     if let Some(channel) = self.channel(&mut channels, &url, certified.as_deref()) {

@@ -31,6 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A leader that vanished without a word (a lost host, a cut cable) is noticed after both together.
 const PINGS: Pings = Pings { interval: Duration::from_secs(2), timeout: Duration::from_secs(3) };
 const WINDOW_BYTES: u32 = 16 << 20;
+/// Streams that were given up and whose last frames may still come.
+const RESETS_MAX: usize = 4096;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -128,7 +130,11 @@ where
         .initial_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_header_list_size(HEADER_BYTES_MAX)
-        .enable_push(false);
+        .enable_push(false)
+        // Each answer that is given up is a stream reset, and what was under way for it then comes for a stream that is gone.
+        // The other end is ours: that is no attack, and must not end the connection of all others.
+        .max_concurrent_reset_streams(RESETS_MAX)
+        .max_local_error_reset_streams(None);
     let made = settings.handshake(Gathered::new(transport)).await;
     let (requests, mut connection) = made.map_err(io::Error::other)?;
     let silence = silence(connection.ping_pong(), pings);

@@ -17,6 +17,16 @@ async fn a_group_is_acknowledged_once_it_serves_and_not_while_it_loads() {
 }
 
 #[tokio::test]
+async fn a_group_that_has_not_heard_is_told_again() {
+    let mut leader = Leader::start(state(Phase::Loading, 50, Some(facts("demo")))).await;
+    leader.miss(2);
+    let router = TestRouter::start(config(&[&leader.address]), demo_files()).await;
+    leader.states.send_replace(state(Phase::Serving, 100, Some(facts("demo"))));
+    assert_eq!(soon(leader.acknowledged.recv()).await.unwrap(), "");
+    router.wait_for(ServingStatus::Serving).await;
+}
+
+#[tokio::test]
 async fn a_group_with_another_model_or_configuration_is_told_the_difference() {
     let mut first = Leader::serving().await;
     let router = TestRouter::ready(&[&first.address]).await;

@@ -17,6 +17,8 @@ async fn a_group_that_refuses_before_the_first_token_is_replaced() {
         Failure::NotServing { phase: Phase::Draining, percent: 0, retry_after: WAIT },
         Failure::Overloaded { what: "requests".to_owned(), max: 2, retry_after: WAIT },
         Failure::GroupLost { group: "a".to_owned(), why: "rank 1 left".to_owned() },
+        // It does not know this router: one of the two has not read the cluster's new secret yet.
+        Failure::Unauthenticated { why: "not of this cluster".to_owned() },
     ];
     for refusal in refusals {
         let (first, second) = (Leader::serving().await, Leader::serving().await);

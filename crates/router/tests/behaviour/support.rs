@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -144,6 +145,8 @@ impl Open {
 struct Refusal {
     with: Mutex<Option<Failure>>,
     given: Notify,
+    /// What routers say that many times more is not heard.
+    words_missed: AtomicUsize,
 }
 
 struct Service {
@@ -170,6 +173,10 @@ impl Worker for Service {
         &self,
         request: Request<worker::AcknowledgeRequest>,
     ) -> Result<Response<worker::AcknowledgeResponse>, Status> {
+        let deaf = |left: usize| left.checked_sub(1);
+        if self.refusal.words_missed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, deaf).is_ok() {
+            return Err(Status::unavailable("it has not heard"));
+        }
         // Nobody may care.
         let _ = self.acknowledged.send(request.into_inner().refusal);
         Ok(Response::new(worker::AcknowledgeResponse {}))
@@ -291,6 +298,11 @@ impl Leader {
     /// The next request that reaches it.
     pub(crate) async fn next(&mut self) -> Open {
         soon(self.opened.recv()).await.unwrap()
+    }
+
+    /// Does not hear the next `words` of routers.
+    pub(crate) fn miss(&self, words: usize) {
+        self.refusal.words_missed.store(words, Ordering::Relaxed);
     }
 
     /// Refuses every further request with `failure` before its first chunk.
