@@ -26,12 +26,20 @@ struct ExpertUpParams {
     const float* logits; // [T, E] of `router`, whose choices are made here; null: they are there (expert_up)
 };
 
+// Blocks that fit beside attention's are what counts: with 64 registers instead of 48 a rank of two needs a second round of
+// them, and a step takes 4 % longer (two H200s, 2026-11-30). Without a bound sm_100a is given 40, and spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define UP_BOUNDS __launch_bounds__(128, 8)
+#else
+#define UP_BOUNDS __launch_bounds__(128)
+#endif
+
 // activated[pair, i] = silu(gate) · up with gate = x · w[e, i], up = x · w[e, I + i], rounded as the reference stores.
 //
 // Where `router` left the choice, every block makes its own out of the logits, at the price of the load that it would
 // wait for anyway: that spares the router's blocks waiting for each other. One block more for each pair leaves the choices
 // of its row for expert_down.
-extern "C" __global__ void __launch_bounds__(128, 8) expert_up(const ExpertUpParams p) {
+extern "C" __global__ void UP_BOUNDS expert_up(const ExpertUpParams p) {
     __shared__ u32 own;
     u32 lane = threadIdx.x % WARP;
     u32 i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;

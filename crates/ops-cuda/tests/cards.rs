@@ -264,9 +264,9 @@ fn a_rank_that_stops_coming_is_named_in_time() {
             let said = ranks(two(), STEP, |rank, line| {
                 let leads = rank.is_leader();
                 let mut rank = Rank::new(&golden, TENSOR, on, rank, line);
-                let ids = &golden.prompts[0].ids;
-                for (i, token) in ids.iter().enumerate().take(steps) {
-                    rank.step(&[*token], i, &[1]).unwrap();
+                let id = |at: usize| golden.prompts[0].ids[at % golden.prompts[0].ids.len()];
+                for at in 0..steps {
+                    rank.step(&[id(at)], at, &[1]).unwrap();
                 }
                 if !leads {
                     // Comes back only when the other one has given up.
@@ -274,7 +274,7 @@ fn a_rank_that_stops_coming_is_named_in_time() {
                     return None;
                 }
                 let started = Instant::now();
-                let error = rank.step(&[ids[steps]], steps, &[1]).unwrap_err();
+                let error = rank.step(&[id(steps)], steps, &[1]).unwrap_err();
                 let took = started.elapsed();
                 failed.send(()).unwrap();
                 Some((Chain(&error).to_string(), took))
